@@ -1,0 +1,289 @@
+"""The training loop: a plan of steps, and one step after the other until the plan is done.
+
+Everything random follows from (seed, step), so a run killed at any point and resumed from its last checkpoint
+repeats the same losses bit for bit (same number of processes, threads and dtype).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from persimmon.errors import ConfigError, PersimmonError
+from persimmon.model import PersimmonModel
+from persimmon.train.checkpoint import load_newest, save_checkpoint
+from persimmon.train.loss import IGNORE, chunked_cross_entropy
+from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
+from persimmon.train.parallel import World
+from persimmon.train.schedule import warmup_stable_decay
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one step: ids and targets [B, T], and the document offsets over the B * T flattened positions."""
+
+    token_ids: Tensor
+    targets: Tensor
+    documents: list[int]
+
+
+class BatchSource(Protocol):
+    """Where a step's rows come from."""
+
+    def rows(self, step: int) -> int:
+        """Number of rows of the step."""
+
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        """Those rows (numbered 0 .. rows(step) - 1) of the step."""
+
+    def row_length(self, step: int) -> int:
+        """Tokens of each row of the step."""
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """Shares of the run that warm up and decay."""
+
+    warmup: float = 0.02
+    decay: float = 0.5
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoopRecipe:
+    """What the loop needs to know beside model and data."""
+
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    dtype: str = "float32"
+    """Dtype of the matrix products: float32, or bfloat16 (autocast; weights and sums stay float32)."""
+    sparsity_penalty: float = 0.0
+    """Weight of the mean of relu(pre-activation) over layers, positions and neurons, added to the loss in nats."""
+    micro_tokens: int = 8192
+    """Most tokens of one forward pass of one process."""
+    checkpoint_minutes: float = 5.0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    evaluate_every: int = 250
+    """Steps between evaluations on held-out documents; 0: only at the end."""
+    max_loss_jump: float = 3.0
+    """A step whose loss exceeds the running mean by this many nats, or is not finite, stops the run."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r} (float16 overflows in relu^2)")
+
+
+class TrainingStopped(PersimmonError, RuntimeError):
+    """The loss went wrong; the last checkpoint is from before."""
+
+
+class LayerStatistics:
+    """Observer of the MLPs: the sparsity penalty, and now and then the share of zeros per layer."""
+
+    def __init__(self, num_layers: int, count_zeros: bool) -> None:
+        self._count = count_zeros
+        self.penalties: list[Tensor] = []
+        self.zeros: list[list[float]] = [[] for _ in range(num_layers)]
+
+    def __call__(self, layer: int, active: Tensor) -> None:
+        """Take in relu(pre-activation) [B, T, F] of one layer."""
+        # A sum and a scalar product: the backward pass of mean() divides every element in bfloat16, slowly.
+        self.penalties.append(active.sum(dtype=torch.float32) * (1 / active.numel()))
+        if self._count:
+            self.zeros[layer].append(float((active == 0).float().mean()))
+
+    def penalty(self) -> Tensor:
+        """Mean over the layers seen, with gradient."""
+        return torch.stack(self.penalties).mean()
+
+
+class Trainer:
+    """Model, optimizers and data of one run in one process of `world`."""
+
+    def __init__(
+        self,
+        model: PersimmonModel,
+        source: BatchSource,
+        num_steps: int,
+        recipe: LoopRecipe,
+        directory: Path,
+        world: World,
+        evaluate: Callable[[PersimmonModel], dict[str, Any]] | None = None,
+        report: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        self.model, self.source, self.num_steps = model, source, num_steps
+        self.recipe, self.directory, self.world = recipe, directory, world
+        self._evaluate, self._report = evaluate, report
+        self._dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
+        self.optimizers = build_optimizers(model, recipe.optimizer, self._dtype)
+        self._tokens_total = sum(source.rows(s) * source.row_length(s) for s in range(num_steps))
+        self.step, self.tokens_seen = 0, 0
+        self._running_loss: float | None = None
+
+    # -- one step ------------------------------------------------------------------------------------
+
+    def learning_rate_factor(self) -> float:
+        """The schedule's multiplier for the coming step."""
+        schedule = self.recipe.schedule
+        return warmup_stable_decay(
+            self.tokens_seen / self._tokens_total,
+            warmup=schedule.warmup, decay=schedule.decay, floor=schedule.floor,
+        )  # fmt: skip
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        mine = range(self.world.rank, self.source.rows(self.step), self.world.size)
+        size = max(1, self.recipe.micro_tokens // self.source.row_length(self.step))
+        for start in range(0, len(mine), size):
+            yield self.source.batch(self.step, mine[start : start + size])
+
+    def _forward_backward(self, count_zeros: bool) -> tuple[float, list[float]]:
+        """Gradients of the whole step in every process; (mean loss in nats per target, zeros per layer)."""
+        batches = list(self._micro_batches())
+        counts = torch.tensor([float(sum(int((b.targets != IGNORE).sum()) for b in batches)), float(len(batches))])
+        targets, passes = self.world.sum(counts).tolist()
+        statistics = LayerStatistics(self.model.config.num_layers, count_zeros)
+        total = torch.zeros(())
+        for batch in batches:
+            with self._autocast():
+                statistics.penalties.clear()
+                hidden = self.model.features(batch.token_ids, documents=batch.documents, observe=statistics)
+                loss = chunked_cross_entropy(
+                    hidden.flatten(0, 1), self.model.lm_head.weight, batch.targets.flatten(), scale=1 / targets
+                )
+                total += loss.detach()
+                if self.recipe.sparsity_penalty:
+                    loss = loss + self.recipe.sparsity_penalty / passes * statistics.penalty()
+            loss.backward()
+        self.world.sum_gradients(self.model.parameters())
+        return float(self.world.sum(total)), [sum(z) / len(z) for z in statistics.zeros if z]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, dtype=self._dtype)
+
+    def _update(self) -> float:
+        """Clip, scale the rates, step the optimizers; returns the gradient's norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        factor = self.learning_rate_factor()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["top_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def train_step(self) -> dict[str, Any]:
+        """Run one step; returns its row of the metrics."""
+        started = time.perf_counter()
+        wanted = self.recipe.log_every
+        loss, zeros = self._forward_backward(count_zeros=wanted > 0 and self.step % wanted == 0)
+        self._guard(loss)
+        factor = self.learning_rate_factor()
+        norm = self._update()
+        tokens = self.source.rows(self.step) * self.source.row_length(self.step)
+        self.step += 1
+        self.tokens_seen += tokens
+        row: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            "loss": loss,
+            "lr_factor": round(factor, 6),
+            "grad_norm": round(norm, 4),
+            "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
+        }
+        if zeros:
+            row["zeros"] = [round(z, 4) for z in zeros]
+        return row
+
+    def _guard(self, loss: float) -> None:
+        mean = self._running_loss
+        if not math.isfinite(loss) or (mean is not None and loss > mean + self.recipe.max_loss_jump):
+            raise TrainingStopped(
+                f"step {self.step + 1}: the loss is {loss:.3f} after a running mean of "
+                f"{mean if mean is None else round(mean, 3)}; stopped before this update"
+            )
+        self._running_loss = loss if mean is None else 0.98 * mean + 0.02 * loss
+
+    # -- the run -------------------------------------------------------------------------------------
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint of the run's directory, if there is one."""
+        state = load_newest(self.directory / "checkpoints", self.model, self.optimizers)
+        if state is None:
+            return False
+        self.step, self.tokens_seen = state["step"], state["tokens"]
+        self._running_loss = state["running_loss"]
+        if self.world.is_main:
+            truncate_metrics(self.directory / "metrics.jsonl", self.step)
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step (main process)."""
+        if self.world.is_main:
+            state = {"tokens": self.tokens_seen, "running_loss": self._running_loss}
+            save_checkpoint(
+                self.directory / "checkpoints",
+                self.step, self.model, self.optimizers, state, self.recipe.keep_checkpoints,
+            )  # fmt: skip
+
+    def run(self) -> None:
+        """Train until the plan is done; checkpoints by the clock, metrics every step."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        saved = time.monotonic()
+        with _metrics_file(self.directory, self.world) as write:
+            while self.step < self.num_steps:
+                row = self.train_step()
+                if self._evaluate is not None and self._evaluation_due():
+                    row["held_out"] = self._evaluate(self.model)
+                write(row)
+                self._report(row)
+                if time.monotonic() - saved > 60 * self.recipe.checkpoint_minutes:
+                    self.save()
+                    saved = time.monotonic()
+            self.save()
+
+    def _evaluation_due(self) -> bool:
+        every = self.recipe.evaluate_every
+        return self.world.is_main and (self.step == self.num_steps or bool(every and self.step % every == 0))
+
+
+@contextlib.contextmanager
+def _metrics_file(directory: Path, world: World) -> Iterator[Callable[[dict[str, Any]], None]]:
+    if not world.is_main:
+        yield lambda row: None
+        return
+    with (directory / "metrics.jsonl").open("a") as stream:
+
+        def write(row: dict[str, Any]) -> None:
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+
+        yield write
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the rows after `step` (and a torn last line), so that a resumed run leaves one row per step."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    os.replace(partial, path)

@@ -1,0 +1,161 @@
+"""AdamW with decay only where it belongs, and Muon for the matrices of the blocks.
+
+Muon (Keller Jordan, 2024, `KellerJordan/Muon`) replaces a matrix's momentum by the nearest orthogonal matrix, found with a few
+Newton-Schulz steps, so that every direction of the update has the same size. The fused query-key-value matrix is three
+matrices for this purpose and is taken apart first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persimmon.errors import ConfigError
+from persimmon.model import PersimmonModel
+
+# Quintic iteration coefficients of the Muon reference: fast, to a singular value of about 0.7-1.2.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True)
+class MatrixParameter:
+    """A block matrix, and (heads, head_dim) when its rows are a fused [heads, 3, head_dim]."""
+
+    parameter: nn.Parameter
+    fused_heads: tuple[int, int] | None = None
+
+    def split(self, update: Tensor) -> Tensor:
+        """[rows, cols] -> [parts, rows / parts, cols]."""
+        if self.fused_heads is None:
+            return update[None]
+        heads, dim = self.fused_heads
+        return update.view(heads, 3, dim, -1).transpose(0, 1).reshape(3, heads * dim, -1)
+
+    def join(self, parts: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        if self.fused_heads is None:
+            return parts[0]
+        heads, dim = self.fused_heads
+        return parts.view(3, heads, dim, -1).transpose(0, 1).reshape(self.parameter.shape)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Nearly orthogonal matrices [K, rows, cols] with the same singular directions; rows <= cols is fastest.
+
+    The iteration corrects its own rounding, so `dtype` may be bfloat16.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised Nesterov momentum. `lr` is the spectral size of one update of a square matrix."""
+
+    def __init__(
+        self,
+        matrices: Iterable[MatrixParameter],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._matrices = list(matrices)
+        self._dtype = dtype
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([m.parameter for m in self._matrices], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update; matrices of equal shape are orthogonalised together."""
+        group = self.param_groups[0]
+        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+        batches: dict[tuple[int, int], list[tuple[MatrixParameter, bool, Tensor]]] = {}
+        for matrix in self._matrices:
+            parameter = matrix.parameter
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
+            parts = matrix.split(parameter.grad.lerp(average, momentum))
+            tall = parts.shape[1] > parts.shape[2]
+            parts = parts.mT if tall else parts
+            batches.setdefault((parts.shape[1], parts.shape[2]), []).append((matrix, tall, parts))
+        for batch in batches.values():
+            updates = orthogonalize(torch.cat([parts for *_, parts in batch]), dtype=self._dtype)
+            sizes = [len(parts) for *_, parts in batch]
+            for (matrix, tall, _), update in zip(batch, updates.split(sizes), strict=True):
+                update = update.mT if tall else update
+                # A tall matrix moves its outputs as far as a square one when scaled by sqrt(rows / cols).
+                scale = max(1.0, update.shape[1] / update.shape[2]) ** 0.5
+                matrix.parameter.mul_(1 - lr * decay).add_(matrix.join(update), alpha=-lr * scale)
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """Learning rates at the top of the schedule, and decay."""
+
+    matrices: str = "muon"
+    """`muon` or `adamw` for the matrices of the blocks."""
+    matrix_lr: float = 0.02
+    vector_lr: float = 8e-3
+    """AdamW rate of embedding, head, norms and biases."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the block matrices; nothing else decays."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.95
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+
+    def __post_init__(self) -> None:
+        if self.matrices not in ("muon", "adamw"):
+            raise ConfigError(f"optimizer.matrices must be muon or adamw, got {self.matrices!r}")
+        for name in ("matrix_lr", "vector_lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optimizer.{name} must be positive, got {getattr(self, name)}")
+
+
+def build_optimizers(
+    model: PersimmonModel, recipe: OptimizerRecipe, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model; each group remembers its top rate as `top_lr`."""
+    config = model.config
+    matrices, vectors = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and name.startswith("layers."):
+            fused = (config.num_heads, config.head_dim) if "query_key_value" in name else None
+            matrices.append(MatrixParameter(parameter, fused))
+        else:
+            vectors.append(parameter)
+    betas = (recipe.beta1, recipe.beta2)
+    groups: list[dict[str, Any]] = [{"params": vectors, "lr": recipe.vector_lr, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = []
+    if recipe.matrices == "muon":
+        optimizers.append(
+            Muon(
+                matrices,
+                recipe.matrix_lr,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+                dtype=dtype,
+            )
+        )
+    else:
+        parameters = [matrix.parameter for matrix in matrices]
+        groups.append({"params": parameters, "lr": recipe.matrix_lr, "weight_decay": recipe.weight_decay})
+    optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["top_lr"] = group["lr"]
+    return optimizers
