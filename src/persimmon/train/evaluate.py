@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
-
-
-@dataclass
-class DocumentScore:
-    """Total bits and bytes of one document, and the mean loss in nats per position bucket."""
-
-    bits: float
-    num_bytes: int
-    nats_by_position: list[tuple[int, float]] = field(default_factory=list)
-    """(position in the document, nats) sums are made from this by the caller."""
 
 
 def windows(length: int, window: int, context: int) -> list[tuple[int, int, int]]:
@@ -36,7 +25,7 @@ def windows(length: int, window: int, context: int) -> list[tuple[int, int, int]
 
 @torch.inference_mode()
 def document_bits(model: PersimmonModel, token_ids: Sequence[int], *, window: int, context: int = 512) -> float:
-    """Bits the model needs for `token_ids` after their first (the opening end-of-text), in windows of `window` tokens."""
+    """Bits the model needs for all `token_ids` but the first (the opening end-of-text), in windows of `window`."""
     ids = torch.tensor(token_ids)
     nats = 0.0
     for start, end, first in windows(len(ids) - 1, window, context):
