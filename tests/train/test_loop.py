@@ -65,7 +65,9 @@ def test_the_loss_is_the_mean_over_targets_that_count(tmp_path: Path) -> None:
     trainer = build(LoopRecipe(micro_tokens=32), tmp_path)
     batch = trainer.source.batch(0, range(6))
     logits = trainer.model(batch.token_ids, documents=batch.documents)
-    expected = torch.nn.functional.cross_entropy(logits.detach().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    expected = torch.nn.functional.cross_entropy(
+        logits.detach().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE
+    )
     assert trainer.train_step()["loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
