@@ -243,7 +243,7 @@ def test_verdicts(box: Sandbox) -> None:
     assert box.run("while True: print('x' * 1000)").status == "output limit"
     quick = Sandbox(box.isolation, Limits(wall_seconds=1))
     assert quick.run("import time; time.sleep(60)").status == "timed out"
-    assert Sandbox(box.isolation, Limits(cpu_seconds=1)).run("while True: pass").status == "killed"
+    assert Sandbox(box.isolation, Limits(cpu_seconds=1, wall_seconds=120)).run("while True: pass").status == "killed"
 
 
 def test_ordinary_programs_run(box: Sandbox) -> None:
