@@ -7,10 +7,14 @@ What makes it Persimmon (each checked against the release's code, adept-inferenc
 * LayerNorm with bias over head_dim on queries and keys, one set per layer shared by the heads, *before* rotary;
 * rotary on the leading half of each head, pairing dimension i with i + rotary_dim / 2, base 25000;
 * an ungated MLP with relu(x)^2, about 90 % of whose values are exact zeros in a trained model;
-* untied embedding and head, LayerNorm statistics and softmax in float32.
+* untied embedding and head, LayerNorm statistics and softmax in float32;
+* no dropout anywhere: the 0.6 of the released `config.json` is metadata (config.py).
+
+It runs in float32, bfloat16 and, as an oracle, float64; float16 is refused (`check_dtype`). docs/numerics.md says
+which results are exact and how far the others may differ.
 
 Shapes use these letters throughout:
-    B batch rows   T new tokens per row   S keys per row   H hidden_size   N heads   D head_dim
+    B batch rows   T new tokens per row   H hidden_size   N heads   D head_dim
     R rotary_dim   F intermediate_size    V vocab_size
 
 Attention is a strategy: with nothing given every row is one causal document; `documents` keeps attention inside
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -28,6 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from persimmon.config import ModelConfig
+from persimmon.errors import ContextLengthError, InputError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+"""What weights and activations may be."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [B, N, T, D], k, v) -> [B, N, T, D]."""
@@ -49,19 +58,43 @@ class Cache(Protocol):
         """Count the tokens as stored, once all layers have run."""
 
 
-def rotary_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cos and sin [..., R / 2] in float32 for integer positions [...].
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise InputError unless the model can compute in `dtype`; loaders convert float16 files first."""
+    if dtype is torch.float16:
+        raise InputError(
+            "float16 is not supported: relu(x)^2 exceeds its 65504 once x > 255.9; use bfloat16 or float32"
+        )
+    if dtype not in DTYPES:
+        raise InputError(
+            f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
+        )
 
-    `float32` computes exactly what every port does. `bfloat16` repeats the release's prefill: frequencies,
-    positions and their products are each rounded to bfloat16 before cos and sin, so that only 1,025 distinct
-    positions exist below 16,384 (flash-attn `layers/rotary.py` with `pos_idx_in_fp32=False`).
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each rotated pair, [R / 2] float32 on the CPU: base^(-2i / R).
+
+    Written as the release and every port write it, and always computed on the CPU: at position 16,383 one unit in
+    the last place of a frequency turns the angle by up to 0.0005 rad.
     """
-    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions.device)
-    inv_freq = config.rotary_base ** (-exponents / config.rotary_dim)
-    if config.rotary_precision == "float32":
-        angles = positions.to(torch.float32)[..., None] * inv_freq
-        return angles.cos(), angles.sin()
-    angles = positions.to(torch.bfloat16)[..., None] * inv_freq.to(torch.bfloat16)
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu") / config.rotary_dim
+    return 1.0 / (config.rotary_base**exponents)
+
+
+def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
+    """Angles in radians [..., R / 2] for integer positions [...], in the config's rotary precision.
+
+    `float32` computes exactly what every port does. `bfloat16` repeats the release's prefill: frequencies, positions
+    and their products are each rounded to bfloat16, so that only 1,025 distinct positions exist below 16,384
+    (flash-attn `layers/rotary.py` with `pos_idx_in_fp32=False`).
+    """
+    dtype = torch.bfloat16 if config.rotary_precision == "bfloat16" else torch.float32
+    frequencies = inverse_frequencies(config).to(dtype).to(positions.device)
+    return positions.to(dtype)[..., None] * frequencies
+
+
+def rotary_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cos and sin [..., R / 2] in float32 of the angles; under bfloat16 their values are rounded to it too."""
+    angles = rotary_angles(config, positions)
     return angles.cos().float(), angles.sin().float()
 
 
@@ -97,7 +130,7 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, boundaries: Sequence[int])
 def _equal_runs(boundaries: Sequence[int]) -> list[tuple[int, int, int]]:
     """Group neighbouring documents of equal size: (start, size, count) of each group."""
     runs: list[tuple[int, int, int]] = []
-    for start, end in zip(boundaries, boundaries[1:], strict=False):
+    for start, end in pairwise(boundaries):
         size = end - start
         if runs and runs[-1][1] == size:
             runs[-1] = (runs[-1][0], size, runs[-1][2] + 1)
@@ -107,13 +140,39 @@ def _equal_runs(boundaries: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def check_boundaries(boundaries: Sequence[int], num_rows: int, num_tokens: int) -> None:
-    """Raise ValueError unless the boundaries cover all rows and no document crosses a row."""
-    edges = set(boundaries)
-    ascending = all(a < b for a, b in zip(boundaries, boundaries[1:], strict=False))
-    if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != num_rows * num_tokens or not ascending:
-        raise ValueError(f"document boundaries must ascend from 0 to {num_rows * num_tokens}")
-    if any(row * num_tokens not in edges for row in range(num_rows)):
-        raise ValueError("a document crosses the end of a row")
+    """Raise InputError unless the boundaries ascend over all rows and no document crosses the end of one."""
+    total = num_rows * num_tokens
+    if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != total:
+        raise InputError(f"document boundaries must run from 0 to {total} ({num_rows} rows of {num_tokens} tokens)")
+    for start, end in pairwise(boundaries):
+        if end <= start:
+            raise InputError(f"document boundaries must ascend, got {start} and then {end}")
+        if start // num_tokens != (end - 1) // num_tokens:
+            raise InputError(f"the document [{start}, {end}) crosses the end of a row of {num_tokens} tokens")
+
+
+def document_positions(boundaries: Sequence[int], num_rows: int, num_tokens: int) -> Tensor:
+    """Positions [B, T] that start at 0 in every document, for the `positions` argument of the model.
+
+    Attention sees differences of positions only, so counting along the row gives the same up to rounding. Under
+    `rotary_precision="bfloat16"` it does not: there a document deep inside a row would get coarse positions.
+    """
+    check_boundaries(boundaries, num_rows, num_tokens)
+    edges = torch.tensor(boundaries)
+    starts = edges[:-1].repeat_interleave(edges.diff())
+    return (torch.arange(num_rows * num_tokens) - starts).view(num_rows, num_tokens)
+
+
+def _attention(documents: Sequence[int] | None, cache: Cache | None, rows: int, tokens: int) -> Attend:
+    """How the tokens of one forward pass attend."""
+    if cache is not None:
+        if documents is not None:
+            raise InputError("documents and cache exclude each other")
+        return cache.attend
+    if documents is None:
+        return lambda layer, q, k, v: attend_causal(q, k, v)
+    check_boundaries(documents, rows, tokens)
+    return lambda layer, q, k, v: attend_documents(q, k, v, documents)
 
 
 class Attention(nn.Module):
@@ -130,7 +189,7 @@ class Attention(nn.Module):
         self.k_layernorm = nn.LayerNorm(dim, eps) if config.qk_layernorm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """X [B, T, H] -> [B, T, H]."""
+        """Map x [B, T, H] to [B, T, H]."""
         rows, tokens, hidden = x.shape
         fused = self.query_key_value(x).view(rows, tokens, self.num_heads, 3, self.head_dim)
         q, k, v = fused.unbind(3)  # each [B, T, N, D]
@@ -141,7 +200,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """H -> F -> relu^2 -> H. No float16: relu(x)^2 leaves its range of 65504 once x passes 255.9."""
+    """H -> F, relu(x)^2, F -> H."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -150,7 +209,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, observe: Observer | None) -> Tensor:
-        """X [B, T, H] -> [B, T, H]."""
+        """Map x [B, T, H] to [B, T, H]."""
         active = F.relu(self.dense_h_to_4h(x))
         if observe is not None:
             observe(self.layer, active)
@@ -168,7 +227,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, layer)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, observe: Observer | None) -> Tensor:
-        """X [B, T, H] -> [B, T, H]."""
+        """Map x [B, T, H] to [B, T, H]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x), observe)
 
@@ -195,24 +254,30 @@ class PersimmonModel(nn.Module):
     ) -> Tensor:
         """token_ids [B, T] -> final hidden states [B, T, H], ready for the head.
 
-        positions: [T] or [B, T], default 0.. per row (or as the cache counts). documents: offsets as in
-        `attend_documents`. cache: keys and values before these tokens; extended by them.
+        Args:
+            token_ids: integer ids below vocab_size.
+            positions: [T] or [B, T], each in [0, max_positions); default 0, 1, .. per row, or as the cache counts.
+                `document_positions` makes them start anew in every document.
+            documents: offsets as in `attend_documents`; default one document per row.
+            cache: keys and values before these tokens; extended by them. Excludes `documents`.
+            observe: called once per layer with relu(pre-activation).
+
+        Raises:
+            ContextLengthError: a position is max_positions or more.
+            InputError: float16 weights or autocast, boundaries that do not fit, ids that are not [B, T].
         """
+        if token_ids.dim() != 2:
+            raise InputError(f"token_ids must be [rows, tokens], got shape {list(token_ids.shape)}")
         rows, tokens = token_ids.shape
-        attend: Attend = lambda layer, q, k, v: attend_causal(q, k, v)  # noqa: E731
-        if documents is not None:
-            if cache is not None:
-                raise ValueError("documents and cache exclude each other")
-            check_boundaries(documents, rows, tokens)
-            attend = lambda layer, q, k, v: attend_documents(q, k, v, documents)  # noqa: E731
-        elif cache is not None:
-            attend = cache.attend
-            positions = cache.positions(rows, tokens) if positions is None else positions
-        if positions is None:
-            positions = torch.arange(tokens, device=token_ids.device)
+        self._check_dtype(token_ids.device.type)
+        attend = _attention(documents, cache, rows, tokens)
+        if positions is None and cache is not None:
+            positions = cache.positions(rows, tokens)
+        else:
+            positions = self._checked_positions(positions, rows, tokens).to(token_ids.device)
         cos, sin = rotary_tables(self.config, positions)
         # [T, R/2] or [B, T, R/2] -> [1 or B, T, 1, R/2]
-        cos, sin = (t.reshape(-1, tokens, 1, t.shape[-1]) for t in (cos, sin))
+        cos, sin = (t.view(-1, tokens, 1, t.shape[-1]) for t in (cos, sin))
         x = self.embed_tokens(token_ids)
         for block in self.layers:
             x = block(x, cos, sin, attend, observe)
@@ -229,9 +294,34 @@ class PersimmonModel(nn.Module):
         cache: Cache | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
-        """token_ids [B, T] -> logits [B, T, V] in float32; the arguments of `features`."""
+        """token_ids [B, T] -> logits [B, T, V] in float32 (float64 in a float64 model); arguments of `features`.
+
+        All B * T * V logits exist at once, 1 MiB per token of the 8B: take `features` and `lm_head` where few
+        positions are wanted, and train/loss.py for a loss.
+        """
         hidden = self.features(token_ids, positions=positions, documents=documents, cache=cache, observe=observe)
-        return self.lm_head(hidden).float()
+        logits = self.lm_head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _check_dtype(self, device_type: str) -> None:
+        check_dtype(self.embed_tokens.weight.dtype)
+        if torch.is_autocast_enabled(device_type):
+            check_dtype(torch.get_autocast_dtype(device_type))
+
+    def _checked_positions(self, positions: Tensor | None, rows: int, tokens: int) -> Tensor:
+        """The given positions, or 0 .. T - 1; every one of them inside the context."""
+        limit = self.config.max_positions
+        if positions is None:
+            if tokens > limit:
+                raise ContextLengthError(f"{tokens} tokens exceed the context of {limit} positions")
+            return torch.arange(tokens)
+        if list(positions.shape) not in ([tokens], [rows, tokens]):
+            raise InputError(f"positions must be [{tokens}] or [{rows}, {tokens}], got {list(positions.shape)}")
+        if positions.numel() and not (0 <= int(positions.min()) and int(positions.max()) < limit):
+            raise ContextLengthError(
+                f"positions must be in [0, {limit}), got {int(positions.min())} to {int(positions.max())}"
+            )
+        return positions
 
     @torch.no_grad()
     def initialize(
@@ -244,8 +334,14 @@ class PersimmonModel(nn.Module):
     ) -> None:
         """Normal weights, zero biases, unit norms.
 
-        The defaults are the release's: 0.02, and 0.02 / sqrt(2 * layers) for the two output projections of a block
-        (adept-inference `megatron/model/utils.py`; what its run used is unpublished).
+        The defaults are the release's (adept-inference `megatron/model/utils.py`; what its run used is unpublished).
+
+        Args:
+            generator: source of the numbers, on the parameters' device.
+            std: standard deviation of all matrices but those named next.
+            output_std: of the two output projections of a block, `dense` and `dense_4h_to_h`; default
+                std / sqrt(2 * num_layers), so that the residual stream grows no faster with depth.
+            head_std: of `lm_head`; default std.
         """
         if output_std is None:
             output_std = std / math.sqrt(2 * self.config.num_layers)

@@ -1,0 +1,1 @@
+"""Training: recipes, loss, optimizers, schedules, the loop, pretraining and fine-tuning."""

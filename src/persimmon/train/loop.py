@@ -69,11 +69,13 @@ class LoopRecipe:
     """Dtype of the matrix products: float32, or bfloat16 (autocast; weights and sums stay float32)."""
     sparsity_penalty: float = 0.0
     """Weight of the mean of relu(pre-activation) over layers, positions and neurons, added to the loss in nats."""
+    sparsity_target: float = 1.0
+    """The penalty of a layer pauses while its share of zeros in the batch is above this: AdamW normalises even a small
+    steady push, so without a target the biases sink until hardly a neuron is left (docs/LOG.md)."""
     micro_tokens: int = 8192
     """Most tokens of one forward pass of one process."""
     checkpoint_minutes: float = 5.0
     keep_checkpoints: int = 2
-    log_every: int = 10
     evaluate_every: int = 250
     """Steps between evaluations on held-out documents; 0: only at the end."""
     max_loss_jump: float = 3.0
@@ -89,23 +91,24 @@ class TrainingStopped(PersimmonError, RuntimeError):
 
 
 class LayerStatistics:
-    """Observer of the MLPs: the sparsity penalty, and now and then the share of zeros per layer."""
+    """Observer of the MLPs: the share of zeros per layer, and the penalty that keeps it up."""
 
-    def __init__(self, num_layers: int, count_zeros: bool) -> None:
-        self._count = count_zeros
+    def __init__(self, num_layers: int, target: float) -> None:
+        self._target = target
         self.penalties: list[Tensor] = []
         self.zeros: list[list[float]] = [[] for _ in range(num_layers)]
 
     def __call__(self, layer: int, active: Tensor) -> None:
         """Take in relu(pre-activation) [B, T, F] of one layer."""
-        # A sum and a scalar product: the backward pass of mean() divides every element in bfloat16, slowly.
-        self.penalties.append(active.sum(dtype=torch.float32) * (1 / active.numel()))
-        if self._count:
-            self.zeros[layer].append(float((active == 0).float().mean()))
+        zeros = 1.0 - int(torch.count_nonzero(active.detach())) / active.numel()
+        self.zeros[layer].append(zeros)
+        if zeros < self._target:
+            # A sum and a scalar product: the backward pass of mean() divides every element in bfloat16, slowly.
+            self.penalties.append(active.sum(dtype=torch.float32) * (1 / active.numel()))
 
     def penalty(self) -> Tensor:
-        """Mean over the layers seen, with gradient."""
-        return torch.stack(self.penalties).mean()
+        """Sum over the layers below the target of their mean activation, with gradient, per layer of the model."""
+        return sum(self.penalties, start=torch.zeros(())) / len(self.zeros)
 
 
 class Trainer:
@@ -147,12 +150,12 @@ class Trainer:
         for start in range(0, len(mine), size):
             yield self.source.batch(self.step, mine[start : start + size])
 
-    def _forward_backward(self, count_zeros: bool) -> tuple[float, list[float]]:
+    def _forward_backward(self) -> tuple[float, list[float]]:
         """Gradients of the whole step in every process; (mean loss in nats per target, zeros per layer)."""
         batches = list(self._micro_batches())
         counts = torch.tensor([float(sum(int((b.targets != IGNORE).sum()) for b in batches)), float(len(batches))])
         targets, passes = self.world.sum(counts).tolist()
-        statistics = LayerStatistics(self.model.config.num_layers, count_zeros)
+        statistics = LayerStatistics(self.model.config.num_layers, self.recipe.sparsity_target)
         total = torch.zeros(())
         for batch in batches:
             with self._autocast():
@@ -187,25 +190,23 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """Run one step; returns its row of the metrics."""
         started = time.perf_counter()
-        wanted = self.recipe.log_every
-        loss, zeros = self._forward_backward(count_zeros=wanted > 0 and self.step % wanted == 0)
+        loss, zeros = self._forward_backward()
         self._guard(loss)
         factor = self.learning_rate_factor()
         norm = self._update()
         tokens = self.source.rows(self.step) * self.source.row_length(self.step)
         self.step += 1
         self.tokens_seen += tokens
-        row: dict[str, Any] = {
+        return {
             "step": self.step,
             "tokens": self.tokens_seen,
+            "of_tokens": self._tokens_total,
             "loss": loss,
             "lr_factor": round(factor, 6),
             "grad_norm": round(norm, 4),
             "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
+            "zeros": [round(share, 4) for share in zeros],
         }
-        if zeros:
-            row["zeros"] = [round(z, 4) for z in zeros]
-        return row
 
     def _guard(self, loss: float) -> None:
         mean = self._running_loss

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from persimmon.checkpoints import hub
 from persimmon.config import ModelConfig, preset
 from persimmon.data.documents import read_documents
 from persimmon.data.packing import PackedRows, Row
@@ -190,16 +191,22 @@ def _run(world: World, recipe: PretrainRecipe, resume: bool, report: Report) -> 
     if resume:
         trainer.resume()
     trainer.run()
+    if world.is_main:
+        hub.save_model(model, tokenizer, output / "model", dtype=torch.bfloat16)
+
+
+def refuse_overwriting(output: str, resume: bool) -> None:
+    """Raise ConfigError when `output` already holds a run that is not to be resumed."""
+    checkpoints = Path(output) / "checkpoints"
+    if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        raise ConfigError(f"{output} already holds a run; pass --resume to go on with it")
 
 
 def pretrain(recipe: PretrainRecipe, *, resume: bool, report: Report) -> None:
-    """Run (or go on with) a recipe; checkpoints and metrics land in its output directory.
+    """Run (or go on with) a recipe: checkpoints, metrics and the finished `model` land in its output directory.
 
     `report` gets every step's metrics in the main process and must be a module-level function.
-    Raises ConfigError when the output already holds a run and `resume` is not set.
     """
-    checkpoints = Path(recipe.output) / "checkpoints"
-    if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
-        raise ConfigError(f"{recipe.output} already holds a run; pass --resume to go on with it")
+    refuse_overwriting(recipe.output, resume)
     os.environ.setdefault("OMP_NUM_THREADS", str(recipe.threads or os.cpu_count() or 1))
     run_processes(recipe.processes, _run, recipe, resume, report)

@@ -1,0 +1,55 @@
+# Set-up and everyday commands. Each target makes what it needs; nothing is installed twice.
+#   make chat    talk with the shipped model        make test    all tests of this machine
+#   make check   format, lint, types, imports       make clean   forget the environment
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && command -v $$p && break; done)
+TORCH := $(shell grep '^torch==' constraints.txt)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# An older PyTorch is enough when it is all there is: make chat TORCH=torch==2.11.0
+
+.DEFAULT_GOAL := help
+.PHONY: help chat test check format clean
+.SILENT:
+
+help:
+	sed -n '2,4s/^# *//p' Makefile
+
+$(BIN)/python:
+	test -n "$(PYTHON)" || { echo "persimmon needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	echo "creating $(VENV) with $(PYTHON)" >&2
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/base.done: pyproject.toml constraints.txt | $(BIN)/python
+	echo "installing $(TORCH) (once)" >&2
+	$(PIP) install --quiet "$(TORCH)"
+	echo "installing persimmon (once)" >&2
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/base.done
+	echo "installing the test and development tools (once)" >&2
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+chat: $(VENV)/base.done
+	$(BIN)/persimmon chat
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.done
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

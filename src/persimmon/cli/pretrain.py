@@ -1,0 +1,55 @@
+"""`persimmon pretrain`: train a model from scratch on prepared data."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "pretrain a model from a recipe"
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every verb that runs a training recipe."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file (see configs/)")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="change one setting of the recipe, e.g. loop.optimizer.matrix_lr=0.01 (repeatable)",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run")
+    parser.add_argument("--plot", metavar="FILE", help="where the curves go (default: OUTPUT/curves.png)")
+    parser.add_argument("--quiet", action="store_true", help="no progress, held-out scores only")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    add_recipe_arguments(parser)
+
+
+def draw_curves(output: str, picture: str | None) -> None:
+    """Plot the finished run when matplotlib is there, and say where the results are."""
+    import sys
+    from pathlib import Path
+
+    from persimmon.errors import UnavailableError
+    from persimmon.train.plot import plot_run
+
+    target = Path(picture) if picture else Path(output) / "curves.png"
+    try:
+        plot_run(Path(output) / "metrics.jsonl", target)
+        print(f"curves: {target}", file=sys.stderr)
+    except UnavailableError as error:
+        if picture:
+            raise
+        print(f"no plot: {error}", file=sys.stderr)
+    print(f"model: {Path(output) / 'model'}", file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Execute the verb."""
+    from persimmon.train.console import ConsoleReport
+    from persimmon.train.pretrain import PretrainRecipe, pretrain
+    from persimmon.train.recipe import load_recipe
+
+    recipe = load_recipe(PretrainRecipe, args.recipe, args.overrides)
+    pretrain(recipe, resume=args.resume, report=ConsoleReport(quiet=args.quiet))
+    draw_curves(recipe.output, args.plot)
+    return 0

@@ -1,0 +1,131 @@
+"""Which engine, device and precision a model runs with, and why.
+
+The one place that knows the engines: `ENGINES` lists them, best first, and a faster one joins by adding its row (see
+docs/architecture.md for what admits it). Nothing here imports torch before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from persimmon.errors import InputError, UnavailableError
+from persimmon.machine import memory_available
+
+if TYPE_CHECKING:
+    from persimmon.config import ModelConfig
+    from persimmon.infer.decoder import Decoder
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16")
+
+# Share of the free memory that float32 weights may take before bfloat16 is chosen: the rest is for keys and
+# values, activations and everything else on the machine.
+_WEIGHTS_SHARE = 0.6
+
+FLOAT16_REASON = (
+    "float16 is not offered: relu(x)^2 leaves its range of 65504 once x passes 255.9; use bfloat16 or float32"
+)
+
+
+class Choice(NamedTuple):
+    """What was chosen, and the reason in words."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to run a model."""
+
+    name: str
+    summary: str
+    devices: tuple[str, ...]
+    """Device types it runs on."""
+    load: Callable[[Path, ModelConfig, str, str], Decoder]
+    """(model directory, configuration, device, dtype) -> decoder."""
+    options: frozenset[str] = frozenset()
+    """Names of the extra options of `load` that it understands."""
+
+
+def _load_reference(directory: Path, config: ModelConfig, device: str, dtype: str) -> Decoder:
+    import torch
+
+    from persimmon.checkpoints import hub
+    from persimmon.infer.reference import ReferenceDecoder
+
+    model = hub.load_model(directory, dtype=getattr(torch, dtype), device=device)
+    model.config = config
+    return ReferenceDecoder(model)
+
+
+ENGINES: dict[str, Engine] = {
+    "reference": Engine("reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference),
+}
+
+
+def describe_engines() -> str:
+    """The engines of this installation in one line."""
+    return "; ".join(f"{engine.name} ({engine.summary})" for engine in ENGINES.values())
+
+
+def choose_device(requested: str) -> Choice:
+    """`auto` takes cuda, then mps, then cpu; a device that is not there is refused."""
+    import torch
+
+    kind = requested.partition(":")[0]
+    if kind not in DEVICES:
+        raise InputError(f"device must be one of {', '.join(DEVICES)} or cuda:N, got {requested!r}")
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if requested == "auto":
+        found = next(name for name, there in present.items() if there)
+        return Choice(found, "the fastest device here" if found != "cpu" else "no GPU that PyTorch can use")
+    if not present[kind]:
+        raise UnavailableError(f"device {requested!r} is not available: PyTorch {torch.__version__} finds no such GPU")
+    if kind == "cuda" and requested != "cuda":
+        index, count = requested.partition(":")[2], torch.cuda.device_count()
+        if not index.isdigit() or int(index) >= count:
+            raise UnavailableError(f"device {requested!r} is not available: there are {count} (cuda:0 ...)")
+    return Choice(requested, "asked for")
+
+
+def choose_engine(requested: str, device: str) -> Choice:
+    """`auto` takes the first engine of the list that runs on the device."""
+    kind = device.partition(":")[0]
+    if requested != "auto" and requested not in ENGINES:
+        raise UnavailableError(f"engine {requested!r} is not installed; there are: auto, {', '.join(ENGINES)}")
+    if requested == "auto":
+        return Choice(next(e.name for e in ENGINES.values() if kind in e.devices), f"the fastest one for {kind} here")
+    if kind not in ENGINES[requested].devices:
+        raise UnavailableError(f"engine {requested!r} runs on {', '.join(ENGINES[requested].devices)}, not on {kind}")
+    return Choice(requested, "asked for")
+
+
+def choose_dtype(requested: str, device: str, num_parameters: int) -> Choice:
+    """`auto` is bfloat16 on cuda, as the weights are stored; elsewhere float32 where the weights fit in memory.
+
+    CPUs without bfloat16 instructions are slower in it, and float32 keeps the exact numbers of the checkpoint.
+    """
+    if requested in ("float16", "fp16", "half"):
+        raise InputError(FLOAT16_REASON)
+    if requested not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
+    if requested != "auto":
+        return Choice(requested, "asked for")
+    if device.startswith("cuda"):
+        return Choice("bfloat16", "the precision of the checkpoint")
+    needed, free = 4 * num_parameters, memory_available()
+    if free is not None and needed > _WEIGHTS_SHARE * free:
+        return Choice("bfloat16", f"float32 weights of {needed / 1e9:.1f} GB would crowd {free / 1e9:.1f} GB of memory")
+    return Choice("float32", f"float32 weights of {needed / 1e9:.2g} GB fit in memory")
+
+
+def check_options(engine: str, options: dict[str, object]) -> None:
+    """Refuse options that the engine does not understand."""
+    unknown = sorted(set(options) - ENGINES[engine].options)
+    if unknown:
+        known = ", ".join(sorted(ENGINES[engine].options)) or "none"
+        raise UnavailableError(f"engine {engine!r} does not support {', '.join(unknown)}; its extra options: {known}")

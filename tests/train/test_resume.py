@@ -1,0 +1,99 @@
+"""A run that is killed and resumed must repeat the losses of an undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_corpus import write_recipe
+
+_PROGRAM = """
+import sys
+from persimmon.train.pretrain import PretrainRecipe, pretrain
+from persimmon.train.recipe import load_recipe
+
+def report(row):
+    print(row["step"], flush=True)
+
+if __name__ == "__main__":
+    pretrain(load_recipe(PretrainRecipe, sys.argv[1]), resume=sys.argv[2] == "resume", report=report)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(_PROGRAM)
+    return path
+
+
+def run(program: Path, recipe: Path, mode: str, kill_at: int | None = None) -> None:
+    command = [sys.executable, str(program), str(recipe), mode]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if kill_at is not None and int(line) >= kill_at:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.wait(timeout=120)
+    assert (process.returncode == 0) == (kill_at is None)
+
+
+def losses(settings: dict[str, Any]) -> list[float]:
+    rows = [json.loads(line) for line in (Path(settings["output"]) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [(1, {}), (1, {"dtype": "bfloat16"}), (1, {"optimizer": {"matrices": "adamw", "matrix_lr": 1e-3}}), (2, {})],
+    ids=["muon", "bfloat16", "adamw", "two-processes"],
+)
+def test_killed_run_repeats_the_losses(
+    pretrain_settings: dict[str, Any], tmp_path: Path, program: Path, processes: int, changes: dict[str, Any]
+) -> None:
+    pretrain_settings |= {"processes": processes}
+    pretrain_settings["loop"] |= {"checkpoint_minutes": 0.0, **changes}
+    whole = pretrain_settings | {"output": str(tmp_path / "whole")}
+    run(program, write_recipe(whole, tmp_path / "whole.yaml"), "new")
+    broken = pretrain_settings | {"output": str(tmp_path / "broken")}
+    recipe = write_recipe(broken, tmp_path / "broken.yaml")
+    kills = random.Random(f"{processes}{changes}").sample(range(1, 11), 2)
+    run(program, recipe, "new", kill_at=min(kills))
+    run(program, recipe, "resume", kill_at=max(kills))
+    run(program, recipe, "resume")
+    assert len(losses(whole)) == 12
+    assert losses(broken) == losses(whole)
+
+
+def test_a_killed_save_leaves_the_older_checkpoint(
+    pretrain_settings: dict[str, Any], tmp_path: Path, program: Path
+) -> None:
+    """SIGKILL at arbitrary moments, also inside a save: what is found is whole."""
+    from persimmon.train.checkpoint import _verified_state
+
+    pretrain_settings["loop"] |= {"checkpoint_minutes": 0.0}
+    recipe = write_recipe(pretrain_settings, tmp_path / "recipe.yaml")
+    rng = random.Random(1)
+    for attempt in range(3):
+        command = [sys.executable, str(program), str(recipe), "resume"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        if process.stdout.readline():
+            time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait(timeout=60)
+        process.stdout.close()
+        checkpoints = Path(pretrain_settings["output"]) / "checkpoints"
+        found = sorted(checkpoints.glob("step-????????"))
+        assert found, f"no checkpoint after attempt {attempt}"
+        assert all(_verified_state(path) is not None for path in found)
