@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from persimmon.errors import InputError
 from persimmon.evals.tasks.task import Generate, Likelihood, Measure, Request, Response, Score, TokenLikelihoods
 from persimmon.infer.decoder import CachedSequence, Chunk, Decoder, Logits
-from persimmon.tokenizer import Tokenizer
+from persimmon.tokenizer import Tokenizer, split_continuation
 
 MEASURE_CHUNK = 512
 """Tokens of a long text whose logits are held at once (512 MiB of float32 for the 8B's vocabulary)."""
@@ -45,25 +46,6 @@ class LanguageModel(Protocol):
 
     def respond(self, requests: Sequence[Request]) -> list[Response]:
         """Answer every request, in order. Equal requests get equal answers."""
-
-
-def split_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of a context and its continuation, which together are those of the joined text where possible.
-
-    Spaces at the end of the context count as the continuation's, as words begin with their space. Where a piece spans
-    the boundary, so that the context's ids are not the beginning of the whole's, the split moves back to the last
-    common token; where that leaves nothing of the context's own, or the whole adds nothing, each part is encoded by
-    itself. The continuation is therefore never empty (the open fault of lm-eval with multi-word pieces, its issue 1297).
-    """
-    stripped = context.rstrip(" ")
-    context, continuation = stripped, context[len(stripped) :] + continuation
-    if not continuation:
-        raise InputError("a continuation to score must not be empty")
-    before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
-    common = _shared(before, whole)
-    if common < len(whole) and (common or not before):
-        return whole[:common], whole[common:]
-    return before, tokenizer.encode(continuation)
 
 
 class DecoderLanguageModel:
@@ -135,7 +117,7 @@ class DecoderLanguageModel:
     # -- likelihood ----------------------------------------------------------------------------------
 
     def _encode(self, request: Score) -> tuple[list[int], list[int]]:
-        context, continuation = split_pair(self._tokenizer, request.context, request.continuation)
+        context, continuation = split_continuation(self._tokenizer, request.context, request.continuation)
         # Without an opening token an empty context still needs something to predict from.
         opening = [self._tokenizer.bos_id] if self._bos or not context else []
         return opening + context, continuation
@@ -153,11 +135,10 @@ class DecoderLanguageModel:
             self._feed([(lane, context[:-1], "none") for lane, context in turn])
             waiting = {lane: list(jobs[context].items()) for lane, context in turn}
             while ready := [(lane, context, waiting[lane].pop()) for lane, context in turn if waiting[lane]]:
-                wanted = [(lane, [*context, *answer[0][:-1]]) for lane, context, answer in ready]
-                logits = self._feed([(lane, ids, "all") for lane, ids in wanted])
+                logits = self._feed([(lane, [*context, *job[0][:-1]], "all") for lane, context, job in ready])
                 for (lane, context, (continuation, indices)), rows in zip(ready, logits, strict=True):
                     assert rows is not None
-                    results.update(dict.fromkeys(indices, likelihood(rows, continuation)))
+                    results |= dict.fromkeys(indices, likelihood(rows, continuation))
                     lane.truncate(len(context) - 1)
         _close(lanes)
         return [results[index] for index in range(len(pairs))]
@@ -200,8 +181,9 @@ class DecoderLanguageModel:
 
     def _generate(self, requests: Sequence[Generate]) -> list[list[str]]:
         """Continue every prompt; a lane takes its next prompt as soon as one is finished."""
+        prompts = [self._prompt(request) for request in requests]
         writings = [
-            _Writing(self._prompt(request), request, index, copy)
+            _Writing(prompts[index], request, index, copy)
             for index, request in enumerate(requests)
             for copy in range(request.count)
         ]
@@ -210,19 +192,19 @@ class DecoderLanguageModel:
             by_prompt.setdefault(writing.prompt, []).append(writing)
         room = {prompt: max(w.request.max_tokens for w in same) for prompt, same in by_prompt.items()}
         lanes = self._open_lanes(list(by_prompt), lambda prompt: min(self.context, len(prompt) + room[prompt]))
-        waiting = {id(lane): [w for prompt in lane.run for w in by_prompt[prompt]][::-1] for lane in lanes}
-        current = {id(lane): waiting[id(lane)].pop() for lane in lanes}
-        while active := [lane for lane in lanes if id(lane) in current]:
-            exact_top = 1 if all(current[id(lane)].request.temperature == 0 for lane in active) else None
-            logits = self._feed([(lane, current[id(lane)].ids, "last") for lane in active], exact_top)
-            for lane, row in zip(active, logits, strict=True):
+        waiting = {lane: [w for prompt in lane.run for w in by_prompt[prompt]][::-1] for lane in lanes}
+        current = {lane: waiting[lane].pop() for lane in lanes}
+        while current:
+            exact_top = 1 if all(writing.request.temperature == 0 for writing in current.values()) else None
+            logits = self._feed([(lane, writing.ids, "last") for lane, writing in current.items()], exact_top)
+            for lane, row in zip(list(current), logits, strict=True):
                 assert row is not None
-                writing = current[id(lane)]
+                writing = current[lane]
                 self._write(writing, row)
-                if writing.done:
-                    del current[id(lane)]
-                    if waiting[id(lane)]:
-                        current[id(lane)] = waiting[id(lane)].pop()
+                if writing.done and waiting[lane]:
+                    current[lane] = waiting[lane].pop()
+                elif writing.done:
+                    del current[lane]
         _close(lanes)
         texts: list[list[str]] = [[] for _ in requests]
         for writing in writings:
@@ -271,10 +253,7 @@ class DecoderLanguageModel:
         capacity = max(map(size, runs))
         count = max(1, min(self._lanes, len(runs), self._cache_tokens // capacity))
         edges = [len(runs) * lane // count for lane in range(count + 1)]
-        return [
-            _Lane(self._decoder.new_sequence(capacity), runs[start:end])
-            for start, end in zip(edges, edges[1:], strict=False)
-        ]
+        return [_Lane(self._decoder.new_sequence(capacity), runs[start:end]) for start, end in pairwise(edges)]
 
     def _feed(
         self,
@@ -296,7 +275,7 @@ class DecoderLanguageModel:
         return self._decoder.forward(chunks, exact_top=exact_top) if chunks else []
 
 
-@dataclass
+@dataclass(eq=False)
 class _Lane:
     """One cached sequence and the token sequences it goes through."""
 
@@ -308,8 +287,6 @@ class _Lane:
         if length < len(self.held):
             self.sequence.truncate(length)
             del self.held[length:]
-
-    __hash__ = object.__hash__
 
 
 @dataclass
