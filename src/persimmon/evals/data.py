@@ -22,7 +22,9 @@ def read_records(source: Source, directory: Path | None) -> list[Record]:
         UnavailableError: no directory is given and the Hub's client is missing or out of reach.
     """
     rows = _read_hub(source) if directory is None else _read_file(_find(source, directory))
-    records: list[Record] = [{"id": f"{source.file}/{number}", **row} for number, row in enumerate(rows)]
+    records: list[Record] = [
+        {"id": row.get("task_id", f"{source.file}/{number}"), **row} for number, row in enumerate(rows)
+    ]
     if not records:
         raise DataError(f"{source.file} has no records")
     return records

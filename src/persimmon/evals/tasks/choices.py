@@ -10,8 +10,8 @@ from persimmon.evals.tasks.task import Generate, Likelihood, Outcome, Question, 
 LETTERS = "ABCDE"
 
 _ANSWER = re.compile(
-    r"\s*(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:(?:answer|option|choice)\s*(?:is|:)?)?\s*"
-    r"[\s(\[*\"'`]*([A-E])(?![\w'])(?!\s+[a-z])",
+    r"\s*(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:(?:answer|option|choice)(?:\s+is)?\s*:?)?\s*"
+    r"[\s(\[*\"'`]*([A-E])(?!\w|'\w)(?-i:(?!\s+[a-z]))",
     re.IGNORECASE,
 )
 
