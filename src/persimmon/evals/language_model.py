@@ -56,6 +56,7 @@ class DecoderLanguageModel:
         decoder: Decoder,
         tokenizer: Tokenizer,
         *,
+        context: int | None = None,
         bos: bool = True,
         lanes: int = 16,
         cache_tokens: int = 65_536,
@@ -67,6 +68,7 @@ class DecoderLanguageModel:
         Args:
             decoder: the engine.
             tokenizer: its vocabulary.
+            context: longest sequence in tokens; None is the model's.
             bos: open every sequence with the end-of-text token, as the hub's tokenizer does.
             lanes: most sequences that run side by side.
             cache_tokens: most tokens of keys and values kept by all lanes together.
@@ -77,6 +79,7 @@ class DecoderLanguageModel:
             raise InputError(f"lanes and cache_tokens must be at least 1, got {lanes} and {cache_tokens}")
         self._decoder, self._tokenizer = decoder, tokenizer
         self._bos, self._lanes, self._cache_tokens, self._seed = bos, lanes, cache_tokens, seed
+        self.context = context or decoder.config.max_positions
         self._identity = {**(identity or {}), "engine": decoder.name, "bos": bos, "seed": seed}
         self.truncated = 0
 
@@ -86,14 +89,14 @@ class DecoderLanguageModel:
         return self._identity
 
     @property
-    def context(self) -> int:
-        """Positions of the model."""
-        return self._decoder.config.max_positions
-
-    @property
     def tokenizer(self) -> Tokenizer:
         """The vocabulary."""
         return self._tokenizer
+
+    @property
+    def decoder(self) -> Decoder:
+        """The engine."""
+        return self._decoder
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text`."""
