@@ -93,9 +93,11 @@ def _scores(label: str, content: dict[str, Any]) -> list[Score]:
     return found
 
 
-def rows(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(task, style) of every row, the release's tasks first."""
+def rows(runs: Sequence[Run], *, with_release: bool = False) -> list[tuple[str, str]]:
+    """(task, style) of every row, the release's tasks first; `with_release` adds what only the release has."""
     pairs = {(score.task, score.style) for run in runs for score in run.scores}
+    if with_release:
+        pairs |= {(number.task, number.style) for number in published.PUBLISHED if number.source != published.SGLANG}
     order = {task: place for place, task in enumerate((*TABLE, *TASKS))}
     return sorted(pairs, key=lambda pair: (order[pair[0]], pair[1]))
 

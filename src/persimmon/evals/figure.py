@@ -28,7 +28,7 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shares = [pair for pair in rows(runs) if TASKS[pair[0]].name != "perplexity"]
+    shares = [pair for pair in rows(runs, with_release=True) if TASKS[pair[0]].name != "perplexity"]
     styles = [style for style in ("adept", "loglikelihood") if any(pair[1] == style for pair in shares)]
     # Text as paths would make the same figure differ between machines; a fixed salt keeps the ids the same.
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "persimmon", "font.size": 10}):

@@ -42,7 +42,7 @@ class Fidelity:
 def measure(
     reference: DecoderLanguageModel, variants: Sequence[tuple[str, DecoderLanguageModel]], texts: Sequence[str]
 ) -> list[Fidelity]:
-    """Fidelity of every variant to `reference` over all texts, each cut to the context.
+    """Fidelity of every variant (the reference itself may be one) over all texts, each cut to the context.
 
     Raises InputError when a variant has another vocabulary or there is no text.
     """
@@ -102,20 +102,18 @@ def _compare(
     ids: Sequence[int],
     sums: Sequence[_Sums],
 ) -> None:
-    models = [reference, *variants]
+    models = [reference, *(variant for variant in variants if variant is not reference)]
     sequences = [model.decoder.new_sequence(len(ids) - 1) for model in models]
     for start in range(0, len(ids) - 1, MEASURE_CHUNK):
         part = list(ids[start : min(start + MEASURE_CHUNK, len(ids) - 1)])
         targets = np.asarray(ids[start + 1 : start + 1 + len(part)])
-        expected: NDArray[np.float64] | None = None
-        for number, (model, sequence) in enumerate(zip(models, sequences, strict=True)):
+        rows: dict[int, NDArray[np.float64]] = {}
+        for model, sequence in zip(models, sequences, strict=True):
             (logits,) = model.decoder.forward([Chunk(sequence, part, "all")])
             assert logits is not None
-            rows = _log_softmax(logits)
-            if expected is None:
-                expected = rows
-            else:
-                sums[number - 1].add(expected, rows, targets)
+            rows[id(model)] = _log_softmax(logits)
+        for total, variant in zip(sums, variants, strict=True):
+            total.add(rows[id(reference)], rows[id(variant)], targets)
     for sequence in sequences:
         sequence.close()
 

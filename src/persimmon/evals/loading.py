@@ -27,7 +27,7 @@ def load_language_model(
     from persimmon.checkpoints.download import resolve
 
     loaded = load(model, **(options or {}))
-    chosen = {name: value for name, value, *_ in (line.split(" ") for line in loaded.choices)}
+    chosen = {line.split(" ")[0]: line.split(" ")[1] for line in loaded.choices}
     identity = {
         "model": Path(model).name if Path(model).exists() else model,
         "weights": weights_fingerprint(Path(resolve(model))),

@@ -7,6 +7,7 @@ from typing import Any
 
 from persimmon.evals import published
 from persimmon.evals.compare import Run, Score, against_published, against_run, rows
+from persimmon.evals.formats import Fidelity
 from persimmon.evals.tasks import TASKS
 
 
@@ -93,6 +94,24 @@ def run_report(run: Run) -> str:
     return text + "## How it was run\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n"
 
 
+def fidelity_table(found: Sequence[Fidelity]) -> str:
+    """Formats and margins against their reference."""
+    head = ["variant", "bits/byte", "perplexity", "mean KL", "max KL", "same top token", "tokens"]
+    body = [
+        [
+            one.name,
+            f"{one.bits_per_byte:.4f}",
+            f"{one.perplexity:.4g}",
+            f"{one.kl:.2e}",
+            f"{one.kl_max:.2e}",
+            f"{one.top1_agreement:.2%}",
+            f"{one.num_tokens}",
+        ]
+        for one in found
+    ]
+    return table(head, body)
+
+
 def positions_section(runs: Sequence[Run]) -> str:
     """Nats per token by position, one column per run; empty when no run measured it."""
     measured = [run for run in runs if "perplexity" in run.content["results"]]
@@ -107,12 +126,21 @@ def positions_section(runs: Sequence[Run]) -> str:
     return "## Nats per token by position\n\n" + table(["positions", *(run.label for run in measured)], body) + "\n\n"
 
 
+def scores_table(runs: Sequence[Run]) -> str:
+    """Several runs side by side, without the published numbers."""
+    body = []
+    for task, style in rows(runs):
+        ours = [run.find(task, style) for run in runs]
+        body.append([TASKS[task].title, style, *("-" if score is None else _with_shots(score) for score in ours)])
+    return table(["task", "style", *(run.label for run in runs)], body)
+
+
 def comparison(runs: Sequence[Run]) -> str:
     """Runs and published numbers side by side, the differences, and where each published number is from."""
     models = published.MODELS
     head = ["task", "style", *(run.label for run in runs), *(f"{m.name} ({m.shots}-shot)" for m in models.values())]
     body = []
-    for task, style in rows(runs):
+    for task, style in rows(runs, with_release=True):
         ours = [run.find(task, style) for run in runs]
         theirs = [published.find(task, model, style) for model in models]
         cells = ["-" if score is None else _with_shots(score) for score in ours]
