@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import textwrap
 import time
 from importlib import metadata
 from typing import Any
@@ -13,6 +14,8 @@ HELP = "what this machine has, which engine will run, and why"
 _PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub")
 _BANDWIDTH_BYTES = 256 << 20
 """Far above any cache; the measurement takes about a second."""
+
+_NAME_WIDTH = 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +54,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
             "read_bandwidth_gb_s": measure_read_bandwidth(),
         },
         "gpus": _gpus(),
+        "models": _models(machine.memory_total()),
         "engine": _engine(device),
     }
 
@@ -95,6 +99,20 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
+def _models(memory: int | None) -> list[dict[str, Any]]:
+    """What the whole context of each preset needs in memory, and whether this machine has it."""
+    from persimmon.accounting import plan_memory
+    from persimmon.config import PRESETS
+
+    plans: list[dict[str, Any]] = []
+    for name in ("mini", "1b", "8b"):
+        for dtype in ("float32", "bfloat16"):
+            need = plan_memory(PRESETS[name], PRESETS[name].max_positions, dtype, dtype).total_bytes
+            fits = None if memory is None else need <= memory
+            plans.append({"preset": name, "dtype": dtype, "bytes": need, "fits": fits})
+    return plans
+
+
 def _engine(device: str) -> dict[str, Any]:
     """What `load` would choose on its own, and the reasons."""
     import torch
@@ -126,11 +144,25 @@ def report(findings: dict[str, Any]) -> str:
         ("reads", f"{memory['read_bandwidth_gb_s']} GB/s (measured now)"),
         ("GPU", "; ".join(f"{gpu['name']}, {_size(gpu['memory'])}" for gpu in findings["gpus"]) or "none"),
         ("compiler", cpu["compiler"] or "none"),
+        ("models", "; ".join(_verdict(plan) for plan in findings["models"])),
         ("engines", "; ".join(f"{name} ({summary})" for name, summary in engine["installed"].items())),
         ("will run", f"{engine['name']} on {engine['device']}, {engine['threads']} CPU threads"),
         ("because", f"{engine['device_reason']}; {engine['name']} is {engine['reason']}"),
     ]
-    return "\n".join(f"{name:<13} {value}" for name, value in rows)
+    return "\n".join(_wrapped(name, value) for name, value in rows)
+
+
+def _wrapped(name: str, value: str) -> str:
+    """`name  value`, long values on several lines."""
+    lines = textwrap.wrap(value, 100 - _NAME_WIDTH, break_on_hyphens=False) or [""]
+    return "\n".join(
+        f"{label:<{_NAME_WIDTH}}{line}" for label, line in zip([name] + [""] * len(lines), lines, strict=False)
+    )
+
+
+def _verdict(plan: dict[str, Any]) -> str:
+    words = {True: "fits", False: "does not fit", None: "in unknown memory"}
+    return f"{plan['preset']} {plan['dtype']} {_size(plan['bytes'])} {words[plan['fits']]}"
 
 
 def _size(count: int | None) -> str:

@@ -107,6 +107,8 @@ def read_model(content: bytes) -> Any:
         raise TokenizerError(f"not a SentencePiece model: {error}") from None
     if not names:
         raise TokenizerError("not a SentencePiece model: it has no pieces")
+    if not (model.HasField("trainer_spec") and model.HasField("normalizer_spec")):
+        raise TokenizerError("the SentencePiece model is cut off: its settings behind the pieces are missing")
     if model.trainer_spec.model_type != _UNIGRAM:
         raise TokenizerError(f"a unigram vocabulary is needed, this one has model_type {model.trainer_spec.model_type}")
     if model.trainer_spec.treat_whitespace_as_suffix:
