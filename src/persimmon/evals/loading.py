@@ -28,7 +28,7 @@ def load_language_model(
 
     loaded = load(model, **(options or {}))
     chosen = {line.split(" ")[0]: line.split(" ")[1] for line in loaded.choices}
-    identity = {
+    identity: dict[str, Any] = {
         "model": Path(model).name if Path(model).exists() else model,
         "weights": weights_fingerprint(Path(resolve(model))),
         **{name: chosen[name] for name in ("device", "dtype") if name in chosen},

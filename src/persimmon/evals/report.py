@@ -12,17 +12,19 @@ from persimmon.evals.tasks import TASKS
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up as plain text; all but the first are right-aligned."""
-    widths = [max(len(row[column]) for row in (head, *body)) for column in range(len(head))]
+    """A Markdown table whose columns also line up as plain text; columns of numbers are right-aligned."""
+    columns = list(zip(*([head, *body]), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(cell[:1] in "+-.0123456789" for cell in column[1:]) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = (
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
+        padded = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        ]
+        return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if n == 0 else ":") for n, width in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (width + 1) + "-:"[right] for width, right in zip(widths, numeric, strict=True)) + "|"
     return "\n".join([line(head), rule, *map(line, body)])
 
 
