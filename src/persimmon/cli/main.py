@@ -13,7 +13,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -142,6 +141,8 @@ def help_text() -> str:
 
 def version_text() -> str:
     """Versions of the package and of torch, and the engines that can run; imports neither."""
+    from importlib import metadata  # a slow import that help does not need
+
     from persimmon import __version__
     from persimmon.engines import describe_engines
 
