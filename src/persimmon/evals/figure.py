@@ -37,6 +37,8 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> None:
         )
         for axis, style in zip(axes[:, 0], styles, strict=False):
             _panel(axis, runs, style, [task for task, of in shares if of == style])
+        figure.canvas.draw()
+        figure.set_layout_engine("none")  # laid out once, so that every file shows the same
         for path in paths:
             temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
             figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -133,8 +133,8 @@ def prepare(
     """
     style = task.styles[style_name]
     shots = style.shots if settings.shots is None else settings.shots
-    if task.generate is not None:
-        shots = 0
+    if not any(style.shots for style in task.styles.values()):
+        shots = 0  # a task without worked examples
     elif not examples:
         size = max(POOL, shots)
         examples, records = records[:size], records[size:]
