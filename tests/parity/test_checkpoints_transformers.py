@@ -13,7 +13,7 @@ from made_checkpoints import made_config, made_model, made_tokenizer, same_tenso
 from persimmon import chat
 from persimmon.checkpoints.hub import load_model, save_model
 from persimmon.model import PersimmonModel
-from persimmon.tokenizer import Tokenizer
+from persimmon.tokenizer import END_OF_TEXT, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -82,7 +82,9 @@ def test_the_same_ids_and_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
         {"role": "user", "content": "why"},
     ]
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert prompt == chat.render(messages)
+    assert prompt == END_OF_TEXT + chat.render(messages)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == chat.encode(tokenizer, messages)
 
 
 def test_the_same_greedy_continuation(tokenizer: Tokenizer, tmp_path: Path) -> None:

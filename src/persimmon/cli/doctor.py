@@ -72,7 +72,7 @@ def measure_read_bandwidth() -> float:
         started = time.perf_counter()
         data.sum()
         seconds.append(time.perf_counter() - started)
-    return round(_BANDWIDTH_BYTES / min(seconds) / 1e9, 1)
+    return _BANDWIDTH_BYTES / min(seconds) / 1e9
 
 
 def _versions() -> dict[str, str | None]:
@@ -143,7 +143,7 @@ def report(findings: dict[str, Any]) -> str:
         ("processor", f"{cpu['name'] or 'unknown'}, {cpu['threads']} threads"),
         ("instructions", " ".join(cpu["features"]) or "unknown"),
         ("memory", f"{size_text(memory['total'])}, {size_text(memory['available'])} available"),
-        ("reads", f"{memory['read_bandwidth_gb_s']} GB/s (measured now)"),
+        ("reads", f"{memory['read_bandwidth_gb_s']:.1f} GB/s (measured now)"),
         ("GPU", "; ".join(f"{gpu['name']}, {size_text(gpu['memory'])}" for gpu in findings["gpus"]) or "none"),
         ("compiler", cpu["compiler"] or "none"),
         ("models", "; ".join(_verdict(plan) for plan in findings["models"])),
