@@ -13,6 +13,7 @@ from persimmon.evals.tasks import TASKS
 
 # Distinguishable without colour vision (Okabe and Ito), persimmon's own orange first.
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#009E73")
+_STANDING = "published scores: only MMLU 41.2 (FT) is verified, see the table"
 _PUBLISHED = ("#9AA5B1", "#616E7C", "#7FB3D5", "#0072B2")
 
 
@@ -37,6 +38,7 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> None:
         )
         for axis, style in zip(axes[:, 0], styles, strict=False):
             _panel(axis, runs, style, [task for task, of in shares if of == style])
+        figure.supxlabel(_STANDING, x=0.99, ha="right", fontsize=8, color="#616E7C")
         figure.canvas.draw()
         figure.set_layout_engine("none")  # laid out once, so that every file shows the same
         for path in paths:
@@ -49,7 +51,9 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> None:
 def _panel(axis: Any, runs: Sequence[Run], style: str, tasks: Sequence[str]) -> None:
     """Bars of one style: ours with intervals, then the published ones where there are any."""
     models = [m for m in published.MODELS if any(published.find(task, m, style) for task in tasks)]
-    width = 0.84 / (len(runs) + len(models))
+    count = len(runs) + len(models)
+    width = min(0.18, 0.84 / count)
+    middle = (count - 1) * width / 2  # of a group, from its first bar's middle
     for number, run in enumerate(runs):
         scores = [run.find(task, style) for task in tasks]
         places = [index + number * width for index, score in enumerate(scores) if score]
@@ -62,6 +66,11 @@ def _panel(axis: Any, runs: Sequence[Run], style: str, tasks: Sequence[str]) -> 
             places, [score.value for score in known], width * 0.94, yerr=errors, label=run.label,
             color=_OURS[number % len(_OURS)], error_kw={"elinewidth": 1, "capsize": 2},
         )  # fmt: skip
+        for place, score in zip(places, known, strict=True):
+            top = score.value if score.high is None else score.high
+            axis.annotate(
+                f"{score.value:.1f}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=8
+            )
     for number, model in enumerate(models, len(runs)):
         about = published.MODELS[model]
         values = [(index + number * width, published.find(task, model, style)) for index, task in enumerate(tasks)]
@@ -74,9 +83,9 @@ def _panel(axis: Any, runs: Sequence[Run], style: str, tasks: Sequence[str]) -> 
         if TASKS[task].chance:
             chance = 100 * TASKS[task].chance
             label = "chance" if index == 0 else None
-            span = (index - width * 0.6, index + 0.84 - width * 0.4)
+            span = (index - width * 0.6, index + 2 * middle + width * 0.6)
             axis.hlines(chance, *span, color="#222222", linestyle=(0, (3, 2)), linewidth=1, label=label)
-    axis.set_xticks([index + 0.42 - width / 2 for index in range(len(tasks))], [TASKS[task].title for task in tasks])
+    axis.set_xticks([index + middle for index in range(len(tasks))], [TASKS[task].title for task in tasks])
     axis.set_ylabel("score, %")
     title = "answers generated and parsed (adept style)" if style == "adept" else "harness style (loglikelihood)"
     axis.set_title(title, loc="left", fontsize=11)
