@@ -30,6 +30,10 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
         "export": "persimmon.cli.export",
         "prune-vocab": "persimmon.cli.prune_vocab",
     },
+    "Evaluate": {
+        "eval": "persimmon.cli.eval",
+        "compare": "persimmon.cli.compare",
+    },
     "Train": {
         "tokenizer": "persimmon.cli.tokenizer",
         "data": "persimmon.cli.data",
