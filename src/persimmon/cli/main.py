@@ -12,10 +12,12 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+from persimmon.cli.console import warn
 from persimmon.errors import PersimmonError, UnavailableError
 
 VERB_GROUPS: dict[str, dict[str, str]] = {
@@ -181,7 +183,10 @@ def _dispatch(argv: Sequence[str]) -> int:
     verb, rest = argv[first], argv[first + 1 :]
     if verb not in VERBS:
         front.error(_unknown_verb(verb))
-    return int(verb_module(verb).run(verb_parser(verb).parse_all(rest)))
+    arguments = verb_parser(verb).parse_all(rest)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: warn(str(message))
+        return int(verb_module(verb).run(arguments))
 
 
 def _guarded(action: Callable[[], int], debug: bool) -> int:
