@@ -5,16 +5,42 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import sentencepiece
 
 from persimmon.errors import DataError
-from persimmon.tokenizer import END_OF_TEXT, META_SPACE
+from persimmon.tokenizer import END_OF_TEXT, META_SPACE, Tokenizer
 
 # Line breaks with their indentation as one piece: a quarter of the training tokens is code.
 _LINE_SYMBOLS = ["\n", "\n\n", "\t", *("\n" + META_SPACE * width for width in (4, 8, 12, 16, 20))]
 
+_LINE_BYTES = 8_192
+"""Longer lines are left out by SentencePiece's trainer."""
+
+_LARGEST_LOSS = 0.1
+"""Share of the text that may be in such lines."""
+
 _PIECE_CHARACTERS = 16_384  # long documents enter the sample in pieces of this size, so that none dominates
+
+_TRAINER_SETTINGS: dict[str, Any] = {
+    "model_type": "unigram",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "character_coverage": 0.9995,
+    "max_sentence_length": _LINE_BYTES,
+    "user_defined_symbols": _LINE_SYMBOLS,
+    "unk_id": 0,
+    "bos_id": 1,
+    "bos_piece": END_OF_TEXT,
+    "eos_id": -1,
+    "pad_id": -1,
+    "minloglevel": 2,
+}
 
 
 def sample_texts(
@@ -39,12 +65,16 @@ def sample_texts(
 
 
 def train_vocabulary(texts: Sequence[str], vocab_size: int, *, threads: int = 2) -> bytes:
-    """The serialized SentencePiece model of a unigram vocabulary with byte fallback.
+    """The `tokenizer.model` of a unigram vocabulary with byte fallback, in portable form.
 
-    Identity normalisation, no dummy prefix and no whitespace removal: with byte fallback every text comes back
-    exactly. `|ENDOFTEXT|` is a control piece, so no text can produce it.
+    Identity normalization, no dummy prefix and no white space removal: with byte fallback every text comes back
+    exactly. `|ENDOFTEXT|` is a control piece, so no text can produce it. The sizes that are possible lie between the
+    256 bytes and every character of the text, and what the text has distinct pieces for; DataError names the limit.
     """
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    lost = sum(len(line) for line in lines if len(line.encode()) > _LINE_BYTES) / max(1, sum(map(len, lines)))
+    if lost > _LARGEST_LOSS:
+        raise DataError(f"{lost:.0%} of the text is in lines of more than {_LINE_BYTES} bytes; break them first")
     if not lines:
         raise DataError("no text to train a vocabulary on")
     buffer = io.BytesIO()
@@ -52,25 +82,10 @@ def train_vocabulary(texts: Sequence[str], vocab_size: int, *, threads: int = 2)
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=buffer,
-            model_type="unigram",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            max_sentence_length=8192,
             num_threads=threads,
-            user_defined_symbols=_LINE_SYMBOLS,
-            unk_id=0,
-            bos_id=1,
-            bos_piece=END_OF_TEXT,
-            eos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
+            **_TRAINER_SETTINGS,
         )
     except RuntimeError as error:
         raise DataError(f"cannot train a vocabulary of {vocab_size} pieces: {error}") from None
-    return buffer.getvalue()
+    return Tokenizer(buffer.getvalue()).serialized

@@ -1,0 +1,137 @@
+"""`persimmon doctor`: what this machine has, which engine will run, and why."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from importlib import metadata
+from typing import Any
+
+HELP = "what this machine has, which engine will run, and why"
+
+_PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub")
+_BANDWIDTH_BYTES = 256 << 20
+"""Far above any cache; the measurement takes about a second."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("--device", default="auto", metavar="NAME", help="the device to ask about (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Execute the verb."""
+    from persimmon.cli.console import print_json
+
+    findings = examine(args.device)
+    if args.json:
+        print_json(findings)
+    else:
+        print(report(findings))
+    return 0
+
+
+def examine(device: str = "auto") -> dict[str, Any]:
+    """Everything the verb reports, as JSON types; sizes in bytes, bandwidth in GB/s."""
+    from persimmon import machine
+
+    return {
+        "versions": _versions(),
+        "cpu": {
+            "name": machine.cpu_name(),
+            "features": machine.cpu_features(),
+            "threads": machine.cpu_threads(),
+            "compiler": machine.compiler(),
+        },
+        "memory": {
+            "total": machine.memory_total(),
+            "available": machine.memory_available(),
+            "read_bandwidth_gb_s": measure_read_bandwidth(),
+        },
+        "gpus": _gpus(),
+        "engine": _engine(device),
+    }
+
+
+def measure_read_bandwidth() -> float:
+    """GB/s at which all threads of PyTorch read memory: the best of five sums over an array far larger than the caches.
+
+    Decoding reads every weight once per token, so this number over the bytes of a model bounds its tokens/s.
+    """
+    import torch
+
+    data = torch.ones(_BANDWIDTH_BYTES // 4)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum()
+        seconds.append(time.perf_counter() - started)
+    return round(_BANDWIDTH_BYTES / min(seconds) / 1e9, 1)
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"persimmon": metadata.version("persimmon"), "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["system"] = platform.platform()
+    return versions
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    gpus: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        capability = f"{facts.major}.{facts.minor}"
+        gpus.append({"name": facts.name, "memory": facts.total_memory, "compute_capability": capability})
+    if torch.backends.mps.is_available():
+        gpus.append({"name": "Apple GPU (mps)", "memory": torch.mps.recommended_max_memory()})
+    return gpus
+
+
+def _engine(device: str) -> dict[str, Any]:
+    """What `load` would choose on its own, and the reasons."""
+    import torch
+
+    from persimmon.engines import ENGINES, choose_device, choose_engine
+
+    on = choose_device(device)
+    by = choose_engine("auto", on.value)
+    return {
+        "device": on.value,
+        "device_reason": on.reason,
+        "name": by.value,
+        "reason": by.reason,
+        "threads": torch.get_num_threads(),
+        "installed": {engine.name: engine.summary for engine in ENGINES.values()},
+    }
+
+
+def report(findings: dict[str, Any]) -> str:
+    """The findings for a person."""
+    cpu, memory, engine = findings["cpu"], findings["memory"], findings["engine"]
+    versions = {name: version or "not installed" for name, version in findings["versions"].items()}
+    rows = [
+        ("persimmon", f"{versions.pop('persimmon')}, Python {versions.pop('python')}, {versions.pop('system')}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("processor", f"{cpu['name'] or 'unknown'}, {cpu['threads']} threads"),
+        ("instructions", " ".join(cpu["features"]) or "unknown"),
+        ("memory", f"{_size(memory['total'])}, {_size(memory['available'])} available"),
+        ("reads", f"{memory['read_bandwidth_gb_s']} GB/s (measured now)"),
+        ("GPU", "; ".join(f"{gpu['name']}, {_size(gpu['memory'])}" for gpu in findings["gpus"]) or "none"),
+        ("compiler", cpu["compiler"] or "none"),
+        ("engines", "; ".join(f"{name} ({summary})" for name, summary in engine["installed"].items())),
+        ("will run", f"{engine['name']} on {engine['device']}, {engine['threads']} CPU threads"),
+        ("because", f"{engine['device_reason']}; {engine['name']} is {engine['reason']}"),
+    ]
+    return "\n".join(f"{name:<13} {value}" for name, value in rows)
+
+
+def _size(count: int | None) -> str:
+    return "unknown size" if count is None else f"{count / 1e9:.1f} GB"
