@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packed_layouts import ISAS
 
+from packed_layouts import ISAS
 from persimmon.checkpoints import hub
 from persimmon.errors import CheckpointError, InputError, UnavailableError
 from persimmon.fast.cpu.decoder import CpuDecoder

@@ -170,7 +170,7 @@ def test_missing_files_and_foreign_descriptions_are_named(copy: Path) -> None:
             load_decoder(copy)
     description.write_text(json.dumps(document))
     (copy / "packed-00002-of-00004.safetensors").unlink()
-    with pytest.raises(NotFoundError, match="packed-00002-of-00004.safetensors is missing"):
+    with pytest.raises(NotFoundError, match=r"packed-00002-of-00004\.safetensors is missing"):
         load_decoder(copy)
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 from persimmon.errors import UnavailableError
 
-_REBUILD = "install a C++17 compiler and run `pip install --force-reinstall --no-deps persimmon` to build it"
+_NAME = "persimmon.fast.cpu._native"
+_REMEDY = "with a C++17 compiler in place, install persimmon again to build it"
 
 
 def why_unavailable() -> str | None:
     """None when the engine was built, else one line that says what is missing."""
     try:
-        from persimmon.fast.cpu import _native  # noqa: F401
+        importlib.import_module(_NAME)
+    except ModuleNotFoundError:
+        return f"the cpu engine was not built when persimmon was installed; {_REMEDY}"
     except ImportError as error:
-        reason = "it was not built" if "_native" in str(error) else str(error)
-        return f"the CPU engine is not available ({reason}); {_REBUILD}"
+        return f"the cpu engine cannot be loaded ({error}); {_REMEDY}"
     return None
 
 
@@ -24,6 +27,4 @@ def native() -> ModuleType:
     reason = why_unavailable()
     if reason is not None:
         raise UnavailableError(reason)
-    from persimmon.fast.cpu import _native
-
-    return _native
+    return importlib.import_module(_NAME)

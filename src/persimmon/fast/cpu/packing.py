@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from persimmon.config import ModelConfig
 from persimmon.fast.cpu.formats import OUTLIERS, Format, PackedTensor, head_tensors, layer_tensors, row_bytes
 from persimmon.fast.cpu.native_module import native
-from persimmon.fast.cpu.sources import Floats, FloatSource
+from persimmon.fast.cpu.sources import Floats, Source
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -21,7 +21,7 @@ class Packer:
     """Packs a checkpoint's tensors into a format."""
 
     def __init__(
-        self, source: FloatSource, config: ModelConfig, form: Format, threads: int, outliers: Mapping[int, Array] | None
+        self, source: Source, config: ModelConfig, form: Format, threads: int, outliers: Mapping[int, Array] | None
     ) -> None:
         self._source, self._config, self._form = source, config, form
         self._threads = threads
@@ -31,7 +31,7 @@ class Packer:
     def layer(self, index: int) -> Arrays:
         """All tensors of a layer."""
         specs = layer_tensors(self._config, self._form, index)
-        arrays: Arrays = {spec.name: np.empty(spec.shape, np.uint8) for spec in specs if spec.dtype == "U8"}
+        arrays: Arrays = _uninitialized(specs)
         arrays |= {spec.name: self._source.vector(spec.name) for spec in specs if spec.dtype == "F32"}
         prefix = f"layers.{index}."
         for name, norm in (("self_attn.query_key_value", "input_layernorm"), ("self_attn.dense", None)):
@@ -42,7 +42,7 @@ class Packer:
     def head(self) -> Arrays:
         """Final norm and head."""
         specs = head_tensors(self._config, self._form)
-        arrays: Arrays = {spec.name: _empty(spec) for spec in specs if spec.dtype == "U8"}
+        arrays: Arrays = _uninitialized(specs)
         for start, rows in self._source.rows("lm_head.weight"):
             part = slice(start, start + len(rows))
             self._native.pack_planes(rows, arrays["lm_head.high"][part], arrays["lm_head.low"][part], self._threads)
@@ -103,5 +103,6 @@ def largest_columns(energy: Floats) -> NDArray[np.int32]:
     return columns
 
 
-def _empty(spec: PackedTensor) -> Array:
-    return np.empty(spec.shape, np.uint8)
+def _uninitialized(specs: Sequence[PackedTensor]) -> Arrays:
+    """Room for the packed matrices."""
+    return {spec.name: np.empty(spec.shape, np.uint8) for spec in specs if spec.dtype == "U8"}

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from persimmon.checkpoints.directory import open_directory
 from persimmon.checkpoints.shards import ProgressReport, no_progress, write_file
+from persimmon.checkpoints.staging import CONFIG_FILE
 from persimmon.checkpoints.tensors import CHUNK_BYTES, StoredTensor, TensorData
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
@@ -52,7 +53,7 @@ class _ArrayTensor:
         return tuple(self.array.shape)
 
     def chunks(self) -> Iterator[memoryview]:
-        data = memoryview(np.ascontiguousarray(self.array).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8).data
         for start in range(0, len(data), CHUNK_BYTES):
             yield data[start : start + CHUNK_BYTES]
 
@@ -74,23 +75,18 @@ def quantize(
     """
     form = packed_format(format_name)
     opened = open_directory(source)
-    floats = FloatSource(opened)
-    packer = Packer(floats, opened.config, form, threads or cpu_threads(), outliers)
-    embedding = floats.stored("embed_tokens.weight")
+    embedding = opened.tensors["embed_tokens.weight"]
     if embedding.dtype not in ("BF16", "F32"):
         raise InputError(f"{source}: the embedding is {embedding.dtype}; bfloat16 or float32 weights are quantized")
-    description = {
-        "version": LAYOUT_VERSION,
-        "format": form.name,
-        "group": GROUP,
-        "superblock": SUPERBLOCK,
-        "outlier_columns": OUTLIERS if form.mlp == "planes" else 0,
-        "embedding": embedding.dtype,
-    }
-    settings = {"source": _identity(opened.tensors), "outliers": _listed(outliers)}
-    writer = _Writer(target, opened.config, form, description, settings, threads or cpu_threads(), progress)
+    threads = threads or cpu_threads()
+    packer = Packer(FloatSource(opened), opened.config, form, threads, outliers)
+    identity = {"source": _identity(opened.tensors), "outliers": _listed(outliers)}
+    writer = PackedWriter(target, opened.config, form, embedding.dtype, identity, threads, progress)
     writer.run(embedding, packer)
-    writer.finish(source)
+    for file in source.iterdir():
+        if file.is_file() and _is_copied(file):
+            shutil.copyfile(file, writer.partial / file.name)
+    writer.finish()
 
 
 def _identity(tensors: Mapping[str, StoredTensor]) -> dict[str, list[int]]:
@@ -103,7 +99,7 @@ def _listed(outliers: Mapping[int, NDArray[np.int32]] | None) -> dict[str, list[
     return {str(layer): columns.tolist() for layer, columns in (outliers or {}).items()}
 
 
-class _Writer:
+class PackedWriter:
     """The files of a packed directory, written one by one and remembered."""
 
     def __init__(
@@ -111,24 +107,32 @@ class _Writer:
         target: Path,
         config: ModelConfig,
         form: Format,
-        description: dict[str, Any],
-        settings: dict[str, Any],
+        embedding: str,
+        identity: Mapping[str, Any],
         threads: int,
-        progress: ProgressReport,
+        progress: ProgressReport = no_progress,
     ) -> None:
+        """`embedding`: its type. `identity`: what must be the same for an interrupted run to go on."""
         self._target = target.resolve()
         if self._target.is_file() or (self._target.is_dir() and any(self._target.iterdir())):
             raise InputError(f"{target} already exists; remove it or choose another directory")
-        self._config, self._threads = config, threads
-        self._description = description
-        self._partial = self._target.with_name(f".{self._target.name}.partial")
-        self._record = self._partial / "progress.json"
-        self._identity = {**description, **settings, "config": config.to_hub()}
-        self._progress = progress
-        self._done_bytes, self._total = 0, planned_bytes(config, form, description["embedding"])
+        self._config, self._threads, self._progress = config, threads, progress
+        self._description = {
+            "version": LAYOUT_VERSION,
+            "format": form.name,
+            "group": GROUP,
+            "superblock": SUPERBLOCK,
+            "outlier_columns": OUTLIERS if form.mlp == "planes" else 0,
+            "embedding": embedding,
+        }
+        self.partial = self._target.with_name(f".{self._target.name}.partial")
+        """Where the files gather."""
+        self._record = self.partial / "progress.json"
+        self._identity = {**self._description, **identity, "config": config.to_hub()}
+        self._done_bytes, self._total = 0, planned_bytes(config, form, embedding)
         self._files: dict[str, dict[str, Any]] = self._resume()
 
-    def run(self, embedding: StoredTensor, packer: Packer) -> None:
+    def run(self, embedding: TensorData, packer: Packer) -> None:
         """Write every file that is not there yet."""
         layers = self._config.num_layers
         makers: list[Callable[[], list[TensorData]]] = [lambda: [embedding]]
@@ -137,16 +141,17 @@ class _Writer:
         for number, make in enumerate(makers):
             self._write(file_name(number, self._config), make)
 
-    def finish(self, source: Path) -> None:
-        """Describe the model, carry over the tokenizer's files, and give the directory its name."""
-        for file in source.iterdir():
-            if file.is_file() and file.suffix in (".json", ".model", ".jinja", ".md", ".txt", "") and _is_copied(file):
-                shutil.copyfile(file, self._partial / file.name)
+    def write_config(self) -> None:
+        """`config.json`, for a model that has no source to copy it from."""
+        _write_json(self.partial / CONFIG_FILE, self._config.to_hub())
+
+    def finish(self) -> None:
+        """Describe the model and give the directory its name."""
         self._record.unlink()
-        _write_json(self._partial / PACKED_FILE, {**self._description, "files": self._files})
+        _write_json(self.partial / PACKED_FILE, {**self._description, "files": self._files})
         if self._target.is_dir():
             self._target.rmdir()
-        self._partial.rename(self._target)
+        self.partial.rename(self._target)
 
     def _resume(self) -> dict[str, dict[str, Any]]:
         """The files that an interrupted run of the same settings finished; anything else is cleared away."""
@@ -154,21 +159,21 @@ class _Writer:
             record = json.loads(self._record.read_text())
             files: dict[str, dict[str, Any]] = record["files"]
             same = record["identity"] == json.loads(json.dumps(self._identity)) and all(
-                (self._partial / name).stat().st_size == facts["bytes"] for name, facts in files.items()
+                (self.partial / name).stat().st_size == facts["bytes"] for name, facts in files.items()
             )
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if same:
             return files
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
         return {}
 
     def _write(self, name: str, make: Callable[[], list[TensorData]]) -> None:
         if name in self._files:
             self._report(self._files[name]["bytes"])
             return
-        growing, file = self._partial / f"{name}.growing", self._partial / name
+        growing, file = self.partial / f"{name}.growing", self.partial / name
         digest = write_file(growing, make(), self._report)
         fingerprint = fingerprint_file(growing, self._threads)
         os.replace(growing, file)
@@ -185,7 +190,9 @@ def _tensors(arrays: Arrays) -> list[TensorData]:
 
 
 def _is_copied(file: Path) -> bool:
-    return file.name not in _NOT_COPIED and not file.name.endswith(".index.json")
+    """Tokenizer, configuration, model card and licence go along; weights and what describes them do not."""
+    described = file.name in _NOT_COPIED or file.name.endswith(".index.json")
+    return not described and file.suffix in (".json", ".model", ".jinja", ".md", ".txt", "")
 
 
 def _write_json(file: Path, document: Any) -> None:

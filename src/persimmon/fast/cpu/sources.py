@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,29 +40,33 @@ def to_float32(values: NDArray[np.generic], dtype: str) -> Floats:
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
+class Source(Protocol):
+    """Where the packer gets a model's tensors, by our names."""
+
+    def vector(self, name: str) -> Floats:
+        """A whole small tensor."""
+
+    def rows(self, name: str) -> Iterator[tuple[int, Floats]]:
+        """(first row, rows) of a matrix, in slices of at most SLICE_BYTES."""
+
+    def columns(self, name: str) -> Iterator[tuple[int, Floats]]:
+        """(first column, columns as rows) of a matrix: slices of its transpose."""
+
+
 class FloatSource:
-    """A hub directory's tensors by our names."""
+    """A hub directory's tensors."""
 
     def __init__(self, directory: ModelDirectory) -> None:
         self._directory = directory
 
-    @property
-    def path(self) -> Path:
-        """The directory."""
-        return self._directory.path
-
-    def stored(self, name: str) -> StoredTensor:
-        """Where a tensor lies."""
-        return self._directory.tensors[name]
-
     def vector(self, name: str) -> Floats:
         """A whole small tensor."""
-        stored = self.stored(name)
+        stored = self._directory.tensors[name]
         return self._checked(name, to_float32(map_array(stored), stored.dtype))
 
     def rows(self, name: str) -> Iterator[tuple[int, Floats]]:
         """(first row, rows) of a matrix, in slices of at most SLICE_BYTES."""
-        stored = self.stored(name)
+        stored = self._directory.tensors[name]
         step = max(1, SLICE_BYTES // (4 * stored.shape[1]))
         for start in range(0, stored.shape[0], step):
             part = stored.rows(start, min(start + step, stored.shape[0]))
@@ -70,7 +74,7 @@ class FloatSource:
 
     def columns(self, name: str) -> Iterator[tuple[int, Floats]]:
         """(first column, columns as rows) of a matrix: slices of its transpose."""
-        stored = self.stored(name)
+        stored = self._directory.tensors[name]
         matrix = map_array(stored)
         step = max(1, SLICE_BYTES // (4 * stored.shape[0]))
         for start in range(0, stored.shape[1], step):
@@ -79,5 +83,5 @@ class FloatSource:
 
     def _checked(self, name: str, values: Floats) -> Floats:
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{self.path}: {name} holds values that are not finite")
+            raise CheckpointError(f"{self._directory.path}: {name} holds values that are not finite")
         return values
