@@ -46,7 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--sparsity-margin",
         type=float,
         metavar="K",
-        help="deviations below zero at which a neuron of a p44 model is skipped; inf skips none (cpu engine, default 2)",
+        help="deviations below zero at which a p44 neuron is skipped; inf skips none (cpu engine, default 2)",
     )
     group.add_argument("--quiet", action="store_true", help="no notes and no progress on stderr")
     group.add_argument("--verbose", action="store_true", help="say what was chosen and how long things took")
