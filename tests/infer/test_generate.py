@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_decoder import ScriptedDecoder, says
 
 from persimmon.errors import ContextLengthError, InputError
 from persimmon.infer.completion import Completion, Generation, Piece
@@ -19,6 +18,7 @@ from persimmon.infer.params import SamplingParams
 from persimmon.infer.reference import ReferenceDecoder
 from persimmon.infer.sampling import banned_ids
 from persimmon.infer.session import PREFILL_CHUNK, Session
+from scripted_decoder import ScriptedDecoder, says
 from tiny_model import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import platform
+import textwrap
 import time
-from importlib import metadata
 from typing import Any
+
+from persimmon import machine
+from persimmon.machine import size_text
 
 HELP = "what this machine has, which engine will run, and why"
 
 _PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub")
 _BANDWIDTH_BYTES = 256 << 20
 """Far above any cache; the measurement takes about a second."""
+
+_NAME_WIDTH = 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +40,6 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(device: str = "auto") -> dict[str, Any]:
     """Everything the verb reports, as JSON types; sizes in bytes, bandwidth in GB/s."""
-    from persimmon import machine
-
     return {
         "versions": _versions(),
         "cpu": {
@@ -51,6 +54,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
             "read_bandwidth_gb_s": measure_read_bandwidth(),
         },
         "gpus": _gpus(),
+        "models": _models(machine.memory_total()),
         "engine": _engine(device),
     }
 
@@ -68,10 +72,12 @@ def measure_read_bandwidth() -> float:
         started = time.perf_counter()
         data.sum()
         seconds.append(time.perf_counter() - started)
-    return round(_BANDWIDTH_BYTES / min(seconds) / 1e9, 1)
+    return _BANDWIDTH_BYTES / min(seconds) / 1e9
 
 
 def _versions() -> dict[str, str | None]:
+    from importlib import metadata  # a slow import, and `persimmon --help` imports this module
+
     versions: dict[str, str | None] = {"persimmon": metadata.version("persimmon"), "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -93,6 +99,20 @@ def _gpus() -> list[dict[str, Any]]:
     if torch.backends.mps.is_available():
         gpus.append({"name": "Apple GPU (mps)", "memory": torch.mps.recommended_max_memory()})
     return gpus
+
+
+def _models(memory: int | None) -> list[dict[str, Any]]:
+    """What the whole context of each preset needs in memory, and whether this machine has it."""
+    from persimmon.accounting import plan_memory
+    from persimmon.config import PRESETS
+
+    plans: list[dict[str, Any]] = []
+    for name in ("mini", "1b", "8b"):
+        for dtype in ("float32", "bfloat16"):
+            need = plan_memory(PRESETS[name], PRESETS[name].max_positions, dtype, dtype).total_bytes
+            fits = None if memory is None else need <= memory
+            plans.append({"preset": name, "dtype": dtype, "bytes": need, "fits": fits})
+    return plans
 
 
 def _engine(device: str) -> dict[str, Any]:
@@ -122,16 +142,26 @@ def report(findings: dict[str, Any]) -> str:
         ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("processor", f"{cpu['name'] or 'unknown'}, {cpu['threads']} threads"),
         ("instructions", " ".join(cpu["features"]) or "unknown"),
-        ("memory", f"{_size(memory['total'])}, {_size(memory['available'])} available"),
-        ("reads", f"{memory['read_bandwidth_gb_s']} GB/s (measured now)"),
-        ("GPU", "; ".join(f"{gpu['name']}, {_size(gpu['memory'])}" for gpu in findings["gpus"]) or "none"),
+        ("memory", f"{size_text(memory['total'])}, {size_text(memory['available'])} available"),
+        ("reads", f"{memory['read_bandwidth_gb_s']:.1f} GB/s (measured now)"),
+        ("GPU", "; ".join(f"{gpu['name']}, {size_text(gpu['memory'])}" for gpu in findings["gpus"]) or "none"),
         ("compiler", cpu["compiler"] or "none"),
+        ("models", "; ".join(_verdict(plan) for plan in findings["models"])),
         ("engines", "; ".join(f"{name} ({summary})" for name, summary in engine["installed"].items())),
         ("will run", f"{engine['name']} on {engine['device']}, {engine['threads']} CPU threads"),
         ("because", f"{engine['device_reason']}; {engine['name']} is {engine['reason']}"),
     ]
-    return "\n".join(f"{name:<13} {value}" for name, value in rows)
+    return "\n".join(_wrapped(name, value) for name, value in rows)
 
 
-def _size(count: int | None) -> str:
-    return "unknown size" if count is None else f"{count / 1e9:.1f} GB"
+def _wrapped(name: str, value: str) -> str:
+    """`name  value`, long values on several lines."""
+    lines = textwrap.wrap(value, 100 - _NAME_WIDTH, break_on_hyphens=False) or [""]
+    return "\n".join(
+        f"{label:<{_NAME_WIDTH}}{line}" for label, line in zip([name] + [""] * len(lines), lines, strict=False)
+    )
+
+
+def _verdict(plan: dict[str, Any]) -> str:
+    words = {True: "fits", False: "does not fit", None: "in unknown memory"}
+    return f"{plan['preset']} {plan['dtype']} {size_text(plan['bytes'])} {words[plan['fits']]}"

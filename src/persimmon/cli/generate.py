@@ -22,13 +22,14 @@ HELP = "continue a text"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    add_model_options(parser)
-    group = parser.add_argument_group("the text").add_mutually_exclusive_group()
-    group.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input (default: -)")
-    group.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue, UTF-8; - reads stdin")
-    parser.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before the prompt")
+    text = parser.add_argument_group("the text")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input (default: -)")
+    source.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue, in UTF-8")
+    text.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before the prompt")
+    text.add_argument("--json", action="store_true", help="print text, token ids, usage and timings as JSON")
     add_sampling_options(parser)
-    parser.add_argument("--json", action="store_true", help="print text, token ids, usage and timings as JSON")
+    add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
