@@ -184,11 +184,11 @@ def load(
     on = choose_device(device)
     path = resolve(model)
     packed = is_packed(path)
-    by = choose_engine(engine, on.value, packed)
+    config, stored = _describe(path, packed)
+    by = choose_engine(engine, on.value, packed, config)
     check_options(by.value, engine_options)
     if threads is not None and "threads" in ENGINES[by.value].options:
         engine_options["threads"] = threads
-    config, stored = _describe(path, packed)
     precision = choose_dtype(dtype, on.value, stored, count_parameters(config).total)
     if rotary_precision != "checkpoint":
         config = config.replace(rotary_precision=rotary_precision)

@@ -54,6 +54,12 @@ class Engine:
     """Whether it runs quantized directories."""
     why_unavailable: Callable[[], str | None] = lambda: None
     """None when it can run here, else one line that says what is missing."""
+    why_unfit: Callable[[ModelConfig], str | None] = lambda config: None
+    """None when it can run models of that shape, else one line that says why not."""
+
+    def why_not(self, config: ModelConfig | None = None) -> str | None:
+        """The first reason against it, here and for a model of that shape, or None."""
+        return self.why_unavailable() or (self.why_unfit(config) if config is not None else None)
 
 
 def _load_reference(directory: Path, config: ModelConfig, device: str, dtype: str) -> Decoder:
@@ -79,6 +85,12 @@ def _why_no_cpu() -> str | None:
     return why_unavailable()
 
 
+def _why_not_on_cpu(config: ModelConfig) -> str | None:
+    from persimmon.fast.cpu.formats import why_unfit
+
+    return why_unfit(config)
+
+
 ENGINES: dict[str, Engine] = {
     "cpu": Engine(
         "cpu",
@@ -88,14 +100,21 @@ ENGINES: dict[str, Engine] = {
         frozenset({"threads", "kv_dtype", "sparsity_margin", "audit_every", "isa", "verify", "progress"}),
         packed=True,
         why_unavailable=_why_no_cpu,
+        why_unfit=_why_not_on_cpu,
     ),
     "reference": Engine("reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference),
 }
 
 
-def describe_engines() -> str:
-    """The engines of this installation in one line."""
-    return "; ".join(f"{engine.name} ({engine.summary})" for engine in ENGINES.values())
+def installed_engines() -> dict[str, str]:
+    """The engines that can run here, best first: {name: what it is}."""
+    return {name: engine.summary for name, engine in ENGINES.items() if engine.why_unavailable() is None}
+
+
+def missing_engines() -> dict[str, str]:
+    """The engines that cannot: {name: what is missing, in one line}."""
+    reasons = {name: engine.why_unavailable() for name, engine in ENGINES.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def choose_device(requested: str) -> Choice:
@@ -118,15 +137,18 @@ def choose_device(requested: str) -> Choice:
     return Choice(requested, "asked for")
 
 
-def choose_engine(requested: str, device: str, packed: bool = False) -> Choice:
-    """`auto` takes the first engine of the list that runs on the device, and quantized weights if they are `packed`."""
+def choose_engine(requested: str, device: str, packed: bool = False, config: ModelConfig | None = None) -> Choice:
+    """`auto` takes the first engine of the list that runs the model on the device.
+
+    packed: whether its weights are quantized. config: its shape, where it is known.
+    """
     kind = device.partition(":")[0]
     if requested != "auto" and requested not in ENGINES:
         raise UnavailableError(f"engine {requested!r} is not installed; there are: auto, {', '.join(ENGINES)}")
     if requested == "auto":
         fitting = [e for e in ENGINES.values() if kind in e.devices and (e.packed or not packed)]
-        missing = [reason for e in fitting if (reason := e.why_unavailable()) is not None]
-        found = next((e for e in fitting if e.why_unavailable() is None), None)
+        missing = [reason for e in fitting if (reason := e.why_not(config)) is not None]
+        found = next((e for e in fitting if e.why_not(config) is None), None)
         if found is None:
             raise UnavailableError(
                 "; ".join(missing) or f"no engine runs quantized weights on {kind}; use --device cpu"
@@ -137,7 +159,7 @@ def choose_engine(requested: str, device: str, packed: bool = False) -> Choice:
         raise UnavailableError(f"engine {requested!r} runs on {', '.join(engine.devices)}, not on {kind}")
     if packed and not engine.packed:
         raise UnavailableError(f"engine {requested!r} does not run quantized weights")
-    reason = engine.why_unavailable()
+    reason = engine.why_not(config)
     if reason is not None:
         raise UnavailableError(reason)
     return Choice(requested, "asked for")

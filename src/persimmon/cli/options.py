@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persimmon.infer.params import CONTEXT_OVERFLOWS, SamplingParams
@@ -102,6 +103,18 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
     settings["logit_bias"] = dict(args.logit_bias)
     SamplingParams(**settings)  # a wrong value shows before a model is loaded
     return settings
+
+
+def read_text(name: str) -> str:
+    """A text file that a measurement reads. Raises NotFoundError or InputError with its name."""
+    from persimmon.errors import InputError, NotFoundError
+
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"no text at {name}") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{name} is not a UTF-8 text: {error}") from None
 
 
 def model_name(args: argparse.Namespace) -> str:

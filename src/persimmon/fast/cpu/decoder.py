@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from persimmon.config import ModelConfig
 from persimmon.errors import CheckpointError, ContextLengthError, InputError, UnavailableError
-from persimmon.fast.cpu.formats import Format
+from persimmon.fast.cpu.formats import Format, why_unfit
 from persimmon.fast.cpu.memory import GIB, kv_bytes_per_token
 from persimmon.fast.cpu.native_module import native
 from persimmon.infer.decoder import Chunk, Logits
@@ -96,8 +96,8 @@ class CpuDecoder:
         _check_options(threads, kv_dtype, sparsity_margin, audit_every, isa)
         self._config, self._form = config, form
         self._kv_dtype = kv_dtype if kv_dtype != "auto" else ("int8" if form.packed else "float32")
-        if config.head_dim % 4 or config.head_dim > 256:
-            raise UnavailableError(f"the cpu engine needs head_dim as a multiple of 4 up to 256, got {config.head_dim}")
+        if (reason := why_unfit(config)) is not None:
+            raise UnavailableError(reason)
         cos, sin = _rotary_tables(config)
         try:
             self._model = native().Model(

@@ -64,6 +64,13 @@ def packed_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def why_unfit(config: ModelConfig) -> str | None:
+    """None for a shape that the kernels can run, else why not."""
+    if config.head_dim % 4 or config.head_dim > 256:
+        return f"the cpu engine needs head_dim as a multiple of 4 up to 256, got {config.head_dim}"
+    return None
+
+
 @dataclass(frozen=True)
 class PackedTensor:
     """A tensor of a packed model."""
