@@ -33,6 +33,10 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
         "sparsity": "persimmon.cli.sparsity",
         "synthesize": "persimmon.cli.synthesize",
     },
+    "Evaluate": {
+        "eval": "persimmon.cli.eval",
+        "compare": "persimmon.cli.compare",
+    },
     "Train": {
         "tokenizer": "persimmon.cli.tokenizer",
         "data": "persimmon.cli.data",
