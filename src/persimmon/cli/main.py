@@ -31,6 +31,9 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
         "import": "persimmon.cli.import_",
         "export": "persimmon.cli.export",
         "prune-vocab": "persimmon.cli.prune_vocab",
+        "quantize": "persimmon.cli.quantize",
+        "sparsity": "persimmon.cli.sparsity",
+        "synthesize": "persimmon.cli.synthesize",
     },
     "Evaluate": {
         "eval": "persimmon.cli.eval",
@@ -146,17 +149,19 @@ def help_text() -> str:
 
 
 def version_text() -> str:
-    """Versions of the package and of torch, and the engines that can run; imports neither."""
+    """Versions of the package and of torch, the engines that can run and those that cannot; imports neither."""
     from importlib import metadata  # a slow import that help does not need
 
     from persimmon import __version__
-    from persimmon.engines import describe_engines
+    from persimmon.engines import installed_engines, missing_engines
 
     try:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:
         torch = "not installed"
-    return f"persimmon {__version__}\ntorch {torch}\nengines {describe_engines()}"
+    engines = "; ".join(f"{name} ({summary})" for name, summary in installed_engines().items())
+    lines = [f"persimmon {__version__}", f"torch {torch}", f"engines {engines}"]
+    return "\n".join(lines + [f"missing {name} ({reason})" for name, reason in missing_engines().items()])
 
 
 def _unknown_verb(verb: str) -> str:
