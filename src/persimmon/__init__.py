@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         TokenizerError,
         UnavailableError,
     )
-    from persimmon.infer.generate import Generation, Piece
+    from persimmon.infer.completion import Generation, Piece
     from persimmon.infer.params import SamplingParams
     from persimmon.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ _HOME = {
         "CheckpointError", "ConfigError", "ContextLengthError", "DataError", "InputError", "NotFoundError",
         "PersimmonError", "TokenizerError", "UnavailableError",
     ),
-    "persimmon.infer.generate": ("Generation", "Piece"),
+    "persimmon.infer.completion": ("Generation", "Piece"),
     "persimmon.infer.params": ("SamplingParams",),
     "persimmon.tokenizer": ("Tokenizer",),
 }  # fmt: skip

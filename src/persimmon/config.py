@@ -18,31 +18,33 @@ from persimmon.errors import ConfigError
 
 ROTARY_PRECISIONS = ("float32", "bfloat16")
 
-# Keys that a hub `config.json` may carry and that say nothing about the mathematics.
+_TYPE_WORDS: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+# Fields that a hub `config.json` spells differently.
+_HUB_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+    "rotary_base": "rope_theta",
+    "rotary_precision": "persimmon_rotary_precision",
+}
+_REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+
+# Keys that a hub `config.json` may carry and that say nothing about the mathematics. `rms_norm_eps` is a stray key
+# of old files: every norm of Persimmon is a LayerNorm. The last lines are what older transformers wrote for any model.
 _IGNORED_HUB_KEYS = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "rms_norm_eps",  # a stray key of old files: every norm of Persimmon is a LayerNorm
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
+    """
+    _name_or_path architectures attention_dropout auto_map dtype initializer_range model_type pad_token_id rms_norm_eps
+    torch_dtype transformers_version use_cache
+    add_cross_attention bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder
+    is_encoder_decoder label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores prefix problem_type pruned_heads
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript
+    typical_p use_bfloat16
+    """.split()  # noqa: SIM905 - a list literal would take 70 lines
 )
 
 
@@ -93,14 +95,34 @@ class ModelConfig:
     """Metadata only: the released file says 0.6, which no code here ever applies."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        self._check_types()
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+        if not 0.0 < self.layer_norm_eps < 1.0:
+            raise ConfigError(f"layer_norm_eps must be in (0, 1), got {self.layer_norm_eps!r}")
+        if not 0.0 <= self.hidden_dropout < 1.0:
+            raise ConfigError(f"hidden_dropout must be in [0, 1), got {self.hidden_dropout!r}")
+        self._check_rotary()
+        for name in ("bos_token_id", "eos_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ConfigError(f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
+
+    def _check_types(self) -> None:
+        """Every field has the type of its default; an integer will do for a number."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind is float and type(value) is int and abs(value) < 2**53:
+                value = float(value)
+                object.__setattr__(self, field.name, value)
+            if type(value) is not kind:
+                raise ConfigError(f"{field.name} must be {_TYPE_WORDS[kind]}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} must be finite, got {value!r}")
+
+    def _check_rotary(self) -> None:
         if not 0.0 < self.partial_rotary_factor <= 1.0:
             raise ConfigError(f"partial_rotary_factor must be in (0, 1], got {self.partial_rotary_factor}")
         if self.rotary_dim < 2 or self.rotary_dim % 2:
@@ -108,8 +130,6 @@ class ModelConfig:
                 f"rotary_dim = int(head_dim {self.head_dim} * partial_rotary_factor "
                 f"{self.partial_rotary_factor}) = {self.rotary_dim} must be even and at least 2"
             )
-        if not (isinstance(self.layer_norm_eps, float) and 0.0 < self.layer_norm_eps < 1.0):
-            raise ConfigError(f"layer_norm_eps must be in (0, 1), got {self.layer_norm_eps!r}")
         if self.rotary_precision not in ROTARY_PRECISIONS:
             raise ConfigError(
                 f"rotary_precision must be one of {', '.join(ROTARY_PRECISIONS)}, got {self.rotary_precision!r}"
@@ -122,9 +142,6 @@ class ModelConfig:
                 f"rotary_base {self.rotary_base:g} is too small for max_positions {self.max_positions}: "
                 f"at least {needed} is needed"
             )
-        for name in ("bos_token_id", "eos_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ConfigError(f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
 
     @property
     def head_dim(self) -> int:
@@ -176,44 +193,40 @@ class ModelConfig:
         }
 
     @classmethod
-    def from_hub(cls, data: Mapping[str, Any]) -> ModelConfig:
+    def from_hub(cls, data: Any) -> ModelConfig:
         """Read a hub `config.json`, old (`rope_theta`) or new (`rope_parameters`) form.
 
         Raises ConfigError for another architecture, a setting this implementation does not have, or an
         unknown key: never guesses.
         """
-        data = dict(data)
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"config.json must hold an object, got {type(data).__name__}")
         if data.get("model_type") != "persimmon":
             raise ConfigError(f"model_type must be 'persimmon', got {data.get('model_type')!r}")
-        nested = _rope_parameters(data)
+        rest = dict(data)
+        nested = _rope_parameters(rest)
         fields: dict[str, Any] = {}
-        renamed = {
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "max_positions": "max_position_embeddings",
-            "rotary_base": "rope_theta",
-            "rotary_precision": "persimmon_rotary_precision",
-        }
         for field in dataclasses.fields(cls):
-            key = renamed.get(field.name, field.name)
-            values = [source.pop(key) for source in (nested, data) if key in source]
-            if values and any(value != values[0] for value in values):
-                raise ConfigError(f"{key} is given twice with different values: {values}")
-            if values and values[0] is not None:
-                kind = type(field.default)
-                fields[field.name] = _as_number(values[0]) if kind is float else values[0]
-        required = {"vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"}
-        missing = sorted(renamed.get(name, name) for name in required - fields.keys())
+            value = _take(_HUB_NAMES.get(field.name, field.name), nested, rest)
+            if field.name == "eos_token_id" and isinstance(value, list) and value:
+                value = value[0]
+            if value is not None:
+                fields[field.name] = value
+        missing = [_HUB_NAMES.get(name, name) for name in _REQUIRED_FIELDS if name not in fields]
         if missing:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
-        if isinstance(fields.get("eos_token_id"), list):
-            fields["eos_token_id"] = fields["eos_token_id"][0]
-        _refuse_other_settings(data, nested)
+        if "eos_token_id" in fields:  # one piece opens and closes documents
+            fields.setdefault("bos_token_id", fields["eos_token_id"])
+        _refuse_other_settings(rest, nested)
         return cls(**fields)
 
 
-def _as_number(value: Any) -> Any:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+def _take(key: str, *sources: dict[str, Any]) -> Any:
+    """Remove `key` from every source and return its one value, None when it is absent everywhere."""
+    values = [source.pop(key) for source in sources if key in source]
+    if any(value != values[0] for value in values):
+        raise ConfigError(f"{key} is given twice with different values: {values}")
+    return values[0] if values else None
 
 
 def _rope_parameters(data: dict[str, Any]) -> dict[str, Any]:
@@ -247,30 +260,29 @@ def _refuse_other_settings(data: dict[str, Any], nested: dict[str, Any]) -> None
         raise ConfigError(f"unknown config.json key: {', '.join(unknown)}")
 
 
-# Our own vocabularies put `|ENDOFTEXT|` right after the unknown piece (data/vocabulary.py).
-_SMALL_VOCABULARY = {"bos_token_id": 1, "eos_token_id": 1}
+def _small(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int) -> ModelConfig:
+    """A shape of ours: MLP four times as wide as the stream; `|ENDOFTEXT|` follows the unknown piece."""
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+
 
 PRESETS: dict[str, ModelConfig] = {
     # A few thousand parameters: unit tests.
-    "test": ModelConfig(
-        vocab_size=320, hidden_size=16, intermediate_size=64, num_layers=2, num_heads=2, **_SMALL_VOCABULARY,
-    ),
+    "test": _small(vocab_size=320, hidden_size=16, num_layers=2, num_heads=2),
     # The shipped model: the largest that a 2-core CPU trains well in hours (docs/training.md).
-    "mini": ModelConfig(
-        vocab_size=8_192, hidden_size=256, intermediate_size=1_024, num_layers=6, num_heads=4,
-        **_SMALL_VOCABULARY,
-    ),
-    "125m": ModelConfig(
-        vocab_size=32_768, hidden_size=768, intermediate_size=3_072, num_layers=12, num_heads=12,
-        **_SMALL_VOCABULARY,
-    ),
-    "1b": ModelConfig(
-        vocab_size=65_536, hidden_size=2_048, intermediate_size=8_192, num_layers=18, num_heads=32,
-        **_SMALL_VOCABULARY,
-    ),
+    "mini": _small(vocab_size=8_192, hidden_size=256, num_layers=6, num_heads=4),
+    "125m": _small(vocab_size=32_768, hidden_size=768, num_layers=12, num_heads=12),
+    "1b": _small(vocab_size=65_536, hidden_size=2_048, num_layers=18, num_heads=32),
     # The release.
     "8b": ModelConfig(),
-}  # fmt: skip
+}
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:

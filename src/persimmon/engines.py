@@ -45,10 +45,10 @@ class Engine:
     summary: str
     devices: tuple[str, ...]
     """Device types it runs on."""
-    load: Callable[[Path, ModelConfig, str, str], Decoder]
-    """(model directory, configuration, device, dtype) -> decoder."""
+    load: Callable[..., Decoder]
+    """(model directory: Path, ModelConfig, device, dtype, **options) -> decoder."""
     options: frozenset[str] = frozenset()
-    """Names of the extra options of `load` that it understands."""
+    """Names of the options of `load` that it understands."""
 
 
 def _load_reference(directory: Path, config: ModelConfig, device: str, dtype: str) -> Decoder:
@@ -104,10 +104,11 @@ def choose_engine(requested: str, device: str) -> Choice:
     return Choice(requested, "asked for")
 
 
-def choose_dtype(requested: str, device: str, num_parameters: int) -> Choice:
-    """`auto` is bfloat16 on cuda, as the weights are stored; elsewhere float32 where the weights fit in memory.
+def choose_dtype(requested: str, device: str, stored: str, num_parameters: int) -> Choice:
+    """`auto` is the stored precision on cuda; elsewhere float32 as long as the weights fit in memory so.
 
-    CPUs without bfloat16 instructions are slower in it, and float32 keeps the exact numbers of the checkpoint.
+    Many CPUs compute faster in float32, and it adds no rounding to the checkpoint's numbers. `stored` is float32,
+    bfloat16 or anything else, which then runs as bfloat16.
     """
     if requested in ("float16", "fp16", "half"):
         raise InputError(FLOAT16_REASON)
@@ -116,7 +117,9 @@ def choose_dtype(requested: str, device: str, num_parameters: int) -> Choice:
     if requested != "auto":
         return Choice(requested, "asked for")
     if device.startswith("cuda"):
-        return Choice("bfloat16", "the precision of the checkpoint")
+        if stored in DTYPES:
+            return Choice(stored, "the precision of the checkpoint")
+        return Choice("bfloat16", f"the checkpoint is {stored}")
     needed, free = 4 * num_parameters, memory_available()
     if free is not None and needed > _WEIGHTS_SHARE * free:
         return Choice("bfloat16", f"float32 weights of {needed / 1e9:.1f} GB would crowd {free / 1e9:.1f} GB of memory")

@@ -61,13 +61,9 @@ class Cache(Protocol):
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise InputError unless the model can compute in `dtype`; loaders convert float16 files first."""
     if dtype is torch.float16:
-        raise InputError(
-            "float16 is not supported: relu(x)^2 exceeds its 65504 once x > 255.9; use bfloat16 or float32"
-        )
+        raise InputError("float16 is refused: relu(x)^2 exceeds its 65504 once x > 255.9; use bfloat16 or float32")
     if dtype not in DTYPES:
-        raise InputError(
-            f"dtype must be one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}"
-        )
+        raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -163,7 +159,7 @@ def document_positions(boundaries: Sequence[int], num_rows: int, num_tokens: int
     return (torch.arange(num_rows * num_tokens) - starts).view(num_rows, num_tokens)
 
 
-def _attention(documents: Sequence[int] | None, cache: Cache | None, rows: int, tokens: int) -> Attend:
+def _choose_attention(documents: Sequence[int] | None, cache: Cache | None, rows: int, tokens: int) -> Attend:
     """How the tokens of one forward pass attend."""
     if cache is not None:
         if documents is not None:
@@ -173,6 +169,18 @@ def _attention(documents: Sequence[int] | None, cache: Cache | None, rows: int, 
         return lambda layer, q, k, v: attend_causal(q, k, v)
     check_boundaries(documents, rows, tokens)
     return lambda layer, q, k, v: attend_documents(q, k, v, documents)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that stays uninitialised on the meta device, where `normal_` would import PyTorch's compiler.
+
+    That import takes seconds, before every start of a program that loads its weights the lazy way.
+    """
+
+    def reset_parameters(self) -> None:
+        """Fill the rows as PyTorch does, unless they have no memory."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Attention(nn.Module):
@@ -238,7 +246,7 @@ class PersimmonModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -266,18 +274,18 @@ class PersimmonModel(nn.Module):
             ContextLengthError: a position is max_positions or more.
             InputError: float16 weights or autocast, boundaries that do not fit, ids that are not [B, T].
         """
-        if token_ids.dim() != 2:
-            raise InputError(f"token_ids must be [rows, tokens], got shape {list(token_ids.shape)}")
+        if token_ids.dim() != 2 or not token_ids.numel():
+            raise InputError(f"token_ids must be [rows, tokens], each at least 1, got {list(token_ids.shape)}")
         rows, tokens = token_ids.shape
         self._check_dtype(token_ids.device.type)
-        attend = _attention(documents, cache, rows, tokens)
+        attend = _choose_attention(documents, cache, rows, tokens)
         if positions is None and cache is not None:
             positions = cache.positions(rows, tokens)
         else:
-            positions = self._checked_positions(positions, rows, tokens).to(token_ids.device)
+            positions = self._checked_positions(positions, token_ids)
         cos, sin = rotary_tables(self.config, positions)
         # [T, R/2] or [B, T, R/2] -> [1 or B, T, 1, R/2]
-        cos, sin = (t.view(-1, tokens, 1, t.shape[-1]) for t in (cos, sin))
+        cos, sin = (t.reshape(-1, tokens, 1, t.shape[-1]) for t in (cos, sin))
         x = self.embed_tokens(token_ids)
         for block in self.layers:
             x = block(x, cos, sin, attend, observe)
@@ -308,20 +316,20 @@ class PersimmonModel(nn.Module):
         if torch.is_autocast_enabled(device_type):
             check_dtype(torch.get_autocast_dtype(device_type))
 
-    def _checked_positions(self, positions: Tensor | None, rows: int, tokens: int) -> Tensor:
+    def _checked_positions(self, positions: Tensor | None, token_ids: Tensor) -> Tensor:
         """The given positions, or 0 .. T - 1; every one of them inside the context."""
+        rows, tokens = token_ids.shape
         limit = self.config.max_positions
         if positions is None:
             if tokens > limit:
                 raise ContextLengthError(f"{tokens} tokens exceed the context of {limit} positions")
-            return torch.arange(tokens)
+            return torch.arange(tokens, device=token_ids.device)
         if list(positions.shape) not in ([tokens], [rows, tokens]):
             raise InputError(f"positions must be [{tokens}] or [{rows}, {tokens}], got {list(positions.shape)}")
-        if positions.numel() and not (0 <= int(positions.min()) and int(positions.max()) < limit):
-            raise ContextLengthError(
-                f"positions must be in [0, {limit}), got {int(positions.min())} to {int(positions.max())}"
-            )
-        return positions
+        first, last = (int(edge) for edge in positions.aminmax())
+        if first < 0 or last >= limit:
+            raise ContextLengthError(f"positions must be in [0, {limit}), got {first} to {last}")
+        return positions.to(token_ids.device)
 
     @torch.no_grad()
     def initialize(

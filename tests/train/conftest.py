@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from made_corpus import made_code, made_text
 
 
@@ -22,7 +23,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data with a vocabulary of 400 pieces."""
+    """Prepared data with a vocabulary of 320 pieces."""
     from persimmon.data.prepare import DataRecipe, SourceRecipe, VocabularyRecipe, prepare
 
     output = tmp_path_factory.mktemp("prepared")
@@ -31,7 +32,7 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             root=str(corpus),
             output=str(output),
             sources={"text": SourceRecipe(("text.jsonl",), 0.75), "code": SourceRecipe(("code.jsonl",), 0.25)},
-            vocabulary=VocabularyRecipe(size=400, characters=50_000),
+            vocabulary=VocabularyRecipe(size=320, characters=50_000),
             held_out=0.1,
         )
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from made_corpus import write_recipe
 
 _PROGRAM = """
@@ -88,8 +89,9 @@ def test_a_killed_save_leaves_the_older_checkpoint(
         command = [sys.executable, str(program), str(recipe), "resume"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        if process.stdout.readline():
-            time.sleep(rng.uniform(0, 0.05))
+        for _ in range(2):  # the report of a step comes before its save, that of the next one after it
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait(timeout=60)
         process.stdout.close()

@@ -1,0 +1,1 @@
+"""Weights in and out: hub directories, Adept's release files, vocabulary pruning."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,6 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
     },
     "Look at models and convert them": {
         "info": "persimmon.cli.info",
-        "sparsity": "persimmon.cli.sparsity",
         "import": "persimmon.cli.import_",
         "export": "persimmon.cli.export",
         "prune-vocab": "persimmon.cli.prune_vocab",
@@ -51,7 +51,7 @@ OTHER_TOOLS_VERBS = {
 OTHER_TOOLS_FLAGS = {
     "--max-new-tokens": "--max-tokens", "--n-predict": "--max-tokens", "--temp": "--temperature",
     "--max-model-len": "--context", "--ctx-size": "--context", "--repeat-penalty": "--repetition-penalty",
-    "--model": "MODEL (without a flag)", "--quantization": "--dtype", "--kv-cache-dtype": "--kv-dtype",
+    "--model": "MODEL (without a flag)", "--quantization": "--dtype",
 }  # fmt: skip
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -61,7 +61,24 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that accepts no abbreviations and names the flag that was probably meant."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **settings})
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _formatter, **settings})
+
+    def format_usage(self) -> str:
+        """One line: the program and its positional arguments."""
+        self._shorten_usage()
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        """The short usage and everything there is to say."""
+        self._shorten_usage()
+        return super().format_help()
+
+    def _shorten_usage(self) -> None:
+        """Leave the flags out of the usage: the help lists them below, with what they do."""
+        if self.usage is None:
+            formatter = self._get_formatter()
+            formatter.add_usage(None, self._get_positional_actions(), [], prefix="")
+            self.usage = f"{formatter.format_help().strip()} [options]"
 
     def error(self, message: str) -> NoReturn:
         """Usage and one line on stderr, exit code 2."""
@@ -85,6 +102,10 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=30)
+
+
 def verb_module(verb: str) -> ModuleType:
     """The module behind a verb of the table."""
     return importlib.import_module(VERBS[verb])
@@ -93,7 +114,7 @@ def verb_module(verb: str) -> ModuleType:
 def verb_parser(verb: str) -> Parser:
     """The complete parser of one verb."""
     module = verb_module(verb)
-    parser = Parser(prog=f"persimmon {verb}", description=module.HELP)
+    parser = Parser(prog=f"persimmon {verb}", description=f"{module.HELP[0].upper()}{module.HELP[1:]}.")
     module.add_arguments(parser)
     return parser
 
@@ -186,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a stream of text
     return _guarded(lambda: _dispatch([word for word in words if word != "--debug"]), debug)
 
 

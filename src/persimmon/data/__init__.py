@@ -1,0 +1,1 @@
+"""Training data: documents, vocabularies, token stores, and rows packed from them."""

@@ -1,8 +1,8 @@
 """Packing documents into rows: deterministic, weighted, resumable from two integers.
 
-Every source is one endless virtual stream: its documents, cut into pieces of at most one row, shuffled anew each epoch by
-a seeded permutation and laid end to end. Row k of a source is positions [k * length, (k + 1) * length) of that stream;
-nothing is padded and nothing dropped. Which source feeds row n of the run follows from n and the weights alone.
+Every source is one endless virtual stream: its documents, cut into pieces of at most one row, shuffled anew each epoch
+by a seeded permutation and laid end to end. Row k of a source is positions [k * length, (k + 1) * length) of that
+stream; nothing is padded and nothing dropped. Which source feeds row n of the run follows from n and the weights alone.
 So the whole state is the number of rows taken, whatever the number of processes.
 """
 
@@ -67,12 +67,18 @@ class PackedRows:
     def __init__(self, stores: Mapping[str, TokenStore], weights: Mapping[str, float], length: int, seed: int) -> None:
         if not stores or set(stores) != set(weights):
             raise DataError(f"weights {sorted(weights)} must name the sources {sorted(stores)}")
-        if any(weight <= 0 for weight in weights.values()):
+        if any(not weight > 0 for weight in weights.values()):
             raise DataError(f"source weights must be positive, got {dict(weights)}")
+        if length < 1:
+            raise DataError(f"the row length must be at least 1, got {length}")
+        for name, store in stores.items():
+            if not store.num_tokens:
+                raise DataError(f"source {name!r} holds no documents")
         total = sum(weights.values())
         self.length, self._seed = length, seed
         self._stores = dict(stores)
-        self._edges = np.cumsum([weights[name] / total for name in stores])
+        # Differences of the running sum, as every run so far: they decide ties between sources.
+        self._shares = np.diff(np.cumsum([weights[name] / total for name in stores]), prepend=0.0)
         self._epochs: dict[str, tuple[int, _Epoch]] = {}
         # Source of each row so far, extended on demand: prefix counts make row n of the run row k of its source.
         self._choices: list[str] = []
@@ -81,11 +87,11 @@ class PackedRows:
 
     def _choose(self, row: int) -> tuple[str, int]:
         names = list(self._stores)
-        shares = np.diff(self._edges, prepend=0.0)
         while len(self._choices) <= row:
-            # The source that lags furthest behind its share: at any row each source is within one row of it.
+            # The source that lags furthest behind its share. None is ever a whole row ahead; the one furthest behind
+            # lacks at most half a row of two sources, less than one of three, little more than one of many.
             n = len(self._choices) + 1
-            behind = [share * n - self._taken[name] for name, share in zip(names, shares, strict=True)]
+            behind = [share * n - self._taken[name] for name, share in zip(names, self._shares, strict=True)]
             name = names[int(np.argmax(behind))]
             self._choices.append(name)
             self._ordinals.append(self._taken[name])
@@ -101,6 +107,8 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> Row:
         """Row number `row` of the run, any number in any order."""
+        if row < 0:
+            raise IndexError(f"rows count from 0, got {row}")
         name, ordinal = self._choose(row)
         store = self._stores[name]
         position, needed = ordinal * self.length, self.length

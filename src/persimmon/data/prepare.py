@@ -1,4 +1,4 @@
-"""`persimmon data prepare`: documents -> vocabulary (when asked for) -> token stores, held-out documents, statistics."""
+"""`persimmon data prepare`: documents to a vocabulary, token stores, held-out documents and their manifest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,12 @@ class SourceRecipe:
     """Files of one source and its share of the training tokens."""
 
     files: tuple[str, ...]
+    """Glob patterns below the root; a leading `!` leaves matches out."""
     weight: float
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"weight must be positive, got {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,9 @@ class VocabularyRecipe:
     """A vocabulary to train, or the `path` of one to use."""
 
     size: int = 8192
+    """Pieces, with the 256 bytes and `|ENDOFTEXT|`."""
     characters: int = 12_000_000
+    """Size of the sample it is trained on."""
     path: str | None = None
 
 
@@ -52,6 +60,11 @@ class DataRecipe:
             raise ConfigError(f"held_out must be in [0, 0.5), got {self.held_out}")
         if not self.sources:
             raise ConfigError("a data recipe needs at least one source")
+        for name in self.sources:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ConfigError(
+                    f"source names become file names and hold letters, digits, _ and - only, got {name!r}"
+                )
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -68,6 +81,8 @@ def prepare(recipe: DataRecipe, report: Callable[[str], None] = lambda line: Non
     for name, items in documents.items():
         held[name] = [d for d in items if is_held_out(d.text, recipe.held_out)]
         kept[name] = [d for d in items if not is_held_out(d.text, recipe.held_out)]
+        if not kept[name]:
+            raise DataError(f"source {name!r} has no documents for training ({len(held[name])} held out)")
         report(f"{name}: {len(kept[name])} documents for training, {len(held[name])} held out")
     tokenizer = _vocabulary(recipe, kept, output)
     report(f"vocabulary: {tokenizer.vocab_size} pieces")
@@ -103,8 +118,6 @@ def _vocabulary(recipe: DataRecipe, kept: dict[str, list[Document]], output: Pat
         tokenizer = Tokenizer.load(recipe.vocabulary.path)
         _write_atomically(target, tokenizer.serialized)
         return tokenizer
-    if not any(kept.values()):
-        raise DataError("no documents left for training")
     weights = {name: source.weight for name, source in recipe.sources.items()}
     total = sum(weights.values())
     texts = sample_texts(

@@ -1,0 +1,1 @@
+"""Running a model: decoders, keys and values, sampling, streaming generation."""

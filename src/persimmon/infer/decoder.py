@@ -58,7 +58,7 @@ class Decoder(Protocol):
     def forward(self, chunks: Sequence[Chunk], *, exact_top: int | None = None) -> list[Logits | None]:
         """Append each chunk to its sequence and return its float32 logits: None, [V] or [T, V].
 
-        The result for one chunk does not depend on the others in the call, nor on how a prompt was cut into chunks, up to
-        rounding stated by the engine. With `exact_top` = k only the k largest logits of each position need be
+        The result for one chunk does not depend on the others in the call, nor on how a prompt was cut into chunks,
+        up to rounding stated by the engine. With `exact_top` = k only the k largest logits of each position need be
         exact and all others may be -inf, which lets an engine skip most of a large head.
         """

@@ -1,1 +1,1 @@
-"""Training: pretraining and fine-tuning loops, optimizers, schedules, checkpoints."""
+"""Training: recipes, loss, optimizers, schedules, the loop, pretraining and fine-tuning."""

@@ -14,6 +14,8 @@ from persimmon.tokenizer import Tokenizer
 
 def windows(length: int, window: int, context: int) -> list[tuple[int, int, int]]:
     """(start, end, first scored) ranges covering positions 0 .. length once, each with `context` tokens before it."""
+    if not 0 <= context < window:
+        raise ValueError(f"context {context} must be in [0, window {window})")
     ranges, scored = [], 0
     while scored < length:
         start = max(0, scored - context)
@@ -24,11 +26,14 @@ def windows(length: int, window: int, context: int) -> list[tuple[int, int, int]
 
 
 @torch.inference_mode()
-def document_bits(model: PersimmonModel, token_ids: Sequence[int], *, window: int, context: int = 512) -> float:
-    """Bits the model needs for all `token_ids` but the first (the opening end-of-text), in windows of `window`."""
+def document_bits(model: PersimmonModel, token_ids: Sequence[int], *, window: int) -> float:
+    """Bits the model needs for all `token_ids` but the first (the opening end-of-text).
+
+    Documents longer than `window` are read in windows that overlap by a quarter, which serves as context only.
+    """
     ids = torch.tensor(token_ids)
     nats = 0.0
-    for start, end, first in windows(len(ids) - 1, window, context):
+    for start, end, first in windows(len(ids) - 1, window, window // 4):
         hidden = model.features(ids[None, start:end])[0, first - start :]
         targets = ids[first + 1 : end + 1]
         for chunk in range(0, len(targets), 1024):

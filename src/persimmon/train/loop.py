@@ -226,8 +226,6 @@ class Trainer:
             return False
         self.step, self.tokens_seen = state["step"], state["tokens"]
         self._running_loss = state["running_loss"]
-        if self.world.is_main:
-            truncate_metrics(self.directory / "metrics.jsonl", self.step)
         return True
 
     def save(self) -> None:
@@ -243,7 +241,7 @@ class Trainer:
         """Train until the plan is done; checkpoints by the clock, metrics every step."""
         self.directory.mkdir(parents=True, exist_ok=True)
         saved = time.monotonic()
-        with _metrics_file(self.directory, self.world) as write:
+        with _metrics_file(self.directory, self.step, self.world) as write:
             while self.step < self.num_steps:
                 row = self.train_step()
                 if self._evaluate is not None and self._evaluation_due():
@@ -261,10 +259,11 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _metrics_file(directory: Path, world: World) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _metrics_file(directory: Path, step: int, world: World) -> Iterator[Callable[[dict[str, Any]], None]]:
     if not world.is_main:
         yield lambda row: None
         return
+    truncate_metrics(directory / "metrics.jsonl", step)
     with (directory / "metrics.jsonl").open("a") as stream:
 
         def write(row: dict[str, Any]) -> None:

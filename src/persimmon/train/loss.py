@@ -12,53 +12,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from persimmon.errors import InputError
+
 IGNORE = -100
 """Target value that carries no loss (the convention of the field)."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass; only hidden and weight have one, and only where it is wanted."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int) -> Tensor:
-        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        compute = torch.get_autocast_dtype(hidden.device.type)
-        if not torch.is_autocast_enabled(hidden.device.type):
-            compute = hidden.dtype
+        compute = _product_dtype(hidden)
+        sums = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 throughout
         head = weight.to(compute)
-        grad_hidden = torch.empty_like(hidden) if need_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
-        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-        total = total.to(hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=sums) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=sums, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            x, target = hidden[rows].to(compute), targets[rows]
-            log_probabilities = (x @ head.t()).to(total.dtype).log_softmax(1)  # [chunk, V]
-            kept = target != IGNORE
-            picked = target.clamp_min(0)[:, None]
+            x, kept = hidden[rows].to(compute), targets[rows] != IGNORE
+            picked = torch.where(kept, targets[rows], 0)[:, None]
+            log_probabilities = (x @ head.t()).to(sums).log_softmax(1)  # [chunk, V]
             total -= (log_probabilities.gather(1, picked)[:, 0] * kept).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                probabilities = log_probabilities.exp_()
-                probabilities.scatter_add_(1, picked, -torch.ones_like(picked, dtype=total.dtype))
-                probabilities.mul_((kept * scale)[:, None])
-                grad_logits = probabilities.to(compute)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = log_probabilities.exp_().scatter_add_(1, picked, -torch.ones_like(picked, dtype=sums))
+            grad_logits = grad_logits.mul_((kept * scale)[:, None]).to(compute)
+            if grad_hidden is not None:
                 grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
+            if grad_weight is not None:
                 grad_weight += grad_logits.t() @ x
-        if need_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total * scale
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_output, grad_weight * grad_output, None, None, None
+        grads = (None if grad is None else grad * grad_output for grad in ctx.saved_tensors)
+        return *grads, None, None, None
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of the products with the head: autocast's where it is on."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 512) -> Tensor:
     """`scale` times the summed cross-entropy in nats of `hidden @ weight.T` against `targets`.
 
     hidden [M, H], weight [V, H], targets [M] with IGNORE where there is no loss. `scale` is 1 / the number of
-    targets that count over all micro-batches and processes of a step. Under autocast the products run in its dtype,
-    sums and softmax in float32.
+    targets that count over all micro-batches and processes of a step. At most `chunk` * V logits exist at a time.
+    Under autocast the products run in its dtype, sums and softmax in float32. First derivatives only.
     """
-    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)} do not fit")
+    if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
+        shapes = ", ".join(f"{k} {list(t.shape)}" for k, t in (("hidden", hidden), ("weight", weight)))
+        raise InputError(f"{shapes} and targets {list(targets.shape)} do not fit [M, H], [V, H] and [M]")
+    if not torch.is_grad_enabled():  # a Function cannot see it and would make gradients nobody wants
+        hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, chunk)

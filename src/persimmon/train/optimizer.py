@@ -1,8 +1,8 @@
 """AdamW with decay only where it belongs, and Muon for the matrices of the blocks.
 
-Muon (Keller Jordan, 2024, `KellerJordan/Muon`) replaces a matrix's momentum by the nearest orthogonal matrix, found with a few
-Newton-Schulz steps, so that every direction of the update has the same size. The fused query-key-value matrix is three
-matrices for this purpose and is taken apart first.
+Muon (Keller Jordan, 2024, `KellerJordan/Muon`) replaces a matrix's momentum by the nearest orthogonal matrix, found
+with a few Newton-Schulz steps, so that every direction of the update has the same size. The fused query-key-value
+matrix is three matrices for this purpose and is taken apart first.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class MatrixParameter:
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Nearly orthogonal matrices [K, rows, cols] with the same singular directions; rows <= cols is fastest.
+    """Nearly orthogonal matrices [K, rows, cols] with the same singular directions, rows <= cols.
 
-    The iteration corrects its own rounding, so `dtype` may be bfloat16.
+    Five steps bring every singular value above 0.3 % of the Frobenius norm into 0.68 .. 1.21; smaller ones grow by up
+    to 485 times. The iteration corrects its own rounding, so `dtype` may be bfloat16.
     """
     a, b, c = _NEWTON_SCHULZ
     x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
@@ -122,8 +123,13 @@ class OptimizerRecipe:
         if self.matrices not in ("muon", "adamw"):
             raise ConfigError(f"optimizer.matrices must be muon or adamw, got {self.matrices!r}")
         for name in ("matrix_lr", "vector_lr", "clip"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"optimizer.{name} must be positive, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
 
 
 def build_optimizers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,9 @@ from persimmon.errors import ConfigError, NotFoundError
 
 T = TypeVar("T")
 
+# YAML 1.1 reads 8e-3 and 1e9 as text, for want of a dot or a sign; people mean numbers.
+_EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+")
+
 
 def load_recipe(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read `path` as a `kind`, with `key.sub=value` overrides (values in YAML) applied on top."""
@@ -22,8 +26,8 @@ def load_recipe(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) 
     if not path.is_file():
         raise NotFoundError(f"no recipe at {path}")
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a recipe is a mapping")
@@ -48,43 +52,64 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def from_mapping(kind: type[T], data: Any, where: str) -> T:
-    """Build the dataclass `kind` from a mapping; `where` names it in errors."""
+    """Build the dataclass `kind` from a mapping; errors read `where: section.key: what is wrong`."""
+    return _build(kind, data, where, "")
+
+
+def _build(kind: type[T], data: Any, where: str, path: str) -> T:
+    place = f"{where}: {path}" if path else where
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, got {data!r}")
+        raise ConfigError(f"{place}: expected a mapping, got {data!r}")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(fields))
+    unknown = sorted(set(data) - set(fields), key=str)
     if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
+        raise ConfigError(f"{place}: unknown key {unknown[0]!r}; known: {', '.join(fields)}")
+    missing = [name for name, field in fields.items() if name not in data and _is_required(field)]
     if missing:
-        raise ConfigError(f"{where}: {missing[0]!r} is missing")
-    return kind(**{name: _convert(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+        raise ConfigError(f"{place}: {missing[0]!r} is missing")
+    values = {
+        name: _convert(hints[name], value, where, f"{path}.{name}" if path else name) for name, value in data.items()
+    }
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
+    """`value` as the type `hint`: a dataclass, tuple[X, ...], dict[str, X], X | None, Any or a plain type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
         (hint,) = (a for a in arguments if a is not type(None))
-        return _convert(hint, value, where)
+        return _convert(hint, value, where, path)
     if dataclasses.is_dataclass(hint):
-        return from_mapping(typing.cast(type, hint), value, where)
+        return _build(typing.cast(type, hint), value, where, path)
     if origin is tuple:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+            raise ConfigError(f"{where}: {path}: expected a list, got {value!r}")
+        return tuple(_convert(arguments[0], item, where, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected a mapping, got {value!r}")
-        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            raise ConfigError(f"{where}: {path}: expected a mapping, got {value!r}")
+        return {str(key): _convert(arguments[1], item, where, f"{path}.{key}") for key, item in value.items()}
+    return value if hint is Any else _plain(hint, value, f"{where}: {path}")
+
+
+def _plain(kind: type, value: Any, place: str) -> Any:
+    """A string, flag or number; whole numbers pass as float, whole floats (1e9) as int."""
+    if isinstance(value, str) and kind in (int, float) and _EXPONENT.fullmatch(value):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
         return float(value)
-    if hint is Any or (isinstance(value, hint) and not (hint in (int, float) and isinstance(value, bool))):
-        return value
-    raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if type(value) is not kind:
+        raise ConfigError(f"{place}: expected {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,188 @@
+"""The Python interface: `load` a model, then ask it for logits, text and chat."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persimmon import chat as chat_format
+from persimmon.accounting import count_parameters
+from persimmon.checkpoints.directory import open_directory
+from persimmon.checkpoints.download import resolve
+from persimmon.config import ModelConfig
+from persimmon.engines import ENGINES, check_options, choose_device, choose_dtype, choose_engine
+from persimmon.errors import InputError
+from persimmon.infer.completion import Generation
+from persimmon.infer.decoder import Chunk, Decoder
+from persimmon.infer.generate import Stream
+from persimmon.infer.params import SamplingParams
+from persimmon.infer.session import ReportProgress, Session
+from persimmon.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+"""Text, or token ids, which are taken as they are."""
+
+
+class Persimmon:
+    """A model that is ready to run: a decoder and its tokenizer.
+
+    Not for several threads at once. Streams may be interleaved; every one has its own sequence.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, *, context: int | None = None, choices: Iterable[str] = ()
+    ) -> None:
+        """`context` limits the length of sequences; `choices` are lines saying how the model was set up."""
+        limit = decoder.config.max_positions
+        if context is not None and not 1 <= context <= limit:
+            raise InputError(f"context must be from 1 to the model's {limit} positions, got {context}")
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.context = context or limit
+        """Longest sequence in tokens."""
+        self.choices = tuple(choices)
+        """How the model was set up, and why, in lines."""
+        self._chat_session: Session | None = None
+        self._chat_stream: weakref.ref[Stream] | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.decoder.config
+
+    @property
+    def engine_name(self) -> str:
+        """The engine that runs it."""
+        return self.decoder.name
+
+    def logits(self, token_ids: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:
+        """Logits of every position: ids [B, T], or [T] for one row, -> float32 [B, T, V] on the CPU."""
+        rows = torch.as_tensor(token_ids)
+        if rows.dim() not in (1, 2) or rows.numel() == 0 or rows.is_floating_point():
+            raise InputError(f"token ids must be integers [B, T], got {rows.dtype} {list(rows.shape)}")
+        rows = rows[None] if rows.dim() == 1 else rows
+        sequences = [self.decoder.new_sequence(rows.shape[1]) for _ in rows]
+        try:
+            chunks = [Chunk(sequence, row, "all") for sequence, row in zip(sequences, rows.tolist(), strict=True)]
+            return torch.stack([torch.from_numpy(logits) for logits in self.decoder.forward(chunks)])
+        finally:
+            for sequence in sequences:
+                sequence.close()
+
+    def new_session(self) -> Session:
+        """A sequence to pass to several `stream` or `generate` calls: each reads only what differs from the last."""
+        return Session(self.decoder, self.context)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        bos: bool = True,
+        session: Session | None = None,
+        progress: ReportProgress | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Continue a prompt; iterate for the pieces, then `.result()` has the whole.
+
+        bos: put the begin-of-text token before a text, as the release's tokenizer does.
+        session: from `new_session`. progress: called with (done, total) tokens while the prompt is read.
+        sampling: fields of SamplingParams. Raises InputError, or ContextLengthError for a prompt that does not fit.
+        """
+        params = SamplingParams.of(**sampling)
+        return self._stream(self._encode(prompt, bos), params, session=session, progress=progress)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """Continue a prompt to the end; the arguments of `stream`."""
+        return _run(self.stream(prompt, **options))
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, str]], *, progress: ReportProgress | None = None, **sampling: Any
+    ) -> Stream:
+        """Answer the last of the messages (`role`: system, user or assistant; `content`), as `stream` does.
+
+        The sequence of the last chat is kept, so that the next turn reads only what is new. The text comes without
+        the space that the chat format puts before an answer.
+        """
+        params = SamplingParams.of(**sampling)
+        params = params.replace(stop=(*params.stop, *chat_format.STOP_STRINGS))
+        prompt_ids = chat_format.encode(self.tokenizer, messages)
+        stream = self._stream(prompt_ids, params, session=self._free_session(), progress=progress, skip_space=True)
+        self._chat_stream = weakref.ref(stream)
+        return stream
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
+        """Answer the last of the messages; the arguments of `stream_chat`."""
+        return _run(self.stream_chat(messages, **options))
+
+    def _stream(self, prompt_ids: Sequence[int], params: SamplingParams, **options: Any) -> Stream:
+        return Stream(self.decoder, self.tokenizer, prompt_ids, params, context=self.context, **options)
+
+    def _encode(self, prompt: Prompt, bos: bool) -> list[int]:
+        return self.tokenizer.encode(prompt, bos=bos) if isinstance(prompt, str) else [int(i) for i in prompt]
+
+    def _free_session(self) -> Session | None:
+        """The session kept for chats; None while a stream still uses it."""
+        last = self._chat_stream() if self._chat_stream else None
+        if last is not None and not last.finished:
+            return None
+        self._chat_session = self._chat_session or self.new_session()
+        return self._chat_session
+
+
+def _run(stream: Stream) -> Generation:
+    for _ in stream:
+        pass
+    return stream.result()
+
+
+def load(
+    model: str | os.PathLike[str] = "mini",
+    *,
+    device: str = "auto",
+    engine: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    rotary_precision: str = "checkpoint",
+    **engine_options: Any,
+) -> Persimmon:
+    """Load a model.
+
+    Args:
+        model: a directory, a Hugging Face Hub id, or a name: `mini` (shipped), `mini-base`, `persimmon-8b-base`,
+            `persimmon-8b-chat`.
+        device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps.
+        engine: auto, or the name of one (`persimmon doctor` lists them).
+        dtype: auto, float32 or bfloat16. auto is the checkpoint's own on cuda, and elsewhere float32 as long as
+            the weights fit in memory so.
+        threads: CPU threads of this process's PyTorch; None leaves them as they are.
+        context: longest sequence in tokens; None is the model's.
+        rotary_precision: checkpoint (what its config.json says), float32 or bfloat16.
+        engine_options: options that only some engines have.
+
+    Raises NotFoundError, CheckpointError, InputError for a value that cannot be, UnavailableError for something that
+    this machine does not have.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads must be 1 or more, got {threads}")
+        torch.set_num_threads(threads)
+    on = choose_device(device)
+    by = choose_engine(engine, on.value)
+    check_options(by.value, engine_options)
+    opened = open_directory(resolve(model))
+    config = opened.config
+    precision = choose_dtype(dtype, on.value, opened.dtype, count_parameters(config).total)
+    if rotary_precision != "checkpoint":
+        config = config.replace(rotary_precision=rotary_precision)
+    decoder = ENGINES[by.value].load(opened.path, config, on.value, precision.value, **engine_options)
+    choices = [
+        f"{name} {choice.value} ({choice.reason})"
+        for name, choice in (("device", on), ("engine", by), ("dtype", precision))
+    ]
+    return Persimmon(decoder, Tokenizer.load(opened.path), context=context, choices=choices)

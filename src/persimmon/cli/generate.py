@@ -1,0 +1,131 @@
+"""`persimmon generate`: continue a prompt on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persimmon.cli.options import add_model_options, add_sampling_options, load_from, model_name, sampling_from
+
+if TYPE_CHECKING:
+    from persimmon.infer.completion import Generation
+    from persimmon.infer.generate import Stream
+    from persimmon.infer.sampling import TokenLogprob
+    from persimmon.tokenizer import Tokenizer
+
+HELP = "continue a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    text = parser.add_argument_group("the text")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input (default: -)")
+    source.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue, in UTF-8")
+    text.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before the prompt")
+    text.add_argument("--json", action="store_true", help="print text, token ids, usage and timings as JSON")
+    add_sampling_options(parser)
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Execute the verb."""
+    from persimmon.cli.console import Progress, note, print_json
+
+    sampling, prompt = sampling_from(args), read_prompt(args)
+    model = load_from(args)
+    with Progress("reading the prompt", quiet=args.quiet) as progress:
+        stream = model.stream(prompt, bos=not args.no_bos, progress=progress, **sampling)
+        first = next(stream, None)
+    if first is not None and not args.json:
+        _print_text(first.text)
+    _print_rest(stream, show=not args.json)
+    result = stream.result()
+    if args.json:
+        facts = {"model": model_name(args), "engine": model.engine_name}
+        print_json(facts | as_json(result, model.tokenizer))
+    elif result.logprobs is not None:
+        print("\n\n" + logprob_table(result.logprobs, model.tokenizer))
+    elif sys.stdout.isatty():
+        print()
+    note(_summary(result), quiet=not args.verbose)
+    return 0
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text of --prompt or --prompt-file; standard input for `-` and, unless it is a terminal, without either."""
+    from persimmon.errors import InputError, NotFoundError
+
+    if args.prompt is not None and args.prompt != "-":
+        return str(args.prompt)
+    if args.prompt_file is not None and args.prompt_file != "-":
+        file = Path(args.prompt_file)
+        if not file.is_file():
+            raise NotFoundError(f"--prompt-file {file} does not exist")
+        source, content = str(file), file.read_bytes()
+    elif args.prompt is None and args.prompt_file is None and sys.stdin.isatty():
+        raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
+    else:
+        source, content = "standard input", sys.stdin.buffer.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not UTF-8: byte {error.start}") from None
+
+
+def _print_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_rest(stream: Stream, *, show: bool) -> None:
+    for piece in stream:
+        if show:
+            _print_text(piece.text)
+
+
+def as_json(result: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The result as JSON types, tokens of log-probabilities with their pieces."""
+    document = dataclasses.asdict(result)
+    document["usage"]["total_tokens"] = result.usage.total_tokens
+    if result.logprobs is not None:
+        document["logprobs"] = [
+            {
+                **_token(entry.token_id, entry.logprob, tokenizer),
+                "alternatives": [_token(token_id, value, tokenizer) for token_id, value in entry.alternatives],
+            }
+            for entry in result.logprobs
+        ]
+    return document
+
+
+def _token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"token_id": token_id, "piece": _piece(token_id, tokenizer), "logprob": logprob}
+
+
+def _piece(token_id: int, tokenizer: Tokenizer) -> str:
+    """The name of a piece; rows above the tokenizer's size have none."""
+    return tokenizer.piece(token_id) if token_id < tokenizer.vocab_size else f"<row {token_id}>"
+
+
+def logprob_table(entries: Sequence[TokenLogprob], tokenizer: Tokenizer) -> str:
+    """One line per token: its id, log-probability and piece, then the most likely ones."""
+    lines = [f"{'id':>7}  {'logprob':>8}  piece"]
+    for entry in entries:
+        others = "  ".join(f"{_piece(i, tokenizer)!r} {value:.2f}" for i, value in entry.alternatives)
+        piece = repr(_piece(entry.token_id, tokenizer))
+        lines.append(f"{entry.token_id:>7}  {entry.logprob:>8.3f}  {piece:<18}{others}".rstrip())
+    return "\n".join(lines)
+
+
+def _summary(result: Generation) -> str:
+    usage, timings = result.usage, result.timings
+    return (
+        f"prompt {usage.prompt_tokens} tokens in {timings.prefill_seconds:.2f} s; "
+        f"{usage.completion_tokens} tokens at {timings.tokens_per_second:.1f} tokens/s; "
+        f"ended by {result.finish_reason}; seed {result.seed}"
+    )

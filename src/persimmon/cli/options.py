@@ -1,0 +1,122 @@
+"""The options that every verb with a model shares, and the model they load."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from persimmon.infer.params import CONTEXT_OVERFLOWS, SamplingParams
+
+if TYPE_CHECKING:
+    from persimmon.api import Persimmon
+
+DEFAULT_MODEL = "mini"
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """MODEL: a directory, a hub id or a name."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"directory, hub id or name (default: $PERSIMMON_MODEL or {DEFAULT_MODEL})",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL and how to run it; read them back with `load_from`."""
+    add_model_argument(parser)
+    group = parser.add_argument_group("how the model runs")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--engine", default="auto", metavar="NAME", help="auto or reference")
+    group.add_argument("--dtype", default="auto", metavar="NAME", help="auto, float32 or bfloat16")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    group.add_argument("--context", type=int, metavar="N", help="longest context in tokens (default: the model's)")
+    group.add_argument(
+        "--rotary-precision",
+        default="checkpoint",
+        metavar="NAME",
+        help="checkpoint (what its config.json says), float32, or bfloat16 as the release computed positions",
+    )
+    group.add_argument("--quiet", action="store_true", help="no notes and no progress on stderr")
+    group.add_argument("--verbose", action="store_true", help="say what was chosen and how long things took")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are picked; read them back with `sampling_from`."""
+    defaults = SamplingParams()
+    group = parser.add_argument_group("how tokens are picked")
+
+    def add(flag: str, kind: Callable[[str], Any], meaning: str, metavar: str = "X") -> None:
+        default = getattr(defaults, flag[2:].replace("-", "_"))
+        group.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: {default})")
+
+    add("--max-tokens", int, "most tokens to generate", "N")
+    add("--temperature", float, "randomness; 0 always takes the most likely token")
+    add("--top-p", float, "keep the most likely tokens that together reach this probability")
+    add("--top-k", int, "keep the k most likely tokens; 0 keeps all", "N")
+    add("--min-p", float, "keep tokens at least this share as likely as the best")
+    add("--repetition-penalty", float, "above 1 makes tokens of the prompt and the answer less likely")
+    add("--presence-penalty", float, "subtracted from the logits of tokens in the answer")
+    add("--frequency-penalty", float, "the same, once per occurrence")
+    group.add_argument(
+        "--logit-bias", type=_logit_bias, action="append", default=[], metavar="ID=X",
+        help="added to the logit of a token, -100 to 100 (repeatable)",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a fresh one)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="text that ends the answer and is not part of it, taken literally (repeatable)",
+    )  # fmt: skip
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="report log-probabilities: of each token and of the N most likely"
+    )
+    group.add_argument(
+        "--context-overflow", choices=CONTEXT_OVERFLOWS, default=defaults.context_overflow,
+        help="a full context: refuse (error), drop the oldest of the prompt (truncate-left), or let the oldest half "
+        "go whenever it is full (shift) (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _logit_bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=X, as in 1=-100") from None
+
+
+def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments that the options of `add_sampling_options` describe, checked."""
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
+    settings["logit_bias"] = dict(args.logit_bias)
+    SamplingParams(**settings)  # a wrong value shows before a model is loaded
+    return settings
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """MODEL as given, or the default."""
+    return str(args.model or os.environ.get("PERSIMMON_MODEL") or DEFAULT_MODEL)
+
+
+def load_from(args: argparse.Namespace) -> Persimmon:
+    """The model that the options of `add_model_options` describe."""
+    from persimmon.api import load
+    from persimmon.cli.console import note
+
+    model = load(
+        model_name(args),
+        device=args.device,
+        engine=args.engine,
+        dtype=args.dtype,
+        threads=args.threads,
+        context=args.context,
+        rotary_precision=args.rotary_precision,
+    )
+    if args.verbose:
+        for line in model.choices:
+            note(line)
+    return model

@@ -1,0 +1,161 @@
+"""Streaming generation: read the prompt, then one token after the other, whatever the decoder.
+
+When the context is full (`SamplingParams.context_overflow`), with C its size in tokens:
+
+* `error`: a prompt longer than C is refused; an answer that reaches the end of the context ends with reason
+  `length`. The last token is never stored, so a prompt of C tokens still gets one.
+* `truncate-left`: the oldest tokens of the prompt are dropped, so that the answer's max_tokens fit behind it, but
+  never below C/2 tokens; the answer ends as under `error`.
+* `shift`: whenever the context is full, everything but its newest half is dropped and that half is read again, as
+  if the text began there: exact for the window, and the answer is as long as max_tokens says.
+
+A leading begin-of-text token always stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+
+from persimmon.errors import ContextLengthError, InputError
+from persimmon.infer.completion import Completion, Generation, Piece, Timings, Usage
+from persimmon.infer.decoder import Decoder, Logits
+from persimmon.infer.params import SamplingParams
+from persimmon.infer.sampling import banned_ids
+from persimmon.infer.session import ReportProgress, Session
+from persimmon.tokenizer import Tokenizer
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of one request as they come; `result()` has the whole, also after an interruption."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        context: int | None = None,
+        session: Session | None = None,
+        skip_space: bool = False,
+        progress: ReportProgress | None = None,
+    ) -> None:
+        """Checks the request; the model runs when the first piece is asked for.
+
+        session: a sequence to reuse (its capacity is the context), left open at the end.
+        context: the size of the context when there is no session; default the model's.
+        skip_space: drop one space at the head of the text.
+        progress: called while the prompt is read.
+        """
+        config = decoder.config
+        capacity = session.capacity if session is not None else context or config.max_positions
+        _check_ids(prompt_ids, config.vocab_size)
+        self._prompt_ids = fit_prompt(prompt_ids, capacity, params, tokenizer.bos_id)
+        banned = banned_ids(tokenizer, config.vocab_size)
+        self._completion = Completion(
+            tokenizer, params, banned, config.vocab_size, self._prompt_ids, skip_space=skip_space
+        )
+        self._session = session if session is not None else Session(decoder, capacity)
+        self._close_session = session is None
+        self._params, self._bos_id = params, tokenizer.bos_id
+        self._progress = progress
+        self._prefill_seconds = self._decode_seconds = 0.0
+        self._cached_tokens = 0
+        self.finished = False
+        """No more pieces will come."""
+        self._pieces = self._run()
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop here; nothing more is generated."""
+        self._pieces.close()
+        self.finished = True
+
+    def result(self) -> Generation:
+        """What has come so far; finish_reason is None until the end."""
+        done = self._completion
+        count, seconds = len(done.token_ids), self._decode_seconds
+        return Generation(
+            text=done.text,
+            token_ids=list(done.token_ids),
+            finish_reason=done.finish_reason,
+            stop=done.stop,
+            usage=Usage(len(self._prompt_ids), count, self._cached_tokens),
+            timings=Timings(self._prefill_seconds, seconds, (count - 1) / seconds if count > 1 else 0.0),
+            seed=done.sampler.seed,
+            logprobs=list(done.logprobs) if self._params.logprobs is not None else None,
+        )
+
+    def _run(self) -> Generator[Piece]:
+        done = self._completion
+        try:
+            started = time.perf_counter()
+            logits = self._session.prefill(self._prompt_ids, exact_top=done.sampler.exact_top, progress=self._progress)
+            self._cached_tokens = self._session.reused
+            piece = done.accept(logits)
+            self._prefill_seconds = time.perf_counter() - started
+            while True:
+                if piece is not None:
+                    yield piece
+                if done.finish_reason is not None:
+                    return
+                started = time.perf_counter()
+                piece = self._step()
+                self._decode_seconds += time.perf_counter() - started
+        finally:
+            self.finished = True
+            if self._close_session:
+                self._session.close()
+
+    def _step(self) -> Piece | None:
+        """Store the newest token and pick the next; the end, when there is no room and no shifting."""
+        if self._session.full and self._params.context_overflow != "shift":
+            return self._completion.end()
+        return self._completion.accept(self._store(self._completion.token_ids[-1]))
+
+    def _store(self, token_id: int) -> Logits:
+        exact_top = self._completion.sampler.exact_top
+        if not self._session.full:
+            return self._session.extend(token_id, exact_top=exact_top)
+        window = newest([*self._session.token_ids, token_id], _half(self._session.capacity), self._bos_id)
+        return self._session.prefill(window, exact_top=exact_top)
+
+
+def fit_prompt(prompt_ids: Sequence[int], capacity: int, params: SamplingParams, bos_id: int) -> list[int]:
+    """The prompt as it is run under `params.context_overflow`; raises ContextLengthError under `error`."""
+    length = len(prompt_ids)
+    if params.context_overflow == "truncate-left":
+        limit = max(_half(capacity), capacity - params.max_tokens + 1)
+    else:
+        limit = capacity
+    if length <= limit:
+        return list(prompt_ids)
+    if params.context_overflow == "error":
+        raise ContextLengthError(
+            f"the prompt has {length} tokens and the context {capacity}; "
+            "context_overflow 'truncate-left' or 'shift' drops the oldest"
+        )
+    return newest(prompt_ids, limit if params.context_overflow == "truncate-left" else _half(capacity), bos_id)
+
+
+def newest(token_ids: Sequence[int], count: int, bos_id: int) -> list[int]:
+    """The last `count` of more than `count` ids; a leading begin-of-text stays as the first of them."""
+    if token_ids[0] == bos_id and count > 1:
+        return [bos_id, *token_ids[len(token_ids) - count + 1 :]]
+    return list(token_ids[len(token_ids) - count :])
+
+
+def _half(capacity: int) -> int:
+    """Tokens that stay of a full context: half of it, rounded up."""
+    return (capacity + 1) // 2
+
+
+def _check_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    if not len(token_ids):
+        raise InputError("the prompt holds no tokens")
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")

@@ -1,0 +1,1 @@
+"""The files that describe a vocabulary: SentencePiece's `tokenizer.model`, and what the hub keeps beside it."""

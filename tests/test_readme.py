@@ -1,0 +1,112 @@
+"""Every command of README.md and docs/training.md runs, at small size where it would take long."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_corpus import made_code, made_text
+
+ROOT = Path(__file__).parents[1]
+
+# Commands that are not run as they stand: what is run instead, and why.
+SMALLER = {
+    "persimmon data prepare configs/mini-data.yaml": ["--set", "vocabulary.size=330", "--set", "held_out=0.1"],
+    "persimmon pretrain configs/mini.yaml": [
+        "--set", "tokens=65536", "--set", "model.preset=test", "--set", "processes=1",
+        "--set", "loop.dtype=float32", "--set", "loop.evaluate_every=0",
+    ],
+    "persimmon finetune configs/mini-chat.yaml": [
+        "--set", "epochs=0.2", "--set", "processes=1", "--set", "loop.dtype=float32",
+    ],
+}  # fmt: skip
+ONLY_PARSED = {
+    "pip install -e . -c constraints.txt": "this is how the environment of the tests was made",
+    "make test": "it would start the tests again",
+    "make check": "the gate runs it beside the tests",
+}
+
+
+def commands(page: str) -> list[str]:
+    """The lines after `$ ` in the console blocks of a page, without comments."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README assumes it: configs/, DATA/ and a release tar."""
+    place = tmp_path_factory.mktemp("readme")
+    (place / "configs").symlink_to(ROOT / "configs")
+    data = place / "DATA"
+    for name, make in (("text", made_text), ("code", made_code)):
+        folder = data / "pretrain" / name
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"text": make(i, 20 + i)}) for i in range(40)]
+        (folder / "made.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (data / "chat").mkdir()
+    record = {"messages": [{"role": "user", "content": "Hi {}"}, {"role": "assistant", "content": "Hello."}]}
+    lines = [json.dumps(record).replace("{}", str(i)) for i in range(40)]
+    for name in ("sgd", "p3_sample", "gsm8k_train", "dolly", "oasst", "self_instruct"):
+        (data / "chat" / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    return place
+
+
+def smaller(command: str) -> list[str]:
+    """The command's words with the changes that keep it short."""
+    words = shlex.split(command)
+    for start, changes in SMALLER.items():
+        if command.startswith(start):
+            words += changes
+    return words
+
+
+def run(words: list[str], place: Path) -> subprocess.CompletedProcess[str]:
+    """Run a `persimmon` or `make` command with empty standard input."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    if words[0] == "persimmon":
+        words = [sys.executable, "-m", "persimmon.cli.main", *words[1:]]
+    return subprocess.run(
+        words, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "CONTRIBUTING.md"])
+def test_documented_commands_run(page: str, workplace: Path, request: pytest.FixtureRequest) -> None:
+    found = commands(page)
+    assert found
+    for command in found:
+        if command in ONLY_PARSED or command.startswith("make "):
+            continue
+        if "release.tar" in command:
+            make_release_tar = pytest.importorskip("made_release").make_release_tar
+            make_release_tar(workplace / command.split()[2])
+        if command.startswith("persimmon export") and (workplace / command.split()[-1]).exists():
+            continue
+        result = run(smaller(command), workplace)
+        assert result.returncode == 0, f"{page}: {command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+
+
+def test_make_chat_answers_without_input() -> None:
+    """With the environment `make` made, `make chat` answers one built-in question."""
+    environment = Path(sys.prefix)
+    if not (environment / "base.done").is_file():
+        pytest.skip("the tests do not run in an environment made by `make`")
+    result = run(["make", "-C", str(ROOT), "chat", f"VENV={environment}"], ROOT)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.strip().splitlines()) >= 2
+
+
+def test_the_python_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    result = run([sys.executable, "-c", example], ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()

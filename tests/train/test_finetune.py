@@ -1,0 +1,134 @@
+"""Fine-tuning: packing of whole conversations, loss on answers, and a tiny run end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from made_corpus import write_recipe
+
+from persimmon.checkpoints import hub
+from persimmon.config import preset
+from persimmon.errors import ConfigError, DataError
+from persimmon.model import PersimmonModel
+from persimmon.tokenizer import Tokenizer
+from persimmon.train.finetune import (
+    ConversationRows,
+    EncodedConversation,
+    FinetuneRecipe,
+    FinetuneSource,
+    answer_bits_per_byte,
+    finetune,
+    first_fit,
+    load_conversations,
+)
+from persimmon.train.loss import IGNORE
+from persimmon.train.recipe import load_recipe
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=200), open_rows=st.integers(1, 8))
+def test_first_fit_places_every_item_once_and_whole(sizes: list[int], open_rows: int) -> None:
+    rows = first_fit(sizes, 50, open_rows)
+    assert sorted(item for row in rows for item in row) == list(range(len(sizes)))
+    assert all(sum(sizes[item] for item in row) <= 50 for row in rows)
+
+
+def made_items(count: int) -> list[EncodedConversation]:
+    items = []
+    for index in range(count):
+        ids = np.full(3 + index % 7, index + 2)
+        targets = np.where(np.arange(len(ids)) < 2, IGNORE, ids)
+        items.append(EncodedConversation(ids, targets, 5))
+    return items
+
+
+def test_rows_hold_whole_conversations_and_epochs_differ() -> None:
+    rows = ConversationRows(made_items(30), length=16, pad_id=1, seed=0)
+    first = [rows[i] for i in range(rows.rows_per_epoch)]
+    seen: list[int] = []
+    for row in first:
+        assert len(row.token_ids) == len(row.targets) == row.boundaries[-1] == 16
+        for start, end in zip(row.boundaries, row.boundaries[1:], strict=False):
+            assert len(set(row.token_ids[start:end])) == 1
+            seen.append(int(row.token_ids[start]))
+    assert sorted(i for i in seen if i != 1) == list(range(2, 32))
+    padding = np.concatenate([row.targets[row.token_ids == 1] for row in first])
+    assert (padding == IGNORE).all()
+    second = [rows[rows.rows_per_epoch + i].token_ids.tolist() for i in range(3)]
+    assert second != [row.token_ids.tolist() for row in first[:3]]
+
+
+def test_no_conversation_is_an_error() -> None:
+    with pytest.raises(DataError, match="no conversations"):
+        ConversationRows([], 16, 1, 0)
+
+
+@pytest.fixture
+def settings(prepared: Path, tmp_path: Path) -> dict[str, Any]:
+    """A tiny model directory, 60 conversations and a recipe."""
+    tokenizer = Tokenizer.load(prepared)
+    model = PersimmonModel(preset("test", vocab_size=tokenizer.vocab_size))
+    model.initialize(torch.Generator().manual_seed(0), std=0.1)
+    hub.save_model(model, tokenizer, tmp_path / "base", dtype=torch.float32)
+    words = ["river", "stone", "light", "garden"]
+    lines = [
+        {"messages": [{"role": "user", "content": f"Say {w} {i}."}, {"role": "assistant", "content": f"{w} {w}."}]}
+        for i in range(15)
+        for w in words
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "model": str(tmp_path / "base"),
+        "root": str(tmp_path),
+        "output": str(tmp_path / "run"),
+        "sources": {"chat": {"files": ["chat.jsonl"]}},
+        "epochs": 6,
+        "row_length": 128,
+        "batch_tokens": 512,
+        "held_out": 0.1,
+        "threads": 1,
+        "replay": {"data": str(prepared), "share": 0.25},
+        "loop": {"evaluate_every": 0, "optimizer": {"matrix_lr": 0.02, "vector_lr": 0.02}},
+    }
+
+
+def test_a_run_lowers_the_loss_of_held_out_answers(settings: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / "recipe.yaml"))
+    kept, held = load_conversations(recipe)
+    assert held and {c.origin for c in kept}.isdisjoint(c.origin for c in held)
+    rows: list[dict[str, Any]] = []
+    finetune(recipe, resume=False, report=rows.append)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    directory = tmp_path / "run" / "model"
+    tokenizer = Tokenizer.load(directory)
+    from persimmon.train.finetune import encode_conversation
+
+    items = [encode_conversation(tokenizer, c, 128) for c in held]
+    scores = [
+        answer_bits_per_byte(hub.load_model(path, dtype=torch.float32, device=torch.device("cpu")), items)
+        for path in (Path(settings["model"]), directory)
+    ]
+    assert scores[1] < 0.8 * scores[0]
+    with pytest.raises(ConfigError, match="--resume"):
+        finetune(recipe, resume=False, report=rows.append)
+
+
+def test_replayed_rows_have_their_share(settings: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / "recipe.yaml"))
+    source = FinetuneSource(recipe, ConversationRows(made_items(30), 128, 1, 0))
+    assert [source._row(0, row).source for row in range(4)] == ["chat", "chat", "chat", "code"] or [
+        source._row(0, row).source for row in range(4)
+    ] == ["chat", "chat", "chat", "text"]
+
+
+def test_replay_that_leaves_no_room_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["replay"]["share"] = 1.0
+    recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / "recipe.yaml"))
+    with pytest.raises(ConfigError, match=r"replay\.share"):
+        FinetuneSource(recipe, ConversationRows(made_items(30), 128, 1, 0))

@@ -1,0 +1,156 @@
+"""The loop: accumulation, processes, the sparsity penalty, guards and schedules."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from persimmon.config import preset
+from persimmon.errors import ConfigError
+from persimmon.model import PersimmonModel
+from persimmon.train.loop import Batch, LayerStatistics, LoopRecipe, Trainer, TrainingStopped, truncate_metrics
+from persimmon.train.loss import IGNORE
+from persimmon.train.optimizer import OptimizerRecipe
+from persimmon.train.parallel import World, run_processes
+
+
+class RandomRows:
+    """Rows that depend on (step, row) alone, some targets without loss."""
+
+    def __init__(self, rows: int = 6, length: int = 16) -> None:
+        self._rows, self._length = rows, length
+
+    def rows(self, step: int) -> int:
+        return self._rows
+
+    def row_length(self, step: int) -> int:
+        return self._length
+
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        ids, targets, documents = [], [], [0]
+        for index, row in enumerate(rows):
+            generator = torch.Generator().manual_seed(1000 * step + row)
+            stream = torch.randint(0, 320, (self._length + 1,), generator=generator)
+            target = stream[1:].clone()
+            target[: row % 5] = IGNORE
+            ids.append(stream[:-1])
+            targets.append(target)
+            documents += [index * self._length + 5, (index + 1) * self._length]
+        return Batch(torch.stack(ids), torch.stack(targets), documents)
+
+
+def build(recipe: LoopRecipe, directory: Path, world: World | None = None, **changes: Any) -> Trainer:
+    model = PersimmonModel(preset("test"))
+    model.initialize(torch.Generator().manual_seed(0), std=0.1)
+    return Trainer(model, RandomRows(), 4, recipe, directory, world or World(), **changes)
+
+
+@pytest.mark.parametrize("micro_tokens", [16, 32, 64])
+def test_accumulation_does_not_change_the_step(tmp_path: Path, micro_tokens: int) -> None:
+    whole = build(LoopRecipe(micro_tokens=96), tmp_path)
+    parts = build(LoopRecipe(micro_tokens=micro_tokens), tmp_path)
+    losses = [trainer._forward_backward()[0] for trainer in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_is_the_mean_over_targets_that_count(tmp_path: Path) -> None:
+    trainer = build(LoopRecipe(micro_tokens=32), tmp_path)
+    batch = trainer.source.batch(0, range(6))
+    logits = trainer.model(batch.token_ids, documents=batch.documents)
+    expected = torch.nn.functional.cross_entropy(logits.detach().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    assert trainer.train_step()["loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def _train_in_process(world: World, directory: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = build(LoopRecipe(sparsity_penalty=0.3), directory, world)
+    rows = [trainer.train_step() for _ in range(4)]
+    weights = {name: p.sum().item() for name, p in trainer.model.named_parameters()}
+    (directory / f"rank{world.rank}of{world.size}.json").write_text(json.dumps([[r["loss"] for r in rows], weights]))
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    for size in (1, 2):
+        run_processes(size, _train_in_process, tmp_path)
+    one, first, second = (json.loads((tmp_path / f"rank{n}.json").read_text()) for n in ("0of1", "0of2", "1of2"))
+    assert first == second  # bit for bit
+    assert first[0] == pytest.approx(one[0], abs=1e-5)
+    assert first[1] == pytest.approx(one[1], abs=5e-3)
+
+
+def test_the_penalty_pauses_above_the_target() -> None:
+    statistics = LayerStatistics(2, target=0.6)
+    statistics(0, torch.tensor([0.0, 0.0, 0.0, 4.0]))  # 75 % zeros: no push
+    statistics(1, torch.tensor([0.0, 0.0, 2.0, 4.0]))  # 50 % zeros: mean 1.5, over two layers
+    assert float(statistics.penalty()) == pytest.approx(0.75)
+    assert statistics.zeros == [[0.75], [0.5]]
+
+
+def test_the_penalty_raises_the_share_of_zeros(tmp_path: Path) -> None:
+    def final_zeros(weight: float) -> float:
+        trainer = build(LoopRecipe(sparsity_penalty=weight), tmp_path)
+        trainer.num_steps, rows = 30, []
+        trainer._tokens_total = 30 * 96
+        for _ in range(30):
+            rows.append(trainer.train_step())
+        return sum(rows[-1]["zeros"]) / 2
+
+    assert final_zeros(3.0) > final_zeros(0.0) + 0.1
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path: Path) -> None:
+    trainer = build(LoopRecipe(), tmp_path)
+    trainer.train_step()
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = math.nan
+    before = trainer.model.embed_tokens.weight.clone()
+    with pytest.raises(TrainingStopped, match="step 2"):
+        trainer.train_step()
+    assert torch.equal(before, trainer.model.embed_tokens.weight)
+
+
+def test_a_jump_of_the_loss_stops(tmp_path: Path) -> None:
+    trainer = build(LoopRecipe(max_loss_jump=0.5), tmp_path)
+    trainer.train_step()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(40)
+    with pytest.raises(TrainingStopped, match="running mean"):
+        trainer.train_step()
+
+
+def test_float16_is_refused() -> None:
+    with pytest.raises(ConfigError, match="float16"):
+        LoopRecipe(dtype="float16")
+
+
+def test_wrong_optimizer_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="matrices"):
+        OptimizerRecipe(matrices="sgd")
+    with pytest.raises(ConfigError, match="clip"):
+        OptimizerRecipe(clip=0.0)
+
+
+def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_run_evaluates_reports_and_writes_metrics(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    recipe = LoopRecipe(evaluate_every=3)
+    trainer = build(recipe, tmp_path, evaluate=lambda model: {"text": 1.5}, report=seen.append)
+    trainer.run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == seen and [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "held_out" in row] == [3, 4]
+    assert rows[-1]["tokens"] == rows[-1]["of_tokens"] == 4 * 96
