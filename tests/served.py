@@ -7,8 +7,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -34,13 +33,22 @@ def build_engine(num_blocks: int = 128, max_running: int = 8) -> Engine:
 class Server:
     """A running server: its address, its service and its log."""
 
-    def __init__(self, service: Service, url: str, log: list[Mapping[str, Any]], loop: asyncio.AbstractEventLoop) -> None:
-        self.service, self.url, self.log, self.loop = service, url, log, loop
+    def __init__(
+        self, uvicorn_server: DrainingServer, service: Service, url: str, log: list[Mapping[str, Any]]
+    ) -> None:
+        self.service, self.url, self.log = service, url, log
+        self._server = uvicorn_server
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=lambda: self.loop.run_until_complete(uvicorn_server.serve()), daemon=True)
         self.http = httpx.Client(base_url=url, timeout=120)
 
     def chat(self, text: str = "the story", **fields: Any) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **fields}
         return self.http.post("/v1/chat/completions", json=body)
+
+    def signal(self, number: int) -> None:
+        """As if the process got this signal."""
+        self.loop.call_soon_threadsafe(self._server.handle_exit, number, None)
 
     def wait_idle(self, seconds: float = 60) -> None:
         """Until no request is in flight and no block is held."""
@@ -52,28 +60,30 @@ class Server:
         raise AssertionError(f"not idle: {self.service.worker.in_flight} in flight, {self.service.worker.state}")
 
 
-@contextlib.contextmanager
-def running(build: Any = None, **settings: Any) -> Iterator[Server]:
-    """A server in a thread; stopped at the end."""
+def service_of(build: Callable[[], Engine], **settings: Any) -> Service:
+    """A service on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    tokenizer = tiny_tokenizer()
     chosen = ServerSettings(port=port, **{"max_concurrency": 8, "drain_seconds": 5.0, **settings})
-    service = build_service(build or partial(build_engine), tokenizer, "tiny", CONTEXT, chosen)
+    return build_service(build, tiny_tokenizer(), "tiny", CONTEXT, chosen)
+
+
+@contextlib.contextmanager
+def running(build: Any = None, **settings: Any) -> Iterator[Server]:
+    """A server in a thread; stopped at the end."""
+    service = service_of(build or build_engine, **settings)
     log: list[Mapping[str, Any]] = []
     server = DrainingServer(service, log=log.append)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), daemon=True)
-    thread.start()
+    found = Server(server, service, f"http://127.0.0.1:{service.settings.port}", log)
+    found.thread.start()
     try:
-        found = Server(service, f"http://127.0.0.1:{port}", log, loop)
-        _wait_ready(found, thread)
+        _wait_ready(found, found.thread)
         yield found
         found.http.close()
     finally:
         server.should_exit = True
-        thread.join(20)
+        found.thread.join(20)
 
 
 def _wait_ready(server: Server, thread: threading.Thread) -> None:

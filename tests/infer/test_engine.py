@@ -30,7 +30,11 @@ def engine(num_blocks: int = 64, **settings: int) -> Engine:
 
 def request(name: str, text: str = "the story of light", **changes: object) -> Request:
     sampling = {"max_tokens": 12, "temperature": 0.8, "seed": 7, "logprobs": 2}
-    fields = {k: changes.pop(k) for k in ("skip_space", "prompt_logprobs", "grammar", "replayed") if k in changes}
+    fields = {
+        k: changes.pop(k)
+        for k in ("skip_space", "prompt_logprobs", "grammar", "replayed", "replayed_logprobs")
+        if k in changes
+    }
     ids = changes.pop("prompt_ids", None) or TOKENIZER.encode(text, bos=True)
     return Request(name, tuple(ids), SamplingParams(**{**sampling, **changes}), **fields)
 
@@ -67,7 +71,8 @@ def crowd(count: int, seed: int = 0) -> list[Request]:
     return [
         request(
             f"r{n}", "".join(dice.choices(letters, k=dice.randint(1, 60))), seed=n, max_tokens=dice.randint(1, 30),
-            temperature=dice.choice([0.0, 1.0]), top_p=dice.choice([0.7, 1.0]), presence_penalty=dice.choice([0.0, 0.5]),
+            temperature=dice.choice([0.0, 1.0]), top_p=dice.choice([0.7, 1.0]),
+            presence_penalty=dice.choice([0.0, 0.5]),
         )
         for n in range(count)
     ]  # fmt: skip
@@ -106,7 +111,8 @@ def test_requests_go_on_elsewhere_where_they_were() -> None:
     while len(pieces) < 6 and first.busy:
         pieces += [u.piece for u in first.step() if u.piece is not None]
     known = tuple(i for p in pieces for i in p.token_ids)
-    again = request("a", max_tokens=20, logit_bias={1: -100.0}, replayed=known)
+    scores = tuple(entry for p in pieces for entry in p.logprobs)
+    again = request("a", max_tokens=20, logit_bias={1: -100.0}, replayed=known, replayed_logprobs=scores)
     rest = answers(engine(), [again])["a"]
     assert [*known, *rest.token_ids] == whole.token_ids
     assert "".join(p.text for p in pieces) + rest.text == whole.text
