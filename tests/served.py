@@ -60,13 +60,13 @@ class Server:
         raise AssertionError(f"not idle: {self.service.worker.in_flight} in flight, {self.service.worker.state}")
 
 
-def service_of(build: Callable[[], Engine], **settings: Any) -> Service:
+def service_of(build: Callable[[], Engine], context: int = CONTEXT, **settings: Any) -> Service:
     """A service on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     chosen = ServerSettings(port=port, **{"max_concurrency": 8, "drain_seconds": 5.0, **settings})
-    return build_service(build, tiny_tokenizer(), "tiny", CONTEXT, chosen)
+    return build_service(build, tiny_tokenizer(), "tiny", context, chosen)
 
 
 @contextlib.contextmanager

@@ -78,8 +78,10 @@ def run_worker(build: Callable[[], Engine], commands: Connection, events: Connec
 def _take_commands(engine: Engine, commands: Connection) -> list[Update]:
     """All commands that wait; without work, wait for one."""
     answers: list[Update] = []
-    while commands.poll(0 if engine.busy or answers else None):
+    patience = 0 if engine.busy else None
+    while commands.poll(patience):
         command: Command = commands.recv()
+        patience = 0  # whatever it was, its effect is reported before the next wait
         if isinstance(command, str):
             engine.cancel(command)
             continue

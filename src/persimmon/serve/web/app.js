@@ -11,7 +11,7 @@ const SUGGESTIONS = ["Tell me a short story about a fox", "Explain what a stack 
 const SECONDS_BETWEEN_RENDERS = 0.06;
 
 const store = new Store();
-let conversation = store.create();
+let conversation = store.current() ?? store.create();
 let files = []; // attached to the message being written: {name, text}
 let editing = null; // index of the message being edited
 let running = null; // AbortController of the answer being written
@@ -20,6 +20,7 @@ let limit = 0;
 // -- Showing ---------------------------------------------------------------------------------------------------
 
 function showAll() {
+  store.remember(conversation);
   $("title").textContent = title(conversation);
   document.title = conversation.messages.length ? `${title(conversation)} · Persimmon` : "Persimmon";
   $("welcome").hidden = conversation.messages.length > 0;
@@ -202,7 +203,7 @@ async function follow(parts, message, element) {
 function showProgress(progress, message, element) {
   if (!message.text) showContent(element, message, progress);
   const speed = progress.tokens_per_second ? `${progress.tokens_per_second.toFixed(1)} tokens/s` : "";
-  const zeros = progress.zeros !== null ? `${(100 * progress.zeros).toFixed(0)} % zeros in the MLPs` : "";
+  const zeros = progress.zeros !== null ? `${(100 * progress.zeros).toFixed(0)} % zeros` : "";
   $("speed").textContent = [speed, zeros].filter(Boolean).join(" · ");
 }
 

@@ -2,6 +2,7 @@
 
 const CONVERSATIONS = "persimmon.conversations";
 const SETTINGS = "persimmon.settings";
+const CURRENT = "persimmon.current";
 
 export const DEFAULTS = {
   system: "",
@@ -50,6 +51,16 @@ export class Store {
     const conversation = { id: crypto.randomUUID?.() ?? String(Date.now()), created: Date.now(), messages: [] };
     this.conversations.unshift(conversation);
     return conversation;
+  }
+
+  /** The conversation that this tab showed last. */
+  current() {
+    const id = sessionStorage.getItem(CURRENT);
+    return this.conversations.find((c) => c.id === id);
+  }
+
+  remember(conversation) {
+    sessionStorage.setItem(CURRENT, conversation.id);
   }
 
   remove(conversation) {

@@ -67,7 +67,7 @@ function problem(text) {
   box.className = "problem";
   box.setAttribute("role", "alert");
   const words = document.createElement("span");
-  words.textContent = text;
+  words.textContent = text.charAt(0).toUpperCase() + text.slice(1);
   const again = document.createElement("button");
   again.type = "button";
   again.className = "link";
