@@ -1,5 +1,4 @@
-"""Measure a small trained model for its card: bits per byte per held-out document beside general compressors, zeros
-per layer, samples.
+"""Measure a small trained model for its card: bits per byte beside general compressors, zeros per layer, samples.
 
     python benchmarks/model_card.py MODEL DATA --out benchmarks/results/mini.json
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-_WORDS = "river stone light garden window story green walk quiet letter summer north".split()
+_WORDS = ["river", "stone", "light", "garden", "window", "story", "green", "walk", "quiet", "letter", "summer", "north"]
 
 
 def made_text(seed: int, sentences: int) -> str:

@@ -159,6 +159,12 @@ def test_text_and_its_ids_give_the_same(model: Persimmon) -> None:
     assert bare.usage.prompt_tokens == by_text.usage.prompt_tokens - 1
 
 
+@pytest.mark.parametrize("prompt", [[1.5], ["a"], 7, None])
+def test_a_prompt_is_text_or_ids(model: Persimmon, prompt: object) -> None:
+    with pytest.raises(InputError, match="text or integer token ids"):
+        model.generate(prompt)
+
+
 def test_an_empty_text_begins_a_document(model: Persimmon) -> None:
     assert model.generate("", max_tokens=5, seed=0).usage.prompt_tokens == 1
     with pytest.raises(InputError, match="no tokens"):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from made_corpus import made_code, made_text
 
 ROOT = Path(__file__).parents[1]

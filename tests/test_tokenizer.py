@@ -200,6 +200,19 @@ def test_a_truncated_model_is_never_another_vocabulary(share: float) -> None:
     assert tokenizer.serialized == whole  # only what says nothing was cut off
 
 
+@settings(max_examples=150, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+def test_a_damaged_model_raises_nothing_else(place: float, value: int) -> None:
+    content = bytearray(exact_tokenizer().serialized)
+    content[int(place * len(content))] = value
+    try:
+        tokenizer = Tokenizer(bytes(content))
+    except TokenizerError:
+        return
+    to_json(read_model(tokenizer.serialized), tokenizer.eos_id)
+    tokenizer.decode(tokenizer.encode("river"))
+
+
 def test_other_kinds_of_vocabularies_are_refused() -> None:
     model = read_model(release_like_model())
     model.trainer_spec.model_type = 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import reprlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -43,7 +45,7 @@ class Persimmon:
             raise InputError(f"context must be from 1 to the model's {limit} positions, got {context}")
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.context = context or limit
+        self.context = limit if context is None else context
         """Longest sequence in tokens."""
         self.choices = tuple(choices)
         """How the model was set up, and why, in lines."""
@@ -123,7 +125,12 @@ class Persimmon:
         return Stream(self.decoder, self.tokenizer, prompt_ids, params, context=self.context, **options)
 
     def _encode(self, prompt: Prompt, bos: bool) -> list[int]:
-        return self.tokenizer.encode(prompt, bos=bos) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=bos)
+        try:
+            return [operator.index(token_id) for token_id in prompt]
+        except TypeError:
+            raise InputError(f"a prompt is text or integer token ids, got {reprlib.repr(prompt)}") from None
 
     def _free_session(self) -> Session | None:
         """The session kept for chats; None while a stream still uses it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from persimmon.errors import InputError, UnavailableError
-from persimmon.machine import memory_available
+from persimmon.machine import memory_available, size_text
 
 if TYPE_CHECKING:
     from persimmon.config import ModelConfig
@@ -122,8 +122,8 @@ def choose_dtype(requested: str, device: str, stored: str, num_parameters: int) 
         return Choice("bfloat16", f"the checkpoint is {stored}")
     needed, free = 4 * num_parameters, memory_available()
     if free is not None and needed > _WEIGHTS_SHARE * free:
-        return Choice("bfloat16", f"float32 weights of {needed / 1e9:.1f} GB would crowd {free / 1e9:.1f} GB of memory")
-    return Choice("float32", f"float32 weights of {needed / 1e9:.2g} GB fit in memory")
+        return Choice("bfloat16", f"float32 weights of {size_text(needed)} would crowd {size_text(free)} of memory")
+    return Choice("float32", f"float32 weights of {size_text(needed)} fit in memory")
 
 
 def check_options(engine: str, options: dict[str, object]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +66,13 @@ def compiler() -> str | None:
     return None
 
 
+def size_text(num_bytes: int | None) -> str:
+    """A number of bytes for people: `18.8 GB`, `39.2 MB`."""
+    if num_bytes is None:
+        return "unknown size"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def _key_values(file: Path) -> Iterator[tuple[str, str]]:
     """`key : value` lines of a file in /proc; nothing where it does not exist."""
     try:
@@ -117,6 +123,8 @@ def _sysctl(*names: str) -> str:
 
 def _output(*command: str) -> str:
     """Standard output of a command; empty when it cannot run."""
+    import subprocess  # a slow import, and `persimmon --help` imports this module
+
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

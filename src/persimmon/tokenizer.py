@@ -163,7 +163,7 @@ def _processor(model: Any) -> Any:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model.SerializeToString())
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter where its message quotes damaged bytes
         raise TokenizerError(f"SentencePiece refuses the vocabulary: {error}") from None
     return processor
 
@@ -223,9 +223,9 @@ def split_continuation(tokenizer: Tokenizer, context: str, continuation: str) ->
     if whole and tokenizer._drops_first_space and tokenizer.piece(whole[0]).startswith(META_SPACE):
         sizes[0] -= 1
     kept = sum(end <= boundary for end in accumulate(sizes)) if context else 0
-    head, tail = (whole[:kept], whole[kept:]) if kept < len(whole) else (
-        tokenizer.encode(context), tokenizer.encode(continuation, continuation=True)
-    )  # fmt: skip
+    head, tail = whole[:kept], whole[kept:]
+    if not tail:
+        tail = tokenizer.encode(continuation, continuation=True)
     if not tail:
         raise TokenizerError(f"the continuation {continuation!r} has no tokens")
     return head, tail

@@ -7,8 +7,12 @@ import pytest
 
 from persimmon.cli import chat
 from persimmon.cli.main import main
+from persimmon.terminal.attachments import TextFile
+from persimmon.terminal.dialogue import Dialogue
 from persimmon.terminal.pipe import BUILT_IN_QUESTION
+from persimmon.terminal.settings import Settings
 from terminal.scripted_model import ScriptedModel, echo
+from tiny_directory import write_tiny_directory
 
 
 class Standard(io.TextIOWrapper):
@@ -136,3 +140,23 @@ def test_the_interactive_session_opens_only_between_two_terminals(
         monkeypatch.setattr(sys, "stdout", Standard(terminal=stdout))
         assert main(["chat", "--quiet"]) == 0
     assert opened == [model]
+
+
+def test_a_real_model_answers_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path) -> None:
+    directory = write_tiny_directory(tmp_path / "tiny")
+    words = [str(directory), "--max-tokens", "20", "--seed", "1", "--threads", "1", "--verbose"]
+    assert run(monkeypatch, *words, stdin=b"the story\nof light\n") == 0
+    out, err = capsys.readouterr()
+    assert out and "\x1b" not in out
+    assert err.count("tokens/s") == 2
+    assert run(monkeypatch, *words, stdin=b"the story\nof light\n") == 0
+    assert capsys.readouterr().out == out
+
+
+def test_a_licence_that_limits_use_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    dialogue = Dialogue(ScriptedModel(echo), Settings())
+    assert chat._notes(str(tmp_path), dialogue) == ["Licence CC-BY-NC-4.0: for non-commercial use only."]
+    dialogue.attach(TextFile("menu.txt", "soup"))
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert chat._notes(str(tmp_path), dialogue) == ["With your first message: menu.txt"]

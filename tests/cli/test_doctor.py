@@ -11,7 +11,7 @@ from persimmon.cli.main import main
 
 @pytest.fixture(autouse=True)
 def small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_BANDWIDTH_BYTES", 1 << 20)
+    monkeypatch.setattr(doctor, "_BANDWIDTH_BYTES", 8 << 20)
 
 
 def test_the_report_says_what_will_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,28 @@ def test_growing_keeps_what_is_stored() -> None:
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_interrupt_while_it_grows_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = ReferenceDecoder(tiny_model())
+    ids = tiny_ids(CONFIG, 1, 300)[0].tolist()
+    sequence = decoder.new_sequence(300)
+    decoder.forward([Chunk(sequence, ids[:200], "none")])
+    grow, calls = KVCache._grown, []
+
+    def interrupted(cache: KVCache, store: torch.Tensor, needed: int) -> torch.Tensor:
+        calls.append(needed)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return grow(cache, store, needed)
+
+    monkeypatch.setattr(KVCache, "_grown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.forward([Chunk(sequence, ids[200:])])
+    (logits,) = decoder.forward([Chunk(sequence, ids[200:])])
+    with torch.inference_mode():
+        expected = decoder.model(torch.tensor([ids]))[0, -1].numpy()
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_sequence_of_another_decoder_is_refused() -> None:
     decoder = ReferenceDecoder(tiny_model())
     with pytest.raises(InputError, match="another decoder: ScriptedSequence"):

@@ -75,6 +75,14 @@ def test_help_lists_every_command_and_every_command_runs(commands: Commands) -> 
         assert commands.run(alias) == commands.run(name)
 
 
+def test_the_page_on_the_chat_lists_commands_and_settings() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text()
+    for command in COMMANDS:
+        assert f"`{f'{command.name} {command.argument}'.strip()}`".replace("|", "\\|") in page
+    for name in SETTINGS:
+        assert f"`{name}`" in page
+
+
 def test_unknown_commands_are_explained(commands: Commands) -> None:
     with pytest.raises(InputError, match=r"no command /hlep; did you mean /help\?"):
         commands.run("/hlep")

@@ -93,12 +93,25 @@ def test_without_a_place_for_it_history_lives_in_memory(tmp_path: Path) -> None:
     assert isinstance(history, InMemoryHistory)
 
 
-def test_the_first_interrupt_asks_and_the_second_stops() -> None:
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_while_watched_the_first_interrupt_asks_and_the_second_stops() -> None:
+    with Interrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt), interrupt.watching():
+            press_ctrl_c()
+            assert interrupt.requested
+            press_ctrl_c()
+        with interrupt.watching():
+            assert not interrupt.requested
+
+
+def test_at_other_times_interrupts_do_nothing() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Interrupt() as interrupt:
-        assert not interrupt.requested
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupt.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(3):
+            press_ctrl_c()
+        with interrupt.watching():
+            assert not interrupt.requested
     assert signal.getsignal(signal.SIGINT) is before

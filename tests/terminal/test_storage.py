@@ -47,6 +47,14 @@ def test_the_document(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_the_example_in_the_docs_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text()
+    (tmp_path / "talk.json").write_text(page.split("```json\n")[1].split("```")[0])
+    example = load(tmp_path / "talk.json")
+    assert example.settings == Settings()
+    assert example.conversation.exchanges == [Exchange("Hello", (), "Hello! How can I help?")]
+
+
 def test_only_saved_conversations_are_replaced(tmp_path: Path) -> None:
     path = save(tmp_path / "talk.json", saved())
     save(path, saved(Exchange("a", (), "b")))

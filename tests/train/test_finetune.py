@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_corpus import write_recipe
 
+from made_corpus import write_recipe
 from persimmon.checkpoints import hub
 from persimmon.config import preset
 from persimmon.errors import ConfigError, DataError

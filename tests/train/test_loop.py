@@ -14,7 +14,15 @@ import torch
 from persimmon.config import preset
 from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
-from persimmon.train.loop import Batch, LayerStatistics, LoopRecipe, Trainer, TrainingStopped, truncate_metrics
+from persimmon.train.loop import (
+    Batch,
+    LayerStatistics,
+    LoopRecipe,
+    ScheduleRecipe,
+    Trainer,
+    TrainingStopped,
+    truncate_metrics,
+)
 from persimmon.train.loss import IGNORE
 from persimmon.train.optimizer import OptimizerRecipe
 from persimmon.train.parallel import World, run_processes
@@ -65,7 +73,9 @@ def test_the_loss_is_the_mean_over_targets_that_count(tmp_path: Path) -> None:
     trainer = build(LoopRecipe(micro_tokens=32), tmp_path)
     batch = trainer.source.batch(0, range(6))
     logits = trainer.model(batch.token_ids, documents=batch.documents)
-    expected = torch.nn.functional.cross_entropy(logits.detach().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    expected = torch.nn.functional.cross_entropy(
+        logits.detach().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE
+    )
     assert trainer.train_step()["loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -154,3 +164,14 @@ def test_run_evaluates_reports_and_writes_metrics(tmp_path: Path) -> None:
     assert rows == seen and [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "held_out" in row] == [3, 4]
     assert rows[-1]["tokens"] == rows[-1]["of_tokens"] == 4 * 96
+
+
+@pytest.mark.parametrize("changes", [{"kind": "linear"}, {"warmup": 0.6, "decay": 0.6}, {"floor": 2.0}])
+def test_wrong_schedules_are_refused_at_once(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ScheduleRecipe(**changes)
+
+
+def test_the_recipe_chooses_the_schedule() -> None:
+    assert ScheduleRecipe(warmup=0.0, decay=0.5).factor(0.75) == pytest.approx(0.5)
+    assert ScheduleRecipe(kind="cosine", warmup=0.0).factor(0.5) == pytest.approx(0.5)

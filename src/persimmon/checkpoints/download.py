@@ -1,8 +1,9 @@
 """From the name of a model to its directory: shipped models, directories, the Hugging Face Hub. No torch.
 
 The hub client does the work, so `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean
-everywhere; it shows its progress on stderr, goes on where an interrupted download stopped, and shares its cache with
-other programs. What is in the cache is used as it is, without asking the hub.
+everywhere; it shows its progress on stderr and shares its cache with other programs. A broken connection goes on where
+it broke; a download that was given up goes on with the first file that is not finished. What is in the cache is used
+as it is, without asking the hub.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def resolve(
     if text in SHIPPED and not Path(text).is_dir():
         return _shipped(text)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
     plain, _, tag = text.partition("@")
     release = by_name(plain)

@@ -17,7 +17,7 @@ from typing import IO, Any
 from persimmon.errors import CheckpointError
 
 # An honest checkpoint of the 8B takes about 30,000 steps; each can make an object of some 200 bytes.
-_MAX_STEPS = 1_000_000
+_MAX_STEPS = 250_000
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from persimmon.cli.options import add_model_options, load_from, model_name
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system", default="", metavar="TEXT", help="text that stands before the conversation")
     group.add_argument(
         "--file", dest="files", action="append", default=[], metavar="PATH",
-        help="text file that goes with the first message (repeatable)",
+        help="text file that goes with the first message, in a fenced block under its name (repeatable)",
     )  # fmt: skip
     group.add_argument("--prompt", metavar="TEXT", help="answer this one message and leave; - reads it from stdin")
     group.add_argument("--drop-oldest", action="store_true", help="let the oldest turns go when the context is full")
@@ -99,7 +100,7 @@ def _talk(args: argparse.Namespace, model: Persimmon, dialogue: Dialogue) -> Non
     console = make_console()
     keyboard = Keyboard(open_history(history_file()), ascii_only=console.options.ascii_only)
     session = Session(dialogue, Commands(dialogue, model_name(args)), keyboard, console)
-    session.greet(model_name(args), _facts(model), _notes(model_name(args), dialogue))
+    session.greet(Path(model_name(args)).name, _facts(model), _notes(model_name(args), dialogue))
     session.run()
 
 

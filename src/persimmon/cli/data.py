@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         directory = Path(args.directory)
         manifest = read_manifest(directory)
         for name in manifest["sources"]:
-            TokenStore(directory, name)  # refuses files that do not match the manifest
+            TokenStore(directory, name).verify()
     if args.json:
         print(json.dumps(manifest, indent=2))
     else:

@@ -6,8 +6,10 @@ import argparse
 import platform
 import textwrap
 import time
-from importlib import metadata
 from typing import Any
+
+from persimmon import machine
+from persimmon.machine import size_text
 
 HELP = "what this machine has, which engine will run, and why"
 
@@ -38,8 +40,6 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(device: str = "auto") -> dict[str, Any]:
     """Everything the verb reports, as JSON types; sizes in bytes, bandwidth in GB/s."""
-    from persimmon import machine
-
     return {
         "versions": _versions(),
         "cpu": {
@@ -72,10 +72,12 @@ def measure_read_bandwidth() -> float:
         started = time.perf_counter()
         data.sum()
         seconds.append(time.perf_counter() - started)
-    return round(_BANDWIDTH_BYTES / min(seconds) / 1e9, 1)
+    return _BANDWIDTH_BYTES / min(seconds) / 1e9
 
 
 def _versions() -> dict[str, str | None]:
+    from importlib import metadata  # a slow import, and `persimmon --help` imports this module
+
     versions: dict[str, str | None] = {"persimmon": metadata.version("persimmon"), "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -140,9 +142,9 @@ def report(findings: dict[str, Any]) -> str:
         ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("processor", f"{cpu['name'] or 'unknown'}, {cpu['threads']} threads"),
         ("instructions", " ".join(cpu["features"]) or "unknown"),
-        ("memory", f"{_size(memory['total'])}, {_size(memory['available'])} available"),
-        ("reads", f"{memory['read_bandwidth_gb_s']} GB/s (measured now)"),
-        ("GPU", "; ".join(f"{gpu['name']}, {_size(gpu['memory'])}" for gpu in findings["gpus"]) or "none"),
+        ("memory", f"{size_text(memory['total'])}, {size_text(memory['available'])} available"),
+        ("reads", f"{memory['read_bandwidth_gb_s']:.1f} GB/s (measured now)"),
+        ("GPU", "; ".join(f"{gpu['name']}, {size_text(gpu['memory'])}" for gpu in findings["gpus"]) or "none"),
         ("compiler", cpu["compiler"] or "none"),
         ("models", "; ".join(_verdict(plan) for plan in findings["models"])),
         ("engines", "; ".join(f"{name} ({summary})" for name, summary in engine["installed"].items())),
@@ -162,8 +164,4 @@ def _wrapped(name: str, value: str) -> str:
 
 def _verdict(plan: dict[str, Any]) -> str:
     words = {True: "fits", False: "does not fit", None: "in unknown memory"}
-    return f"{plan['preset']} {plan['dtype']} {_size(plan['bytes'])} {words[plan['fits']]}"
-
-
-def _size(count: int | None) -> str:
-    return "unknown size" if count is None else f"{count / 1e9:.1f} GB"
+    return f"{plan['preset']} {plan['dtype']} {size_text(plan['bytes'])} {words[plan['fits']]}"

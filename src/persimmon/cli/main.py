@@ -13,7 +13,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -31,6 +30,10 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
         "import": "persimmon.cli.import_",
         "export": "persimmon.cli.export",
         "prune-vocab": "persimmon.cli.prune_vocab",
+    },
+    "Evaluate": {
+        "eval": "persimmon.cli.eval",
+        "compare": "persimmon.cli.compare",
     },
     "Train": {
         "tokenizer": "persimmon.cli.tokenizer",
@@ -143,6 +146,8 @@ def help_text() -> str:
 
 def version_text() -> str:
     """Versions of the package and of torch, and the engines that can run; imports neither."""
+    from importlib import metadata  # a slow import that help does not need
+
     from persimmon import __version__
     from persimmon.engines import describe_engines
 

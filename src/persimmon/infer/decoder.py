@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persimmon.config import ModelConfig
+from persimmon.errors import InputError
 
 Logits = NDArray[np.float32]
 
@@ -62,3 +63,14 @@ class Decoder(Protocol):
         up to rounding stated by the engine. With `exact_top` = k only the k largest logits of each position need be
         exact and all others may be -inf, which lets an engine skip most of a large head.
         """
+
+
+def check_token_ids(what: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise InputError, naming `what` holds them, for no ids at all or one outside the vocabulary."""
+    if not len(token_ids):
+        raise InputError(f"{what} holds no tokens")
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"{what} holds token id {low if low < 0 else high}, which is outside the vocabulary of {vocab_size}"
+        )

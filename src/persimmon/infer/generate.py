@@ -17,9 +17,9 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-from persimmon.errors import ContextLengthError, InputError
+from persimmon.errors import ContextLengthError
 from persimmon.infer.completion import Completion, Generation, Piece, Timings, Usage
-from persimmon.infer.decoder import Decoder, Logits
+from persimmon.infer.decoder import Decoder, Logits, check_token_ids
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.sampling import banned_ids
 from persimmon.infer.session import ReportProgress, Session
@@ -49,15 +49,18 @@ class Stream(Iterator[Piece]):
         progress: called while the prompt is read.
         """
         config = decoder.config
-        capacity = session.capacity if session is not None else context or config.max_positions
-        _check_ids(prompt_ids, config.vocab_size)
+        check_token_ids("the prompt", prompt_ids, config.vocab_size)
+        if session is None:
+            self._session = Session(decoder, config.max_positions if context is None else context)
+        else:
+            self._session = session
+        self._close_session = session is None
+        capacity = self._session.capacity
         self._prompt_ids = fit_prompt(prompt_ids, capacity, params, tokenizer.bos_id)
         banned = banned_ids(tokenizer, config.vocab_size)
         self._completion = Completion(
             tokenizer, params, banned, config.vocab_size, self._prompt_ids, skip_space=skip_space
         )
-        self._session = session if session is not None else Session(decoder, capacity)
-        self._close_session = session is None
         self._params, self._bos_id = params, tokenizer.bos_id
         self._progress = progress
         self._prefill_seconds = self._decode_seconds = 0.0
@@ -78,13 +81,14 @@ class Stream(Iterator[Piece]):
         """What has come so far; finish_reason is None until the end."""
         done = self._completion
         count, seconds = len(done.token_ids), self._decode_seconds
+        speed = (count - 1) / seconds if count > 1 and seconds > 0 else 0.0
         return Generation(
             text=done.text,
             token_ids=list(done.token_ids),
             finish_reason=done.finish_reason,
             stop=done.stop,
             usage=Usage(len(self._prompt_ids), count, self._cached_tokens),
-            timings=Timings(self._prefill_seconds, seconds, (count - 1) / seconds if count > 1 else 0.0),
+            timings=Timings(self._prefill_seconds, seconds, speed),
             seed=done.sampler.seed,
             logprobs=list(done.logprobs) if self._params.logprobs is not None else None,
         )
@@ -151,11 +155,3 @@ def newest(token_ids: Sequence[int], count: int, bos_id: int) -> list[int]:
 def _half(capacity: int) -> int:
     """Tokens that stay of a full context: half of it, rounded up."""
     return (capacity + 1) // 2
-
-
-def _check_ids(token_ids: Sequence[int], vocab_size: int) -> None:
-    if not len(token_ids):
-        raise InputError("the prompt holds no tokens")
-    low, high = min(token_ids), max(token_ids)
-    if low < 0 or high >= vocab_size:
-        raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")

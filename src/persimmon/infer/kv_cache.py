@@ -57,14 +57,19 @@ class KVCache:
             raise ContextLengthError(
                 f"{num_tokens} more tokens do not fit: {self.length} of {self.capacity} positions are taken"
             )
-        allocated = self._keys[0].shape[1]
-        if needed > allocated:
-            size = min(self.capacity, max(needed, 2 * allocated, _FIRST_ALLOCATION))
-            for stores in (self._keys, self._values):
-                for layer, old in enumerate(stores):  # one at a time: never two copies of everything
-                    new = old.new_empty(old.shape[0], size, old.shape[2])
-                    new[:, : self.length] = old[:, : self.length]
-                    stores[layer] = new
+        # One tensor at a time: never two copies of everything, and an interrupt in between leaves all usable.
+        for stores in (self._keys, self._values):
+            for layer, store in enumerate(stores):
+                if store.shape[1] < needed:
+                    stores[layer] = self._grown(store, needed)
+
+    def _grown(self, store: Tensor, needed: int) -> Tensor:
+        """A copy of [N, allocated, D] with room for `needed` tokens or more."""
+        heads, allocated, dim = store.shape
+        size = min(self.capacity, max(needed, 2 * allocated, _FIRST_ALLOCATION))
+        larger = store.new_empty(heads, size, dim)
+        larger[:, : self.length] = store[:, : self.length]
+        return larger
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v [N, T, D] behind the earlier ones; every query sees all up to its own: [N, T, D]."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
 from persimmon.infer.block_cache import PagedReference
-from persimmon.infer.decoder import Chunk, Logits
+from persimmon.infer.decoder import Chunk, Logits, check_token_ids
 from persimmon.infer.kv_cache import CacheBatch, KVCache
 from persimmon.model import PersimmonModel
 
@@ -83,12 +83,7 @@ class ReferenceDecoder:
         if len({id(cache) for cache in caches}) != len(caches):
             raise InputError("a sequence appears twice in one call")
         for chunk in chunks:
-            ids, limit = chunk.token_ids, self.config.vocab_size
-            if not len(ids):
-                raise InputError("a chunk holds no tokens")
-            low, high = min(ids), max(ids)
-            if low < 0 or high >= limit:
-                raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {limit}")
+            check_token_ids("a chunk", chunk.token_ids, self.config.vocab_size)
         for cache, chunk in zip(caches, chunks, strict=True):
             cache.reserve(len(chunk.token_ids))
 

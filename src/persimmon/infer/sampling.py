@@ -89,14 +89,12 @@ class Sampler:
         *,
         prompt_ids: Sequence[int] = (),
         generated_ids: Sequence[int] = (),
-        seed: int | None = None,
     ) -> None:
-        """`generated_ids` resumes a request; `seed` stands in when the parameters have none (default: a fresh one)."""
+        """`num_rows`: logits per position. `generated_ids` resumes a request."""
         outside = [i for i in params.logit_bias if i >= num_rows]
         if outside:
             raise InputError(f"logit_bias names token {outside[0]}; the vocabulary has {num_rows}")
-        chosen = params.seed if params.seed is not None else seed
-        self.seed = secrets.randbits(63) if chosen is None else chosen
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._params, self._banned = params, banned
         self._position = len(generated_ids)
         self._counts = np.bincount(np.asarray(generated_ids, np.int64), minlength=num_rows)

@@ -158,13 +158,15 @@ class Keyboard:
 
 
 class Interrupt:
-    """Ctrl-C while the model answers: the first one asks to stop, the second one stops at once.
+    """Ctrl-C outside the prompt: it never ends the program.
 
-    Asking leaves the model between two tokens, in a state that the next turn can build on.
+    While an answer is watched, the first one asks to stop and the second one stops at once. Asking leaves the model
+    between two tokens. At any other time it does nothing, for instance when it comes just after an answer has ended.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._watching = False
 
     def __enter__(self) -> Interrupt:
         self._before = signal.signal(signal.SIGINT, self._handle)
@@ -173,7 +175,18 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take note of Ctrl-C from here on; the second one raises KeyboardInterrupt."""
+        self.requested, self._watching = False, True
+        try:
+            yield
+        finally:
+            self._watching = False
+
     def _handle(self, _: int, frame: FrameType | None) -> None:
+        if not self._watching:
+            return
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

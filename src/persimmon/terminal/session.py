@@ -25,6 +25,7 @@ class Session:
         self._commands = commands
         self._keyboard = keyboard
         self._console = console
+        self._interrupt = Interrupt()
         self._draft = ""  # a message that was not answered, to be edited
 
     def greet(self, name: str, facts: list[str], notes: list[str]) -> None:
@@ -38,15 +39,19 @@ class Session:
     def run(self) -> None:
         """Talk until /quit, Ctrl-D, or Ctrl-C twice."""
         placeholder = "Write a message, or /help"
-        while True:
-            draft, self._draft = self._draft, ""
-            try:
-                line = self._keyboard.read(draft=draft, placeholder=placeholder)
-            except EOFError:
-                return
-            placeholder = ""
-            if line.strip() and not self._handle(line):
-                return
+        with self._interrupt:
+            while (line := self._read(placeholder)) is not None:
+                placeholder = ""
+                if line.strip() and not self._handle(line):
+                    return
+
+    def _read(self, placeholder: str) -> str | None:
+        """The next message or command; None when the person leaves."""
+        draft, self._draft = self._draft, ""
+        try:
+            return self._keyboard.read(draft=draft, placeholder=placeholder)
+        except EOFError:
+            return None
 
     def _handle(self, line: str) -> bool:
         """A message or a command; False ends the session. Errors are shown, and the conversation goes on."""
@@ -94,15 +99,10 @@ class Session:
         dumb = self._console.is_dumb_terminal
         view: AnswerView = PlainView(self._console.file) if dumb else MarkdownView(self._console)
         view.wait("...")
-        with silent_keyboard(), Interrupt() as interrupt:
-            reply.on_reading = _progress_on(view, interrupt)
+        reply.on_reading = _progress_on(view, self._interrupt)
+        with silent_keyboard():
             try:
-                for text in reply:
-                    view.add(text)
-                    if interrupt.requested:
-                        break
-            except KeyboardInterrupt:
-                interrupt.requested = True
+                self._stream(reply, view)
             finally:
                 reply.stop()
                 view.finish()
@@ -112,7 +112,18 @@ class Session:
             self._console.print()
             self._say_gauge(reply.facts())
         else:
-            self._say("Stopped before the answer began." if interrupt.requested else "The model had no answer.")
+            self._say("Stopped before the answer began." if self._interrupt.requested else "The model had no answer.")
+
+    def _stream(self, reply: Reply, view: AnswerView) -> None:
+        """Show the text of an answer until it ends or Ctrl-C ends it."""
+        try:
+            with self._interrupt.watching():
+                for text in reply:
+                    view.add(text)
+                    if self._interrupt.requested:
+                        return
+        except KeyboardInterrupt:
+            return
 
     def _choices(self) -> str:
         """What can be done about a full context."""

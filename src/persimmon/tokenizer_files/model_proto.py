@@ -10,6 +10,7 @@ Source of names and numbers: `sentencepiece_model.proto` of google/sentencepiece
 from __future__ import annotations
 
 import functools
+import math
 from enum import IntEnum
 from typing import Any
 
@@ -68,6 +69,7 @@ class PieceType(IntEnum):
     BYTE = 6
 
 
+BYTE_NAMES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 TEXT_TYPES = frozenset({PieceType.NORMAL, PieceType.USER_DEFINED})
 
 
@@ -102,22 +104,27 @@ def read_model(content: bytes) -> Any:
     model = new_model()
     try:
         model.ParseFromString(content)
-        names = [piece.piece for piece in model.pieces]
-    except (DecodeError, UnicodeDecodeError, ValueError) as error:
+        pieces = [(piece.piece, piece.type, piece.score) for piece in model.pieces]
+    except (DecodeError, ValueError) as error:
         raise TokenizerError(f"not a SentencePiece model: {error}") from None
-    if not names:
+    if not pieces:
         raise TokenizerError("not a SentencePiece model: it has no pieces")
     if not (model.HasField("trainer_spec") and model.HasField("normalizer_spec")):
         raise TokenizerError("the SentencePiece model is cut off: its settings behind the pieces are missing")
-    if model.trainer_spec.model_type != _UNIGRAM:
-        raise TokenizerError(f"a unigram vocabulary is needed, this one has model_type {model.trainer_spec.model_type}")
-    if model.trainer_spec.treat_whitespace_as_suffix:
+    spec = model.trainer_spec
+    if spec.model_type != _UNIGRAM:
+        raise TokenizerError(f"a unigram vocabulary is needed, this one has model_type {spec.model_type}")
+    if spec.treat_whitespace_as_suffix:
         raise TokenizerError("treat_whitespace_as_suffix is not supported: words start with their space here")
-    byte_pieces = sum(piece.type == PieceType.BYTE for piece in model.pieces)
-    if not model.trainer_spec.byte_fallback or byte_pieces != 256:
-        raise TokenizerError(
-            f"a vocabulary with byte fallback is needed, this one has {byte_pieces} of 256 byte pieces"
-        )
+    byte_names = {name for name, kind, _ in pieces if kind == PieceType.BYTE}
+    if not spec.byte_fallback or byte_names != BYTE_NAMES:
+        count = len(byte_names & BYTE_NAMES)
+        raise TokenizerError(f"a vocabulary with byte fallback is needed, this one has {count} of 256 byte pieces")
+    if sum(kind == PieceType.UNKNOWN for _, kind, _ in pieces) != 1:
+        raise TokenizerError("the vocabulary must have exactly one unknown piece")
+    # Damaged names come as bytes.
+    if not all(isinstance(name, str) and math.isfinite(score) for name, _, score in pieces):
+        raise TokenizerError("the vocabulary has names that are no text or scores that are no numbers")
     return model
 
 

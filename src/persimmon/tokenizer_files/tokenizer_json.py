@@ -19,12 +19,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from persimmon.errors import TokenizerError
-from persimmon.tokenizer_files.model_proto import META_SPACE, TEXT_TYPES, PieceType, is_exact, new_model
+from persimmon.tokenizer_files.model_proto import BYTE_NAMES, META_SPACE, TEXT_TYPES, PieceType, is_exact, new_model
 
 _NEVER = -1e6
 """Score of unused pieces: any other way to spell a text is better."""
-
-_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
 # -- writing -------------------------------------------------------------------------------------------------
 
@@ -45,11 +43,15 @@ def to_json(model: Any, eos_id: int) -> dict[str, Any]:
         "decoder": _decoder(model.normalizer_spec, exact),
         "model": {
             "type": "Unigram",
-            "unk_id": model.trainer_spec.unk_id,
+            "unk_id": _unknown(model),
             "vocab": vocabulary,
             "byte_fallback": True,
         },
     }
+
+
+def _unknown(model: Any) -> int:
+    return next(index for index, piece in enumerate(model.pieces) if piece.type == PieceType.UNKNOWN)
 
 
 def _hub_name(name: str, exact: bool) -> str:
@@ -115,7 +117,7 @@ def _name_splitter(model: Any, exact: bool) -> dict[str, Any]:
     """Cut `<0x0A>` and the unknown piece's name in a text, where possible between characters that no piece joins."""
     texts = [_hub_name(piece.piece, exact) for piece in model.pieces if piece.type in TEXT_TYPES]
     joined = {text[i : i + 2] for text in texts for i in range(len(text) - 1)}
-    unknown = model.pieces[model.trainer_spec.unk_id].piece
+    unknown = model.pieces[_unknown(model)].piece
     return {
         "type": "Split",
         "pattern": {"Regex": "|".join((_cut("<0x", "[0-9A-F]{2}>", joined), _cut(unknown, "", joined)))},
@@ -168,7 +170,7 @@ def _read(document: Any) -> Any:
 def _types(names: list[str], scores: list[float], unk_id: int, added: list[dict[str, Any]]) -> list[PieceType]:
     """What each piece is; added tokens behind the vocabulary are appended to `names` and `scores`."""
     types = [
-        PieceType.UNUSED if score <= _NEVER else PieceType.BYTE if _BYTE_NAME.fullmatch(name) else PieceType.NORMAL
+        PieceType.UNUSED if score <= _NEVER else PieceType.BYTE if name in BYTE_NAMES else PieceType.NORMAL
         for name, score in zip(names, scores, strict=True)
     ]
     for token in sorted(added, key=lambda token: int(token["id"])):

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from persimmon.errors import ConfigError, PersimmonError
-from persimmon.model import PersimmonModel
+from persimmon.model import PersimmonModel, document_positions
 from persimmon.train.checkpoint import load_newest, save_checkpoint
 from persimmon.train.loss import IGNORE, chunked_cross_entropy
 from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
 from persimmon.train.parallel import World
-from persimmon.train.schedule import warmup_stable_decay
+from persimmon.train.schedule import cosine, warmup_stable_decay
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,27 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """Shares of the run that warm up and decay."""
+    """How the learning rates go over the run."""
 
+    kind: str = "stable"
+    """`stable`: warm-up, constant, linear decay; `cosine`: warm-up, then half a cosine."""
     warmup: float = 0.02
+    """Share of the run's tokens."""
     decay: float = 0.5
+    """Share of the run's tokens at its end (`stable` only)."""
     floor: float = 0.0
+    """Where the decay ends, as a share of the top rates."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("stable", "cosine"):
+            raise ConfigError(f"schedule.kind must be stable or cosine, got {self.kind!r}")
+        self.factor(0.0)
+
+    def factor(self, progress: float) -> float:
+        """The multiplier after `progress`, the share of the run's tokens already seen."""
+        if self.kind == "cosine":
+            return cosine(progress, warmup=self.warmup, floor=self.floor)
+        return warmup_stable_decay(progress, warmup=self.warmup, decay=self.decay, floor=self.floor)
 
 
 @dataclass(frozen=True)
@@ -138,11 +154,7 @@ class Trainer:
 
     def learning_rate_factor(self) -> float:
         """The schedule's multiplier for the coming step."""
-        schedule = self.recipe.schedule
-        return warmup_stable_decay(
-            self.tokens_seen / self._tokens_total,
-            warmup=schedule.warmup, decay=schedule.decay, floor=schedule.floor,
-        )  # fmt: skip
+        return self.recipe.schedule.factor(self.tokens_seen / self._tokens_total)
 
     def _micro_batches(self) -> Iterator[Batch]:
         mine = range(self.world.rank, self.source.rows(self.step), self.world.size)
@@ -160,7 +172,11 @@ class Trainer:
         for batch in batches:
             with self._autocast():
                 statistics.penalties.clear()
-                hidden = self.model.features(batch.token_ids, documents=batch.documents, observe=statistics)
+                # Documents count from 0: it matters where positions are rounded (rotary_precision bfloat16).
+                positions = document_positions(batch.documents, *batch.token_ids.shape)
+                hidden = self.model.features(
+                    batch.token_ids, positions=positions, documents=batch.documents, observe=statistics
+                )
                 loss = chunked_cross_entropy(
                     hidden.flatten(0, 1), self.model.lm_head.weight, batch.targets.flatten(), scale=1 / targets
                 )

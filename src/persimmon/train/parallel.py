@@ -66,7 +66,7 @@ def _exit_with_parent() -> None:
 def _process(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     _exit_with_parent()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:
         work(World(rank, size), *arguments)
@@ -79,4 +79,4 @@ def run_processes(size: int, work: Callable[..., None], *arguments: Any) -> None
     if size == 1:
         work(World(), *arguments)
         return
-    mp.spawn(_process, (size, _free_port(), work, arguments), nprocs=size, join=True)
+    mp.spawn(_process, (size, _free_port(), work, arguments), nprocs=size, join=True)  # type: ignore[attr-defined]
