@@ -26,8 +26,9 @@ class ScriptedPaged:
         self.num_blocks, self.block_size = num_blocks, block_size
         self._tokenizer = tiny_tokenizer()
         self._replies, self._seconds = replies, seconds
-        self._marker = self._tokenizer.encode("\n\nadept:")
-        self._tokens: dict[int, int] = {}  # by slot
+        self._marker = np.array(self._tokenizer.encode("\n\nadept:"), np.int32).tobytes()
+        self._tokens = np.zeros((num_blocks, block_size), np.int32)
+        self._answers: dict[bytes, list[int]] = {}  # by prompt
 
     def forward(self, chunks: Sequence[PagedChunk], *, exact_top: int | None = None) -> list[Logits | None]:
         time.sleep(self._seconds)
@@ -35,26 +36,31 @@ class ScriptedPaged:
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         for source, target in pairs:
-            for offset in range(self.block_size):
-                self._tokens[target * self.block_size + offset] = self._tokens.get(source * self.block_size + offset, 0)
+            self._tokens[target] = self._tokens[source]
 
     def _run(self, chunk: PagedChunk) -> Logits | None:
-        end = chunk.start + len(chunk.token_ids)
-        slots = [chunk.blocks[i // self.block_size] * self.block_size + i % self.block_size for i in range(end)]
-        self._tokens.update(zip(slots[chunk.start :], chunk.token_ids, strict=True))
+        for position, token_id in enumerate(chunk.token_ids, chunk.start):
+            self._tokens[chunk.blocks[position // self.block_size], position % self.block_size] = token_id
         if chunk.logits == "none":
             return None
+        stored = self._tokens[list(chunk.blocks)].ravel()[: chunk.start + len(chunk.token_ids)]
         logits = np.zeros(self.config.vocab_size, np.float32)
-        logits[self._next([self._tokens[slot] for slot in slots])] = 50.0
+        logits[self._next(stored.tobytes())] = 50.0
         return logits
 
-    def _next(self, ids: list[int]) -> int:
-        size = len(self._marker)
-        start = max(i for i in range(size, len(ids) + 1) if ids[i - size : i] == self._marker)
-        question = self._tokenizer.decode(ids[: start - size]).rpartition("human:")[2]
+    def _next(self, stored: bytes) -> int:
+        """The reply's token behind the stored ids, each of four bytes."""
+        start = stored.rfind(self._marker) + len(self._marker)
+        prompt = stored[:start]
+        if prompt not in self._answers:
+            self._answers[prompt] = self._answer(np.frombuffer(prompt, np.int32).tolist())
+        answer = self._answers[prompt]
+        return answer[min((len(stored) - start) // 4, len(answer) - 1)]
+
+    def _answer(self, prompt_ids: Sequence[int]) -> list[int]:
+        question = self._tokenizer.decode(prompt_ids).rpartition("human:")[2]
         reply = next((text for key, text in self._replies.items() if key in question), "I have no words for that.")
-        answer = [*self._tokenizer.encode(" " + reply), self._tokenizer.eos_id]
-        return answer[min(len(ids) - start, len(answer) - 1)]
+        return [*self._tokenizer.encode(" " + reply), self._tokenizer.eos_id]
 
 
 def build_scripted(replies: Mapping[str, str], seconds: float = 0.005) -> Engine:

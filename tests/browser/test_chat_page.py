@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
+for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
+    pytest.importorskip(package)
 playwright = pytest.importorskip("playwright.sync_api")
 
 from scripted_paged import build_scripted  # noqa: E402
@@ -82,7 +83,7 @@ class Page:
     def __init__(self, browser: Any, server: Server, **options: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         self.page = self.context.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(120_000)
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -99,6 +99,8 @@ def test_what_does_not_fit_is_an_answer_with_an_error(tmp_path: Path) -> None:
         ('{"prompt": "a", "max_new_tokens": 3}', "max_tokens"),
         ('{"prompt": "a", "id": 1}', "appears twice"),
         ('{"messages": []}', "empty"),
+        ('{"prompt": "a", "logprobs": 2}', "logprobs"),
+        ('{"prompt": "a", "context_overflow": "shift"}', "context_overflow"),
     ],
 )
 def test_wrong_lines_are_named_before_anything_runs(tmp_path: Path, line: str, words: str) -> None:

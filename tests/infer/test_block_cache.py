@@ -49,6 +49,7 @@ def test_logits_are_the_models() -> None:
     np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_cut_of_a_prompt_changes_no_bit() -> None:
     ids = ids_of(530)
     expected = alone(ids)
@@ -60,6 +61,7 @@ def test_the_cut_of_a_prompt_changes_no_bit() -> None:
             np.testing.assert_array_equal(logits, expected[start : start + len(part)])
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**32))
 def test_a_crowd_changes_no_bit(seed: int) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("fastapi")
+for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "httpx"):
+    pytest.importorskip(package)
 schemathesis = pytest.importorskip("schemathesis")
 
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("pydantic")
 
 from persimmon.errors import InputError
 from persimmon.serve.guard import Guard

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
+for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
+    pytest.importorskip(package)
 
-from deadly_engine import POISON, build_broken, build_deadly
-from persimmon.serve.server import serve
-from served import CONTEXT, Server, build_engine, running, service_of
+from deadly_engine import POISON, build_broken, build_deadly  # noqa: E402
+from persimmon.serve.server import serve  # noqa: E402
+from served import CONTEXT, Server, build_engine, running, service_of  # noqa: E402
 
 
 def streamed(server: Server, seed: int, found: dict[int, list[str]]) -> None:
@@ -129,7 +130,8 @@ def test_a_second_signal_stops_at_once() -> None:
     with running(build_deadly, drain_seconds=100.0) as server:
         body = {"messages": [{"role": "user", "content": "a"}], "stream": True, "max_tokens": 450}
         with server.http.stream("POST", "/v1/chat/completions", json=body | {"logit_bias": {"1": -100}}) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: without a reader the connection is closed
+            next(lines)
             server.signal(signal.SIGTERM)
             server.signal(signal.SIGTERM)
             server.thread.join(10)

@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
-pytest.importorskip("fastapi")
+for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
+    pytest.importorskip(package)
+httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
+from deadly_engine import build_deadly  # noqa: E402
 from served import CONTEXT, Server, running  # noqa: E402
 from tiny_tokenizer import tiny_tokenizer  # noqa: E402
 
@@ -81,7 +83,7 @@ def test_chat_logprobs(client: Any) -> None:
     assert len(entries) in (answer.usage.completion_tokens, answer.usage.completion_tokens - 1)
     for entry in entries:
         assert len(entry.top_logprobs) == 3 and entry.logprob <= 0
-    chunks = chat(client, logprobs=True, stream=True)
+    chunks = chat(client, logprobs=True, top_logprobs=3, stream=True)
     streamed = [e for c in chunks if c.choices and c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert streamed == entries
 
@@ -101,7 +103,6 @@ def test_stop_bias_and_penalties(client: Any) -> None:
 
 
 def test_constrained_answers(client: Any) -> None:
-    pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema | {"additionalProperties": False}}}
     for seed in range(3):
@@ -214,7 +215,8 @@ def test_the_next_turn_reads_only_new_tokens(client: Any) -> None:
 def test_a_client_that_goes_away_stops_its_request(server: Server) -> None:
     body = {"messages": HELLO, "stream": True, **ENDLESS}
     with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: without a reader the connection is closed
+        next(lines)
         assert server.service.worker.in_flight == 1
     server.wait_idle()
     with pytest.raises(httpx.ReadTimeout):
@@ -257,10 +259,11 @@ def test_pages_have_strict_headers(server: Server) -> None:
 
 
 def test_full_queues_answer_429() -> None:
-    with running(max_concurrency=1, max_queue=1) as small:
+    with running(build_deadly, max_concurrency=1, max_queue=1) as small:
         body = {"messages": HELLO, "stream": True, **ENDLESS}
         with small.http.stream("POST", "/v1/chat/completions", json=body) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept: without a reader the connection is closed
+            next(lines)
             refused = small.chat(n=2)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_exceeded"

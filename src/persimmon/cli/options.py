@@ -102,20 +102,18 @@ def model_name(args: argparse.Namespace) -> str:
     return str(args.model or os.environ.get("PERSIMMON_MODEL") or DEFAULT_MODEL)
 
 
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `persimmon.load` that the options of `add_model_options` describe."""
+    names = ("device", "engine", "dtype", "threads", "context", "rotary_precision")
+    return {name: getattr(args, name) for name in names}
+
+
 def load_from(args: argparse.Namespace) -> Persimmon:
     """The model that the options of `add_model_options` describe."""
     from persimmon.api import load
     from persimmon.cli.console import note
 
-    model = load(
-        model_name(args),
-        device=args.device,
-        engine=args.engine,
-        dtype=args.dtype,
-        threads=args.threads,
-        context=args.context,
-        rotary_precision=args.rotary_precision,
-    )
+    model = load(model_name(args), **load_options(args))
     if args.verbose:
         for line in model.choices:
             note(line)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from persimmon.cli.options import add_model_options, model_name
+from persimmon.cli.options import add_model_options, load_options, model_name
 
 HELP = "serve a model: OpenAI-compatible API and chat page"
 
@@ -78,12 +78,6 @@ def run(args: argparse.Namespace) -> int:
         lambda text: note(text, quiet=args.quiet),
         log=_no_log if args.no_access_log else write_log,
     )
-
-
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `persimmon.load` from the command line."""
-    names = ("device", "engine", "dtype", "threads", "context", "rotary_precision")
-    return {name: getattr(args, name) for name in names}
 
 
 def settings_from(args: argparse.Namespace) -> Any:

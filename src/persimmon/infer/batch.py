@@ -151,6 +151,10 @@ def _job(number: int, line: Any, tokenizer: Tokenizer, sampling: Mapping[str, An
     elif "seed" not in own:
         settings["seed"] += number
     params = SamplingParams.of(**settings)
+    if params.logprobs is not None:
+        raise InputError("logprobs are not part of a batch's answers")
+    if params.context_overflow != "error":
+        raise InputError(f"context_overflow {params.context_overflow!r} does not work in a batch, only 'error'")
     job_id = str(line.get("id", number))
     if "prompt" in line:
         if not isinstance(line["prompt"], str):

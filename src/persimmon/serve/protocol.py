@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from persimmon.errors import InputError
 from persimmon.infer.constraint import Grammar, choice, json_schema
@@ -67,6 +67,15 @@ class ChatMessage(Body):
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = Field(None, max_length=64, description="Accepted and not shown to the model.")
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_text(cls, content: Any) -> Any:
+        """Name the first part that is not text."""
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") not in (None, "text"):
+                raise ValueError(f"only parts of type 'text' can be read, got {str(part['type'])[:40]!r}")
+        return content
 
     @property
     def text(self) -> str:

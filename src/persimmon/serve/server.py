@@ -34,9 +34,9 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, service: Service, *, log: Callable[[Mapping[str, Any]], None] = write_log) -> None:
         settings = service.settings
-        app = Guard(build_app(service), settings, log=log)  # type: ignore[arg-type]
+        app = Guard(build_app(service), settings, log=log)
         config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            app,
             host=settings.host, port=settings.port, lifespan="on", access_log=False, log_level="warning",
             timeout_keep_alive=30, server_header=False, timeout_graceful_shutdown=1, ws="none",
             h11_max_incomplete_event_size=65_536, http="h11",
