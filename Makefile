@@ -23,10 +23,14 @@ $(BIN)/python:
 	echo "creating $(VENV) with $(PYTHON)" >&2
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/base.done: pyproject.toml constraints.txt | $(BIN)/python
+NATIVE := CMakeLists.txt $(wildcard src/persimmon/fast/cpu/native/*)
+
+# The CPU engine is C++: without a compiler the package installs all the same, with the reference engine only.
+# PERSIMMON_REQUIRE_ENGINE=1 (as in .ci/run) makes that an error.
+$(VENV)/base.done: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	echo "installing $(TORCH) (once)" >&2
 	$(PIP) install --quiet "$(TORCH)"
-	echo "installing persimmon (once)" >&2
+	echo "building and installing persimmon (once)" >&2
 	$(INSTALL) --editable .
 	touch $@
 

@@ -61,21 +61,23 @@ def zeros_per_layer(model: PersimmonModel, tokenizer: Tokenizer, texts: list[str
     return [round(sum(shares) / len(shares), 4) for shares in statistics.zeros]
 
 
-def measure_source(model: PersimmonModel, tokenizer: Tokenizer, file: Path, window: int) -> dict[str, Any]:
-    """All figures of one source's held-out documents."""
+def measure_source(model: PersimmonModel, tokenizer: Tokenizer, file: Path, window: int | None) -> dict[str, Any]:
+    """All figures of one source's held-out documents; without bits per byte when there is no window."""
     texts = [document.text for document in read_documents(file)]
+    facts = {
+        "documents": len(texts),
+        "bytes": sum(len(text.encode()) for text in texts),
+        "zeros_per_layer": zeros_per_layer(model, tokenizer, texts[:40]),
+    }
+    if window is None:
+        return facts
 
     def progress(done: int) -> None:
         print(f"\r{file.name}: {done} of {len(texts)} documents", end="", file=sys.stderr, flush=True)
 
     bits = bits_per_byte(model, tokenizer, texts, window=window, progress=progress)
     print(file=sys.stderr)
-    return {
-        "documents": len(texts),
-        "bytes": sum(len(text.encode()) for text in texts),
-        "bits_per_byte": {"model": round(bits, 4), **compressed_bits(texts)},
-        "zeros_per_layer": zeros_per_layer(model, tokenizer, texts[:40]),
-    }
+    return {**facts, "bits_per_byte": {"model": round(bits, 4), **compressed_bits(texts)}}
 
 
 def samples(directory: Path, is_chat: bool) -> list[dict[str, str]]:
@@ -95,17 +97,18 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--window", type=int, default=8192, help="tokens of context at most (default %(default)s)")
-    parser.add_argument("--chat", action="store_true", help="sample answers instead of continuations")
+    parser.add_argument("--window", type=int, default=4096, help="tokens of context at most (default %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="sample answers, and leave the bits per byte out")
     args = parser.parse_args()
     directory = hub.resolve(args.model)
     model = hub.load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
     tokenizer = Tokenizer.load(directory)
+    window = None if args.chat else args.window
     result = {
-        "model": directory.name,
-        "window": args.window,
+        "model": args.model,
+        "window": window,
         "sources": {
-            file.name.split(".")[1]: measure_source(model, tokenizer, file, args.window)
+            file.name.split(".")[1]: measure_source(model, tokenizer, file, window)
             for file in sorted(args.data.glob("held_out.*.jsonl.gz"))
         },
         "samples": samples(directory, args.chat),

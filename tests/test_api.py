@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import persimmon
 from persimmon import chat, engines
 from persimmon.api import Persimmon
+from persimmon.config import preset
 from persimmon.errors import ContextLengthError, InputError, NotFoundError, PersimmonError, UnavailableError
 from persimmon.infer.reference import ReferenceDecoder
 from scripted_decoder import says
@@ -27,7 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(directory: Path) -> Persimmon:
-    return persimmon.load(str(directory), device="cpu")
+    return persimmon.load(str(directory), device="cpu", engine="reference")
 
 
 # -- loading ------------------------------------------------------------------------------------------------
@@ -70,7 +72,13 @@ def test_the_loaded_model_says_what_it_is(model: Persimmon, directory: Path) -> 
 def test_dtype_context_threads_and_rotary_precision(directory: Path) -> None:
     before = torch.get_num_threads()
     model = persimmon.load(
-        directory, device="cpu", dtype="bfloat16", context=50, threads=1, rotary_precision="bfloat16"
+        directory,
+        device="cpu",
+        engine="reference",
+        dtype="bfloat16",
+        context=50,
+        threads=1,
+        rotary_precision="bfloat16",
     )
     try:
         assert model.decoder.model.lm_head.weight.dtype == torch.bfloat16
@@ -87,14 +95,18 @@ def test_dtype_context_threads_and_rotary_precision(directory: Path) -> None:
     [
         ({"device": "tpu"}, InputError, "device must be one of"),
         ({"device": "cuda:99"}, UnavailableError, "not available"),
-        ({"engine": "warp"}, UnavailableError, "there are: auto, reference"),
+        ({"engine": "warp"}, UnavailableError, "there are: auto, cpu, reference"),
         ({"dtype": "float16"}, InputError, "65504"),
         ({"dtype": "int3"}, InputError, "dtype must be one of"),
         ({"context": 0}, InputError, "1 to the model's 16384"),
         ({"context": 20_000}, InputError, "16384"),
         ({"threads": 0}, InputError, "threads"),
         ({"rotary_precision": "int8"}, InputError, "rotary_precision"),
-        ({"sparsity_margin": 1.0}, UnavailableError, "'reference' does not support sparsity_margin"),
+        (
+            {"engine": "reference", "sparsity_margin": 1.0},
+            UnavailableError,
+            "'reference' does not support sparsity_margin",
+        ),
     ],
 )
 def test_impossible_options_are_refused(
@@ -118,6 +130,29 @@ def test_dtype_is_chosen_by_device_and_memory(monkeypatch: pytest.MonkeyPatch) -
     assert engines.choose_dtype("auto", "cuda", "float16", 10**9).value == "bfloat16"
     monkeypatch.setattr(engines, "memory_available", lambda: None)
     assert engines.choose_dtype("auto", "mps", "bfloat16", 9 * 10**9).value == "float32"
+
+
+def test_auto_takes_the_cpu_engine_where_it_was_built(directory: Path, model: Persimmon) -> None:
+    """Its greedy ids are the reference's."""
+    if "cpu" not in engines.installed_engines():
+        pytest.skip(engines.missing_engines()["cpu"])
+    fast = persimmon.load(directory, device="cpu")
+    assert fast.engine_name == "cpu"
+    greedy = {"max_tokens": 100, "temperature": 0.0, "logit_bias": {1: -100.0}}
+    assert fast.generate("the story", **greedy).token_ids == model.generate("the story", **greedy).token_ids
+
+
+def test_auto_takes_the_reference_where_the_cpu_engine_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = preset("test", hidden_size=12, num_heads=2, partial_rotary_factor=1.0)
+    assert engines.choose_engine("auto", "cpu", config=odd).value == "reference"
+    with pytest.raises(UnavailableError):
+        engines.choose_engine("cpu", "cpu", config=odd)
+    unbuilt = dataclasses.replace(engines.ENGINES["cpu"], why_unavailable=lambda: "not built")
+    monkeypatch.setitem(engines.ENGINES, "cpu", unbuilt)
+    choice = engines.choose_engine("auto", "cpu")
+    assert choice.value == "reference" and "not built" in choice.reason
+    with pytest.raises(UnavailableError, match="not built"):
+        engines.choose_engine("auto", "cpu", packed=True)
 
 
 def test_auto_device_prefers_cuda_then_mps(monkeypatch: pytest.MonkeyPatch) -> None:

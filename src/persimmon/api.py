@@ -7,6 +7,7 @@ import os
 import reprlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from persimmon.checkpoints.download import resolve
 from persimmon.config import ModelConfig
 from persimmon.engines import ENGINES, check_options, choose_device, choose_dtype, choose_engine
 from persimmon.errors import InputError
+from persimmon.fast.cpu.packed import is_packed, open_packed
 from persimmon.infer.completion import Generation
 from persimmon.infer.decoder import Chunk, Decoder
 from persimmon.infer.generate import Stream
@@ -167,7 +169,7 @@ def load(
         engine: auto, or the name of one (`persimmon doctor` lists them).
         dtype: auto, float32 or bfloat16. auto is the checkpoint's own on cuda, and elsewhere float32 as long as
             the weights fit in memory so.
-        threads: CPU threads of this process's PyTorch; None leaves them as they are.
+        threads: CPU threads of the engine and of this process's PyTorch; None is the engine's choice.
         context: longest sequence in tokens; None is the model's.
         rotary_precision: checkpoint (what its config.json says), float32 or bfloat16.
         engine_options: options that only some engines have.
@@ -180,16 +182,28 @@ def load(
             raise InputError(f"threads must be 1 or more, got {threads}")
         torch.set_num_threads(threads)
     on = choose_device(device)
-    by = choose_engine(engine, on.value)
+    path = resolve(model)
+    packed = is_packed(path)
+    config, stored = _describe(path, packed)
+    by = choose_engine(engine, on.value, packed, config)
     check_options(by.value, engine_options)
-    opened = open_directory(resolve(model))
-    config = opened.config
-    precision = choose_dtype(dtype, on.value, opened.dtype, count_parameters(config).total)
+    if threads is not None and "threads" in ENGINES[by.value].options:
+        engine_options["threads"] = threads
+    precision = choose_dtype(dtype, on.value, stored, count_parameters(config).total)
     if rotary_precision != "checkpoint":
         config = config.replace(rotary_precision=rotary_precision)
-    decoder = ENGINES[by.value].load(opened.path, config, on.value, precision.value, **engine_options)
+    decoder = ENGINES[by.value].load(path, config, on.value, precision.value, **engine_options)
     choices = [
         f"{name} {choice.value} ({choice.reason})"
         for name, choice in (("device", on), ("engine", by), ("dtype", precision))
     ]
-    return Persimmon(decoder, Tokenizer.load(opened.path), context=context, choices=choices)
+    return Persimmon(decoder, Tokenizer.load(path), context=context, choices=choices)
+
+
+def _describe(path: Path, packed: bool) -> tuple[ModelConfig, str]:
+    """Configuration and stored precision of a model directory."""
+    if packed:
+        quantized = open_packed(path)
+        return quantized.config, quantized.form.name
+    opened = open_directory(path)
+    return opened.config, opened.dtype

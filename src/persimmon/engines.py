@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from persimmon.errors import InputError, UnavailableError
 from persimmon.machine import memory_available, size_text
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
+QUANTIZED_FORMATS = ("q8", "q4", "p44")
 
 # Share of the free memory that float32 weights may take before bfloat16 is chosen: the rest is for keys and
 # values, activations and everything else on the machine.
@@ -49,6 +50,16 @@ class Engine:
     """(model directory: Path, ModelConfig, device, dtype, **options) -> decoder."""
     options: frozenset[str] = frozenset()
     """Names of the options of `load` that it understands."""
+    packed: bool = False
+    """Whether it runs quantized directories."""
+    why_unavailable: Callable[[], str | None] = lambda: None
+    """None when it can run here, else one line that says what is missing."""
+    why_unfit: Callable[[ModelConfig], str | None] = lambda config: None
+    """None when it can run models of that shape, else one line that says why not."""
+
+    def why_not(self, config: ModelConfig | None = None) -> str | None:
+        """The first reason against it, here and for a model of that shape, or None."""
+        return self.why_unavailable() or (self.why_unfit(config) if config is not None else None)
 
 
 def _load_reference(directory: Path, config: ModelConfig, device: str, dtype: str) -> Decoder:
@@ -62,14 +73,48 @@ def _load_reference(directory: Path, config: ModelConfig, device: str, dtype: st
     return ReferenceDecoder(model)
 
 
+def _load_cpu(directory: Path, config: ModelConfig, device: str, dtype: str, **options: Any) -> Decoder:
+    from persimmon.fast.cpu.load import load_decoder
+
+    return load_decoder(directory, config, dtype=dtype, **options)
+
+
+def _why_no_cpu() -> str | None:
+    from persimmon.fast.cpu.native_module import why_unavailable
+
+    return why_unavailable()
+
+
+def _why_not_on_cpu(config: ModelConfig) -> str | None:
+    from persimmon.fast.cpu.formats import why_unfit
+
+    return why_unfit(config)
+
+
 ENGINES: dict[str, Engine] = {
+    "cpu": Engine(
+        "cpu",
+        "C++ kernels that skip the MLP's zeros, plain or quantized weights",
+        ("cpu",),
+        _load_cpu,
+        frozenset({"threads", "kv_dtype", "sparsity_margin", "audit_every", "isa", "verify", "progress"}),
+        packed=True,
+        why_unavailable=_why_no_cpu,
+        why_unfit=_why_not_on_cpu,
+    ),
     "reference": Engine("reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference),
 }
 
 
-def describe_engines() -> str:
-    """The engines of this installation in one line."""
-    return "; ".join(f"{engine.name} ({engine.summary})" for engine in ENGINES.values())
+def installed_engines() -> dict[str, str]:
+    """The engines that can run here, best first: {name: what it is}."""
+    return {name: engine.summary for name, engine in ENGINES.items() if engine.why_unavailable() is None}
+
+
+def missing_engines() -> dict[str, str]:
+    """The engines that cannot: {name: what is missing, in one line}."""
+    reasons = {name: engine.why_unavailable() for name, engine in ENGINES.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def choose_device(requested: str) -> Choice:
@@ -92,15 +137,31 @@ def choose_device(requested: str) -> Choice:
     return Choice(requested, "asked for")
 
 
-def choose_engine(requested: str, device: str) -> Choice:
-    """`auto` takes the first engine of the list that runs on the device."""
+def choose_engine(requested: str, device: str, packed: bool = False, config: ModelConfig | None = None) -> Choice:
+    """`auto` takes the first engine of the list that runs the model on the device.
+
+    packed: whether its weights are quantized. config: its shape, where it is known.
+    """
     kind = device.partition(":")[0]
     if requested != "auto" and requested not in ENGINES:
         raise UnavailableError(f"engine {requested!r} is not installed; there are: auto, {', '.join(ENGINES)}")
     if requested == "auto":
-        return Choice(next(e.name for e in ENGINES.values() if kind in e.devices), f"the fastest one for {kind} here")
-    if kind not in ENGINES[requested].devices:
-        raise UnavailableError(f"engine {requested!r} runs on {', '.join(ENGINES[requested].devices)}, not on {kind}")
+        fitting = [e for e in ENGINES.values() if kind in e.devices and (e.packed or not packed)]
+        missing = [reason for e in fitting if (reason := e.why_not(config)) is not None]
+        found = next((e for e in fitting if e.why_not(config) is None), None)
+        if found is None:
+            raise UnavailableError(
+                "; ".join(missing) or f"no engine runs quantized weights on {kind}; use --device cpu"
+            )
+        return Choice(found.name, "; ".join([f"the fastest one for {kind} here", *missing]))
+    engine = ENGINES[requested]
+    if kind not in engine.devices:
+        raise UnavailableError(f"engine {requested!r} runs on {', '.join(engine.devices)}, not on {kind}")
+    if packed and not engine.packed:
+        raise UnavailableError(f"engine {requested!r} does not run quantized weights")
+    reason = engine.why_not(config)
+    if reason is not None:
+        raise UnavailableError(reason)
     return Choice(requested, "asked for")
 
 
@@ -112,6 +173,10 @@ def choose_dtype(requested: str, device: str, stored: str, num_parameters: int) 
     """
     if requested in ("float16", "fp16", "half"):
         raise InputError(FLOAT16_REASON)
+    if stored in QUANTIZED_FORMATS:
+        if requested != "auto":
+            raise InputError(f"the weights are quantized ({stored}): dtype {requested!r} does not apply")
+        return Choice(stored, "the format of the quantized weights")
     if requested not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {requested!r}")
     if requested != "auto":

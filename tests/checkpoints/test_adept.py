@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -139,6 +140,10 @@ def test_the_stored_frequencies_are_reported(tokenizer: Tokenizer, tmp_path: Pat
         ({"rotary_emb_base": 10_000}, r"rotary_base 10000 is too small"),
         ({"max_position_embeddings": 0}, r"max_positions must be at least 1"),
         ({"layernorm_epsilon": "small"}, r"layer_norm_eps must be a number"),
+        ({"layernorm_epsilon": np.float64(1e-5)}, r"layer_norm_eps must be a number, got '<Call>'"),
+        ({"num_layers": [[[[1]]]]}, r"num_layers is '<list>'"),
+        ({"rotary_pct": "half"}, r"rotary_pct is 'half'"),
+        ({"rotary_pct": float("nan")}, r"rotary_pct is nan"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(
@@ -156,8 +161,13 @@ def test_what_the_arguments_lack_is_said(model: PersimmonModel, tokenizer: Token
     checkpoint = open_release(write_release(tmp_path / "r.tar", state, tokenizer.serialized))
     notes = "\n".join(checkpoint.notes)
     assert checkpoint.config == model.config.replace(hidden_dropout=0.6)
-    for words in ("rotary_pct", "max_position_embeddings", "rotary_emb_base", "hidden_dropout 0.6"):
+    for words in ("max_position_embeddings", "rotary_emb_base", "hidden_dropout 0.6"):
         assert words in notes
+    assert "rotary_pct" not in notes  # the stored frequencies show it
+    for layer in range(2):
+        del state["model"]["language_model"]["encoder"][f"layers.{layer}.self_attention.rotary_emb.inv_freq"]
+    checkpoint = open_release(write_release(tmp_path / "r.tar", state, tokenizer.serialized))
+    assert any("rotary_pct is not among the arguments: 0.5 assumed" in note for note in checkpoint.notes)
     del state["args"]
     assert open_release(write_release(tmp_path / "r.tar", state, tokenizer.serialized)).config == model.config
 

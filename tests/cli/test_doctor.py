@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from persimmon import machine
+from persimmon import engines, machine
 from persimmon.cli import doctor
 from persimmon.cli.main import main
 
@@ -19,7 +20,7 @@ def test_the_report_says_what_will_run_and_why(capsys: pytest.CaptureFixture[str
     page = capsys.readouterr().out
     lines = {line[:13].strip(): line[13:] for line in page.splitlines()}
     assert max(map(len, page.splitlines())) <= 100 and "8b float32 " in page
-    assert "reference on cpu" in lines["will run"] and "asked for" in lines["because"]
+    assert "on cpu, " in lines["will run"] and "asked for" in lines["because"]
     assert "GB/s" in lines["reads"] and "threads" in lines["processor"]
 
 
@@ -32,6 +33,18 @@ def test_json_has_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
     assert findings["engine"]["name"] in findings["engine"]["installed"]
     total, available = findings["memory"]["total"], findings["memory"]["available"]
     assert total is None or 0 < available <= total
+
+
+def test_an_engine_that_was_not_built_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbuilt = dataclasses.replace(engines.ENGINES["cpu"], why_unavailable=lambda: "not built; install it again")
+    monkeypatch.setitem(engines.ENGINES, "cpu", unbuilt)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    page = capsys.readouterr().out
+    assert "reference on cpu" in page and "not built; install it again" in page
+    assert main(["doctor", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["engine"]["missing"] == {"cpu": "not built; install it again"}
 
 
 def test_a_device_that_is_not_there_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_json_is_one_document_with_everything(
     said = capfd.readouterr()
     document = json.loads(said.out)
     assert document["text"] == expected.text and document["token_ids"] == expected.token_ids
-    assert document["model"] == directory and document["engine"] == "reference"
+    assert document["model"] == directory and document["engine"] == persimmon.load(directory, device="cpu").engine_name
     assert document["finish_reason"] == "length" and document["stop"] is None
     usage = expected.usage
     assert document["usage"] == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from persimmon import engines
 from persimmon.cli import main as front
 from persimmon.cli.main import OTHER_TOOLS_FLAGS, OTHER_TOOLS_VERBS, VERBS, main
 from persimmon.errors import InputError, NotFoundError, UnavailableError
@@ -66,8 +68,20 @@ def test_every_verb_explains_every_flag(verb: str, capsys: pytest.CaptureFixture
 def test_version_names_package_torch_and_engines(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["persimmon", "torch", "engines"]
+    assert [line.split()[0] for line in lines[:3]] == ["persimmon", "torch", "engines"]
     assert "reference" in lines[2]
+    missing = engines.missing_engines()
+    assert lines[3:] == [f"missing {name} ({reason})" for name, reason in missing.items()]
+
+
+def test_version_says_why_an_engine_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbuilt = dataclasses.replace(engines.ENGINES["cpu"], why_unavailable=lambda: "not built; install it again")
+    monkeypatch.setitem(engines.ENGINES, "cpu", unbuilt)
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("engines reference") and lines[3:] == ["missing cpu (not built; install it again)"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["nonsense"], ["generate", "--help"]])

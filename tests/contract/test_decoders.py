@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cpu_decoders import cpu_decoder
 from persimmon.errors import ContextLengthError, InputError
 from persimmon.infer.decoder import Chunk, Decoder
 from persimmon.infer.reference import ReferenceDecoder
@@ -19,9 +20,13 @@ from tiny_model import tiny_model
 
 DECODERS: dict[str, Callable[[PersimmonModel], Decoder]] = {
     "reference": ReferenceDecoder,
+    "cpu": cpu_decoder,
 }
 # The same with settings that make its inner cuts fall everywhere.
-VARIANTS = DECODERS | {"reference, 7 tokens per step": lambda model: ReferenceDecoder(model, max_step_tokens=7)}
+VARIANTS = DECODERS | {
+    "reference, 7 tokens per step": lambda model: ReferenceDecoder(model, max_step_tokens=7),
+    "cpu, 3 threads, portable": lambda model: cpu_decoder(model, threads=3, isa="portable"),
+}
 
 # float32 sums in another order: a few units in the last place of logits near 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

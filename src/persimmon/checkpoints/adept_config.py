@@ -32,7 +32,6 @@ _FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 # Settings that no shape shows: our field, the release's arguments in order of preference.
 _ONLY_ARGUMENTS = (
-    ("partial_rotary_factor", ("rotary_pct",)),
     ("max_positions", ("max_position_embeddings", "seq_length")),
     ("rotary_base", ("rotary_emb_base",)),
     ("layer_norm_eps", ("layernorm_epsilon",)),
@@ -53,7 +52,9 @@ def config_from_args(
     Shapes decide what they show, and the arguments must agree with them; the rest comes from the arguments, or is the
     released 8B's with a note that says so. CheckpointError names every argument that does not fit.
     """
+    args = {str(key): _plain(value) for key, value in args.items()}
     by_name = {tensor.name: tensor for tensor in tensors}
+    buffer = next((tensor for name, tensor in by_name.items() if names.is_inverse_frequency(name)), None)
     shown = _from_shapes(by_name, args, source)
     problems = [
         f"{key} is {args[key]!r}, the tensors show {value!r}"
@@ -67,9 +68,12 @@ def config_from_args(
     if problems:
         raise CheckpointError(f"{source}: the training arguments do not fit: {'; '.join(problems)}")
     fields, notes = _from_arguments(args)
-    buffer = next((tensor for name, tensor in by_name.items() if names.is_inverse_frequency(name)), None)
     if buffer is not None:
-        fields["partial_rotary_factor"] = _rotary_share(buffer, shown["kv_channels"], fields)
+        fields["partial_rotary_factor"] = _rotary_share(buffer, shown["kv_channels"], args.get("rotary_pct"))
+    elif "partial_rotary_factor" not in fields:
+        notes.append(
+            f"rotary_pct is not among the arguments: {ModelConfig.partial_rotary_factor} assumed, as in the 8B"
+        )
     try:
         config = ModelConfig(
             vocab_size=shown["padded_vocab_size"],
@@ -87,6 +91,13 @@ def config_from_args(
     if buffer is not None:
         notes.append(_frequency_note(buffer, config))
     return config, notes
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, words and None as they are; of anything else only its kind."""
+    if isinstance(value, str):
+        return value[:80]
+    return value if value is None or isinstance(value, int | float) else f"<{type(value).__name__}>"
 
 
 def _from_shapes(tensors: Mapping[str, StoredTensor], args: Mapping[Any, Any], source: Path) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def _from_shapes(tensors: Mapping[str, StoredTensor], args: Mapping[Any, Any], s
         "ffn_hidden_size": shape("layers.{}.mlp.dense_h_to_4h.weight", 2)[0],
         "num_layers": num_layers,
         "num_attention_heads": num_heads,
-        "kv_channels": hidden_size // max(1, num_heads),
+        "kv_channels": max(1, hidden_size // max(1, num_heads)),
     }
 
 
@@ -122,6 +133,8 @@ def _from_arguments(args: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]
     """Fields that no shape shows, and notes on what is assumed or left out."""
     fields: dict[str, Any] = {}
     notes = []
+    if args.get("rotary_pct") is not None:
+        fields["partial_rotary_factor"] = args["rotary_pct"]
     for field, keys in _ONLY_ARGUMENTS:
         key = next((key for key in keys if args.get(key) is not None), None)
         if key is not None:
@@ -137,14 +150,14 @@ def _from_arguments(args: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]
     return fields, notes
 
 
-def _rotary_share(buffer: StoredTensor, head_dim: int, fields: Mapping[str, Any]) -> float:
+def _rotary_share(buffer: StoredTensor, head_dim: int, given: Any) -> float:
     """Two dimensions of a head turn with every stored frequency."""
     rotary_dim = 2 * buffer.shape[0] if len(buffer.shape) == 1 else 0
     share = rotary_dim / head_dim
     if int(share * head_dim) < rotary_dim:
         share = math.nextafter(share, 1.0)
-    given = fields.get("partial_rotary_factor", share)
-    if not isinstance(given, int | float) or int(given * head_dim) != rotary_dim:
+    given = share if given is None else given
+    if not isinstance(given, int | float) or not rotary_dim <= given * head_dim < rotary_dim + 1:
         raise CheckpointError(
             f"{buffer.file}: rotary_pct is {given!r}, {buffer.name} {list(buffer.shape)} shows {share:g} of {head_dim}"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ from persimmon.tokenizer import Tokenizer
 GENERATION_FILE = "generation_config.json"
 
 _PROBLEMS_SHOWN = 5
+
+_READERS: dict[str, Callable[[Path], list[StoredTensor]]] = {
+    shards.SINGLE_FILE: shards.read_file,
+    "pytorch_model.bin": read_torch_file,
+}
+"""Weight files in order of preference, and what reads them."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,6 @@ def open_directory(directory: Path) -> ModelDirectory:
     return ModelDirectory(directory, config, ours)
 
 
-_READERS: dict[str, Callable[[Path], Iterable[StoredTensor]]] = {
-    shards.SINGLE_FILE: shards.read_file,
-    "pytorch_model.bin": read_torch_file,
-}
-"""Weight files in order of preference, and what reads them."""
-
-
 def has_weights(directory: Path) -> bool:
     """Whether every weight file that the directory should have is there; says nothing about what is in them."""
     for single in _READERS:
@@ -93,18 +92,18 @@ def _read_tensors(directory: Path) -> list[StoredTensor]:
         if index.is_file():
             return _read_indexed(index, read)
         if (directory / single).is_file():
-            return list(read(directory / single))
+            return read(directory / single)
     raise NotFoundError(f"{directory} has no weights: neither {shards.SINGLE_FILE} nor {shards.INDEX_FILE} is there")
 
 
-def _read_indexed(index: Path, read: Callable[[Path], Iterable[StoredTensor]]) -> list[StoredTensor]:
+def _read_indexed(index: Path, read: Callable[[Path], list[StoredTensor]]) -> list[StoredTensor]:
     weight_map = shards.read_index(index)
     result: list[StoredTensor] = []
     for part in sorted(set(weight_map.values())):
         file = index.parent / part
         if not file.is_file():
             raise CheckpointError(f"{index}: {part} is missing beside it")
-        tensors = list(read(file))
+        tensors = read(file)
         expected = {name for name, home in weight_map.items() if home == part}
         differing = sorted(expected ^ {tensor.name for tensor in tensors})
         if differing:
@@ -165,7 +164,7 @@ class _Renamed:
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
 
-    def chunks(self) -> Any:
+    def chunks(self) -> Iterator[memoryview]:
         return self.source.chunks()
 
 

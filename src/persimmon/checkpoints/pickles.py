@@ -60,7 +60,7 @@ class PickleReader:
                 machine.step(operation, argument)
         except CheckpointError:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{self.source}: damaged pickle: {error}") from None
         raise CheckpointError(f"{self.source}: the pickle has no end")
 

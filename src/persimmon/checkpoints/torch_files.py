@@ -104,7 +104,7 @@ class TorchFile:
         dtype, storage = tensor.storage.dtype, self._storages.get(tensor.storage.key)
         if storage is None:
             raise CheckpointError(f"{self.file}: {name}: its storage {tensor.storage.key!r} is missing")
-        if tensor.stride != _row_major(tensor.shape):
+        if not _is_row_major(tensor.shape, tensor.stride):
             raise CheckpointError(f"{self.file}: {name}: strides {tensor.stride} of {tensor.shape} are not row-major")
         item = ITEM_BYTES[dtype]
         size, start = math.prod(tensor.shape) * item, tensor.offset * item
@@ -118,12 +118,14 @@ class TorchFile:
         )
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
+def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the elements lie one behind the other; the stride of a dimension of one element means nothing."""
+    step = 1
+    for size, distance in zip(reversed(shape), reversed(stride), strict=True):
+        if size > 1 and distance != step:
+            return False
         step *= max(1, size)
-    return tuple(reversed(strides))
+    return True
 
 
 def read_torch_file(file: Path) -> list[StoredTensor]:
@@ -214,7 +216,10 @@ def _tensor(
 ) -> _Tensor:
     if not isinstance(storage, _Reference):
         raise ValueError("a tensor without a storage")
-    return _Tensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, stride)))
+    sizes, distances = tuple(map(_size, shape)), tuple(map(_size, stride))
+    if len(sizes) != len(distances):
+        raise ValueError(f"a tensor of {len(sizes)} dimensions with {len(distances)} strides")
+    return _Tensor(storage, _size(offset), sizes, distances)
 
 
 def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Any:

@@ -119,7 +119,7 @@ def _engine(device: str) -> dict[str, Any]:
     """What `load` would choose on its own, and the reasons."""
     import torch
 
-    from persimmon.engines import ENGINES, choose_device, choose_engine
+    from persimmon.engines import choose_device, choose_engine, installed_engines, missing_engines
 
     on = choose_device(device)
     by = choose_engine("auto", on.value)
@@ -129,7 +129,8 @@ def _engine(device: str) -> dict[str, Any]:
         "name": by.value,
         "reason": by.reason,
         "threads": torch.get_num_threads(),
-        "installed": {engine.name: engine.summary for engine in ENGINES.values()},
+        "installed": installed_engines(),
+        "missing": missing_engines(),
     }
 
 

@@ -12,10 +12,12 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+from persimmon.cli.console import warn
 from persimmon.errors import PersimmonError, UnavailableError
 
 VERB_GROUPS: dict[str, dict[str, str]] = {
@@ -30,6 +32,9 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
         "import": "persimmon.cli.import_",
         "export": "persimmon.cli.export",
         "prune-vocab": "persimmon.cli.prune_vocab",
+        "quantize": "persimmon.cli.quantize",
+        "sparsity": "persimmon.cli.sparsity",
+        "synthesize": "persimmon.cli.synthesize",
     },
     "Evaluate": {
         "eval": "persimmon.cli.eval",
@@ -145,17 +150,19 @@ def help_text() -> str:
 
 
 def version_text() -> str:
-    """Versions of the package and of torch, and the engines that can run; imports neither."""
+    """Versions of the package and of torch, the engines that can run and those that cannot; imports neither."""
     from importlib import metadata  # a slow import that help does not need
 
     from persimmon import __version__
-    from persimmon.engines import describe_engines
+    from persimmon.engines import installed_engines, missing_engines
 
     try:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:
         torch = "not installed"
-    return f"persimmon {__version__}\ntorch {torch}\nengines {describe_engines()}"
+    engines = "; ".join(f"{name} ({summary})" for name, summary in installed_engines().items())
+    lines = [f"persimmon {__version__}", f"torch {torch}", f"engines {engines}"]
+    return "\n".join(lines + [f"missing {name} ({reason})" for name, reason in missing_engines().items()])
 
 
 def _unknown_verb(verb: str) -> str:
@@ -182,7 +189,10 @@ def _dispatch(argv: Sequence[str]) -> int:
     verb, rest = argv[first], argv[first + 1 :]
     if verb not in VERBS:
         front.error(_unknown_verb(verb))
-    return int(verb_module(verb).run(verb_parser(verb).parse_all(rest)))
+    arguments = verb_parser(verb).parse_all(rest)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: warn(str(message))
+        return int(verb_module(verb).run(arguments))
 
 
 def _guarded(action: Callable[[], int], debug: bool) -> int:

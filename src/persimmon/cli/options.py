@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persimmon.infer.params import CONTEXT_OVERFLOWS, SamplingParams
@@ -31,15 +32,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     group = parser.add_argument_group("how the model runs")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--engine", default="auto", metavar="NAME", help="auto or reference")
+    group.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu or reference")
     group.add_argument("--dtype", default="auto", metavar="NAME", help="auto, float32 or bfloat16")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     group.add_argument("--context", type=int, metavar="N", help="longest context in tokens (default: the model's)")
     group.add_argument(
         "--rotary-precision",
         default="checkpoint",
         metavar="NAME",
         help="checkpoint (what its config.json says), float32, or bfloat16 as the release computed positions",
+    )
+    group.add_argument("--kv-dtype", metavar="NAME", help="keys and values in float32 or int8 (cpu engine)")
+    group.add_argument(
+        "--sparsity-margin",
+        type=float,
+        metavar="K",
+        help="deviations below zero at which a p44 neuron is skipped; inf skips none (cpu engine, default 2)",
     )
     group.add_argument("--quiet", action="store_true", help="no notes and no progress on stderr")
     group.add_argument("--verbose", action="store_true", help="say what was chosen and how long things took")
@@ -97,6 +105,18 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def read_text(name: str) -> str:
+    """A text file that a measurement reads. Raises NotFoundError or InputError with its name."""
+    from persimmon.errors import InputError, NotFoundError
+
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"no text at {name}") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{name} is not a UTF-8 text: {error}") from None
+
+
 def model_name(args: argparse.Namespace) -> str:
     """MODEL as given, or the default."""
     return str(args.model or os.environ.get("PERSIMMON_MODEL") or DEFAULT_MODEL)
@@ -105,7 +125,9 @@ def model_name(args: argparse.Namespace) -> str:
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `persimmon.load` that the options of `add_model_options` describe."""
     names = ("device", "engine", "dtype", "threads", "context", "rotary_precision")
-    return {name: getattr(args, name) for name in names}
+    given = {"kv_dtype": args.kv_dtype, "sparsity_margin": args.sparsity_margin}
+    options = {name: getattr(args, name) for name in names}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def load_from(args: argparse.Namespace) -> Persimmon:

@@ -1,0 +1,162 @@
+"""The packed formats: which tensors a model has in each, their names, types and shapes. No torch.
+
+    q8    every matrix int8 in groups of 32; the down projection neuron-major, so that zeros skip its rows
+    q4    every matrix int4 in groups of 32, dense
+    p44   the MLP int8 in two 4-bit planes with 16 outlier columns exact, attention int4
+    all   head int8 in two planes, so that the largest logits need only one of them; the embedding as it was
+
+The byte layouts are in native/layout.h. Unpacked checkpoints run as `bfloat16` or `float32` with the same tensor names
+and plain matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from persimmon.config import ModelConfig
+from persimmon.errors import InputError
+
+GROUP = 32
+"""Weights that share a float16 scale."""
+
+SUPERBLOCK = 256
+"""Rows are padded with zeros to a multiple of this."""
+
+OUTLIERS = 16
+"""Input columns of a p44 up projection that are kept in float16."""
+
+_ITEM_BYTES = {"U8": 1, "I32": 4, "F32": 4, "BF16": 2}
+
+# Bytes of a superblock of 256 weights (native/layout.h).
+_SUPERBLOCK_BYTES = {"float32": 1024, "bfloat16": 512, "q8": 272, "q4": 144, "high": 144, "low": 128, "int8": 272}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the kinds of matrices are stored; the words are those of the native module."""
+
+    name: str
+    attention: str
+    mlp: str
+    head: str
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is one of the quantized formats."""
+        return self.head == "planes"
+
+
+FORMATS = {
+    "q8": Format("q8", "q8", "q8", "planes"),
+    "q4": Format("q4", "q4", "q4", "planes"),
+    "p44": Format("p44", "q4", "planes", "planes"),
+    "bfloat16": Format("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+    "float32": Format("float32", "float32", "float32", "float32"),
+}
+PACKED_FORMATS = tuple(name for name, f in FORMATS.items() if f.packed)
+
+
+def packed_format(name: str) -> Format:
+    """A quantized format by name; InputError for another word."""
+    if name not in PACKED_FORMATS:
+        raise InputError(f"format must be one of {', '.join(PACKED_FORMATS)}, got {name!r}")
+    return FORMATS[name]
+
+
+def why_unfit(config: ModelConfig) -> str | None:
+    """None for a shape that the kernels can run, else why not."""
+    if config.head_dim % 4 or config.head_dim > 256:
+        return f"the cpu engine needs head_dim as a multiple of 4 up to 256, got {config.head_dim}"
+    return None
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A tensor of a packed model."""
+
+    name: str
+    dtype: str
+    """As safetensors spells it."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+def superblocks(inputs: int) -> int:
+    """Superblocks of a row."""
+    return -(-inputs // SUPERBLOCK)
+
+
+def row_bytes(kind: str, inputs: int) -> int:
+    """Bytes of a row of a kind of superblock."""
+    return superblocks(inputs) * _SUPERBLOCK_BYTES[kind]
+
+
+def hot_bytes(config: ModelConfig) -> int:
+    """Bytes of a p44 hot row: the high plane and the outlier weights."""
+    return row_bytes("high", config.hidden_size) + 2 * OUTLIERS
+
+
+def cold_bytes(config: ModelConfig) -> int:
+    """Bytes of a p44 cold row: the low plane and the down row."""
+    return row_bytes("low", config.hidden_size) + row_bytes("int8", config.hidden_size)
+
+
+def embedding_tensors(config: ModelConfig, dtype: str) -> list[PackedTensor]:
+    """The embedding, BF16 or F32."""
+    return [PackedTensor("embed_tokens.weight", dtype, (config.vocab_size, config.hidden_size))]
+
+
+def head_tensors(config: ModelConfig, form: Format) -> list[PackedTensor]:
+    """Final norm and vocabulary head."""
+    rows, hidden = config.vocab_size, config.hidden_size
+    if form.head == "planes":
+        planes = [("high", row_bytes("high", hidden)), ("low", row_bytes("low", hidden))]
+    else:
+        planes = [("weight", row_bytes(form.head, hidden))]
+    head = [PackedTensor(f"lm_head.{name}", "U8", (rows, size)) for name, size in planes]
+    return [*head, *_vectors("final_layernorm", hidden)]
+
+
+def layer_tensors(config: ModelConfig, form: Format, layer: int) -> list[PackedTensor]:
+    """One decoder layer: large tensors first, so that they stay aligned."""
+    hidden, neurons, prefix = config.hidden_size, config.intermediate_size, f"layers.{layer}."
+    attention = prefix + "self_attn."
+    tensors = _mlp_tensors(config, form, prefix + "mlp.")
+    tensors += [
+        PackedTensor(attention + "query_key_value.weight", "U8", (3 * hidden, row_bytes(form.attention, hidden))),
+        PackedTensor(attention + "dense.weight", "U8", (hidden, row_bytes(form.attention, hidden))),
+        PackedTensor(attention + "query_key_value.bias", "F32", (3 * hidden,)),
+        PackedTensor(attention + "dense.bias", "F32", (hidden,)),
+        PackedTensor(prefix + "mlp.dense_h_to_4h.bias", "F32", (neurons,)),
+        PackedTensor(prefix + "mlp.dense_4h_to_h.bias", "F32", (hidden,)),
+        *_vectors(prefix + "input_layernorm", hidden),
+        *_vectors(prefix + "post_attention_layernorm", hidden),
+    ]
+    if config.qk_layernorm:
+        tensors += _vectors(attention + "q_layernorm", config.head_dim)
+        tensors += _vectors(attention + "k_layernorm", config.head_dim)
+    return tensors
+
+
+def _mlp_tensors(config: ModelConfig, form: Format, prefix: str) -> list[PackedTensor]:
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    if form.mlp == "planes":
+        return [
+            PackedTensor(prefix + "hot", "U8", (neurons, hot_bytes(config))),
+            PackedTensor(prefix + "cold", "U8", (neurons, cold_bytes(config))),
+            PackedTensor(prefix + "outlier_columns", "I32", (OUTLIERS,)),
+        ]
+    up = PackedTensor(prefix + "dense_h_to_4h.weight", "U8", (neurons, row_bytes(form.mlp, hidden)))
+    if form.mlp == "q4":
+        return [up, PackedTensor(prefix + "dense_4h_to_h.weight", "U8", (hidden, row_bytes("q4", neurons)))]
+    kind = "int8" if form.mlp == "q8" else form.mlp
+    return [up, PackedTensor(prefix + "dense_4h_to_h.neurons", "U8", (neurons, row_bytes(kind, hidden)))]
+
+
+def _vectors(name: str, size: int) -> list[PackedTensor]:
+    return [PackedTensor(f"{name}.{part}", "F32", (size,)) for part in ("weight", "bias")]

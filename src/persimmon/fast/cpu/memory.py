@@ -1,0 +1,67 @@
+"""How much memory a model will take, said before it is loaded instead of by the kernel's killer. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from persimmon.config import ModelConfig
+from persimmon.errors import UnavailableError
+from persimmon.fast.cpu.formats import Format
+from persimmon.fast.cpu.packed import planned_bytes
+from persimmon.machine import memory_available
+
+GIB = 1 << 30
+
+_STEP_TOKENS = 256  # native/model.cpp: kStepTokens
+_BASE_BYTES = 300_000_000  # Python, numpy, PyTorch and the tokenizer
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a model takes with a context."""
+
+    weights: int
+    """Memory-mapped: resident once used, shared with other processes. The embedding counts only by its rows in use."""
+    keys_and_values: int
+    """Of `context` tokens."""
+    scratch: int
+    """Activations, and Python itself."""
+    context: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.keys_and_values + self.scratch
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.total / GIB:.1f} GiB: weights {self.weights / GIB:.1f}, keys and values of {self.context} tokens "
+            f"{self.keys_and_values / GIB:.1f}, scratch {self.scratch / GIB:.1f}"
+        )
+
+
+def kv_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
+    """Bytes of the keys and values of a token in all layers; int8 has a float32 scale per head and matrix."""
+    per_head = config.head_dim + 4 if kv_dtype == "int8" else 4 * config.head_dim
+    return 2 * config.num_layers * config.num_heads * per_head
+
+
+def plan_memory(config: ModelConfig, form: Format, kv_dtype: str, context: int) -> MemoryPlan:
+    """What a model needs with sequences of `context` tokens in all."""
+    embedding = "F32" if form.name == "float32" else "BF16"
+    rows = config.vocab_size * config.hidden_size * (4 if embedding == "F32" else 2)
+    per_token = 4 * (5 * config.hidden_size + 2 * config.intermediate_size)
+    scratch = _BASE_BYTES + _STEP_TOKENS * per_token + 8 * config.vocab_size
+    weights = planned_bytes(config, form, embedding) - rows
+    return MemoryPlan(weights, context * kv_bytes_per_token(config, kv_dtype), scratch, context)
+
+
+def check_memory(plan: MemoryPlan, available: int | None = None) -> None:
+    """Raise UnavailableError that says what is missing when the plan does not fit the free memory."""
+    available = memory_available() if available is None else available
+    if available is not None and plan.total > available:
+        raise UnavailableError(
+            f"not enough memory: {plan.describe()}; {available / GIB:.1f} GiB are free, "
+            f"{(plan.total - available) / GIB:.1f} GiB are missing"
+        )

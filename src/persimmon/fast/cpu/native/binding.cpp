@@ -1,0 +1,345 @@
+// The Python module `persimmon.fast.cpu._native`: models and caches, the packers, and every kernel by itself for tests.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "cpu.h"
+#include "model.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace persimmon {
+namespace {
+
+template <class T, int N>
+using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <class T, int N>
+using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+struct Owned {  // memory handed to numpy
+  explicit Owned(size_t n) : data(new T[n ? n : 1]) {}
+  nb::ndarray<nb::numpy, T> array(std::vector<size_t> shape) {
+    T* p = data;
+    data = nullptr;
+    nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<T*>(q); });
+    return nb::ndarray<nb::numpy, T>(p, shape.size(), shape.data(), owner);
+  }
+  ~Owned() { delete[] data; }
+  T* data;
+};
+using FloatArray = nb::ndarray<nb::numpy, float>;
+
+Format parse_format(const std::string& name) {
+  if (name == "float32") return Format::f32;
+  if (name == "bfloat16") return Format::bf16;
+  if (name == "q8") return Format::q8;
+  if (name == "q4") return Format::q4;
+  if (name == "planes") return Format::planes;
+  throw std::invalid_argument("unknown format '" + name + "'");
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// ---- models ------------------------------------------------------------------------------------------------------------
+
+struct Cache {
+  std::unique_ptr<KvCache> kv;
+};
+
+class PyModel {
+ public:
+  PyModel(const Shape& shape, const Formats& formats, nb::dict tensors, In<float, 2> cos, In<float, 2> sin,
+          const std::string& isa, int threads)
+      : kept_(tensors), cos_(cos), sin_(sin),
+        model_(shape, formats, collect(tensors), check(cos, shape), check(sin, shape), find_kernels(isa), threads) {}
+
+  Model& model() { return model_; }
+
+  void forward(nb::list chunks, int exact_top, Out<float, 2> logits) {
+    std::vector<Chunk> list;
+    std::vector<In<int32_t, 1>> kept;
+    size_t wanted = 0;
+    for (nb::handle item : chunks) {
+      const auto [cache, ids, count] = nb::cast<std::tuple<Cache*, In<int32_t, 1>, int>>(item);
+      require(cache->kv != nullptr, "the sequence is closed");
+      kept.push_back(ids);
+      list.push_back({cache->kv.get(), ids.data(), static_cast<int>(ids.shape(0)), count});
+      wanted += count;
+    }
+    require(logits.shape(0) == wanted && (wanted == 0 || static_cast<int>(logits.shape(1)) == model_.shape().vocab),
+            "logits have the wrong shape");
+    nb::gil_scoped_release release;
+    model_.forward(list, exact_top, logits.data());
+  }
+
+  nb::list counts() const {
+    nb::list result;
+    for (const LayerCounts& c : model_.counts) {
+      nb::dict row;
+      row["tokens"] = c.tokens, row["candidates"] = c.candidates, row["active"] = c.active;
+      row["audited"] = c.audited, row["audited_active"] = c.audited_active, row["audited_missed"] = c.audited_missed;
+      row["audited_error"] = c.audited_error, row["audited_norm"] = c.audited_norm;
+      result.append(row);
+    }
+    return result;
+  }
+  void reset_counts() {
+    for (LayerCounts& c : model_.counts) c = {};
+  }
+
+ private:
+  static std::map<std::string, Bytes> collect(nb::dict tensors) {
+    std::map<std::string, Bytes> result;
+    for (auto [name, value] : tensors) {
+      const AnyArray array = nb::cast<AnyArray>(value);
+      result[nb::cast<std::string>(name)] = {static_cast<const uint8_t*>(array.data()), array.nbytes()};
+    }
+    return result;
+  }
+  static const float* check(const In<float, 2>& table, const Shape& shape) {
+    require(static_cast<int>(table.shape(0)) >= shape.max_positions && static_cast<int>(table.shape(1)) * 2 == shape.rotary_dim,
+            "rotary table has the wrong shape");
+    return table.data();
+  }
+
+  nb::dict kept_;  // the arrays stay alive, and with them the mapped files
+  In<float, 2> cos_, sin_;
+  Model model_;
+};
+
+// ---- kernels by themselves -----------------------------------------------------------------------------------------------
+
+std::vector<ActivationBlock> packed_inputs(const Kernels* kernels, const float* x, int tokens, int inputs) {
+  const int blocks = static_cast<int>(round_up(inputs, kSuperblock)) / kSuperblock;
+  std::vector<ActivationBlock> packed(static_cast<size_t>(tokens) * blocks);
+  for (int t = 0; t < tokens; t++)
+    if (!kernels->quantize(x + static_cast<size_t>(t) * inputs, inputs, blocks, packed.data() + static_cast<size_t>(t) * blocks))
+      throw std::domain_error("an input is not finite");
+  return packed;
+}
+
+std::vector<float> padded_inputs(const float* x, int tokens, int inputs) {
+  const size_t width = round_up(inputs, kSuperblock);
+  std::vector<float> padded(tokens * width, 0.0f);
+  for (int t = 0; t < tokens; t++) std::copy_n(x + static_cast<size_t>(t) * inputs, inputs, padded.data() + t * width);
+  return padded;
+}
+
+// Inputs rounded to int8, as floats again.
+FloatArray round_trip(In<float, 2> x, const std::string& isa) {
+  const int tokens = static_cast<int>(x.shape(0)), inputs = static_cast<int>(x.shape(1));
+  const int blocks = static_cast<int>(round_up(inputs, kSuperblock)) / kSuperblock;
+  const auto packed = packed_inputs(find_kernels(isa), x.data(), tokens, inputs);
+  Owned<float> out(x.size());
+  for (int t = 0; t < tokens; t++)
+    for (int i = 0; i < inputs; i++) {
+      const int g = i % kSuperblock / kGroup, j = i % kGroup;
+      const ActivationBlock& block = packed[static_cast<size_t>(t) * blocks + i / kSuperblock];
+      out.data[static_cast<size_t>(t) * inputs + i] = block.scale[g] * block.code[32 * (j / 4) + 4 * g + j % 4];
+    }
+  return out.array({x.shape(0), x.shape(1)});
+}
+
+FloatArray layer_norm(In<float, 1> x, In<float, 1> weight, In<float, 1> bias, float eps, const std::string& isa) {
+  require(x.size() == weight.size() && x.size() == bias.size(), "sizes differ");
+  Owned<float> out(x.size());
+  if (!find_kernels(isa)->layer_norm(x.data(), static_cast<int>(x.size()), eps, weight.data(), bias.data(), out.data))
+    throw std::domain_error("an input is not finite");
+  return out.array({x.size()});
+}
+
+// Inputs in the form that a format wants.
+struct Inputs {
+  Inputs(const Kernels* kernels, Format format, const In<float, 2>& x) {
+    const int tokens = static_cast<int>(x.shape(0)), inputs = static_cast<int>(x.shape(1));
+    if (format == Format::f32 || format == Format::bf16) floats = padded_inputs(x.data(), tokens, inputs);
+    else packed = packed_inputs(kernels, x.data(), tokens, inputs);
+  }
+  const void* data() const { return packed.empty() ? static_cast<const void*>(floats.data()) : packed.data(); }
+  std::vector<float> floats;
+  std::vector<ActivationBlock> packed;
+};
+
+FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::optional<In<uint8_t, 2>> low, In<float, 2> x,
+                const std::string& isa) {
+  const Kernels* kernels = find_kernels(isa);
+  const Format format = parse_format(format_name);
+  const Inputs inputs(kernels, format, x);
+  const size_t tokens = x.shape(0), count = weights.shape(0);
+  Owned<float> out(tokens * count);
+  const RowsArgs args = {format, weights.data(), weights.shape(1), low ? low->data() : nullptr, low ? low->shape(1) : 0,
+                         static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock), inputs.data(), static_cast<int>(tokens),
+                         nullptr, out.data, count, Epilogue::store};
+  kernels->rows(args, 0, static_cast<int>(count));
+  return out.array({tokens, count});
+}
+
+// relu(up . x + bias)^2 through the neurons of `down`: as one token at a time, or as many together.
+std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_name, In<uint8_t, 2> up, In<uint8_t, 2> down, int down_offset,
+                                                    In<float, 1> bias, In<float, 2> x, In<float, 2> outliers,
+                                                    float margin, bool together, const std::string& isa) {
+  const Kernels* kernels = find_kernels(isa);
+  const Format format = parse_format(format_name);
+  const Inputs inputs(kernels, format, x);
+  const int tokens = static_cast<int>(x.shape(0)), neurons = static_cast<int>(up.shape(0));
+  const size_t width = round_up(x.shape(1), kSuperblock);
+  const int blocks = (neurons + kNeuronBlock - 1) / kNeuronBlock;
+  require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
+  MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
+                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens};
+  std::vector<ActiveBlock> active(static_cast<size_t>(blocks) * tokens);
+  MlpCounts counts = {};
+  for (int b = 0; b < blocks; b++) {
+    std::vector<ActiveBlock*> out(tokens);
+    for (int t = 0; t < tokens; t++) {
+      out[t] = &active[static_cast<size_t>(b) * tokens + t];
+      out[t]->count = 0;
+    }
+    kernels->activate(args, b * kNeuronBlock, std::min((b + 1) * kNeuronBlock, neurons), 0, tokens, out.data(), &counts);
+  }
+  Owned<float> y(tokens * width);
+  std::fill_n(y.data, tokens * width, 0.0f);
+  if (together) {
+    const std::vector<float> no_bias(width, 0.0f);
+    std::vector<float> scratch(down_scratch_floats(tokens));
+    kernels->down_columns(args, active.data(), 0, static_cast<int>(width), no_bias.data(), y.data, width, scratch.data());
+  } else {
+    std::vector<float> sum(width);
+    for (int t = 0; t < tokens; t++)
+      for (int b = 0; b < blocks; b++) {
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        kernels->add_neurons(args, b, active[static_cast<size_t>(b) * tokens + t], 0, sum.data());
+        for (size_t i = 0; i < width; i++) y.data[t * width + i] += sum[i];
+      }
+  }
+  return {y.array({static_cast<size_t>(tokens), width}), counts.candidates, counts.active};
+}
+
+// One query [D] against keys and values [L, D].
+FloatArray attend(In<float, 1> q, In<float, 2> k, In<float, 2> v, bool int8, const std::string& isa) {
+  const Kernels* kernels = find_kernels(isa);
+  const int dim = static_cast<int>(q.size()), length = static_cast<int>(k.shape(0));
+  KvCache cache(1, 1, dim, length, int8);
+  for (int i = 0; i < length; i++) cache.store(*kernels, 0, 0, i, k.data() + static_cast<size_t>(i) * dim, v.data() + static_cast<size_t>(i) * dim);
+  std::vector<float> scores(round_up(length, 32));
+  Owned<float> out(dim);
+  AttentionArgs args = {};
+  cache.locate(0, 0, &args);
+  args.q = q.data(), args.length = length, args.head_dim = dim, args.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  args.scores = scores.data(), args.out = out.data;
+  int8 ? kernels->attend_int8(args) : kernels->attend_float(args);
+  return out.array({static_cast<size_t>(dim)});
+}
+
+// ---- packing -------------------------------------------------------------------------------------------------------------
+
+PackArgs pack_args(const In<float, 2>& w, const std::optional<In<float, 1>>& importance, int threads) {
+  require(!importance || importance->size() == w.shape(1), "importance has the wrong size");
+  return {w.data(), static_cast<int>(w.shape(0)), static_cast<int>(w.shape(1)), importance ? importance->data() : nullptr, threads};
+}
+
+void check_out(const Out<uint8_t, 2>& out, const In<float, 2>& w, int superblock_bytes, size_t offset) {
+  const size_t needed = offset + round_up(w.shape(1), kSuperblock) / kSuperblock * superblock_bytes;
+  require(out.shape(0) == w.shape(0) && out.shape(1) >= needed, "output has the wrong shape");
+}
+
+void py_pack_rows(const std::string& format_name, In<float, 2> w, Out<uint8_t, 2> out, std::optional<In<float, 1>> importance, int threads) {
+  const Format format = parse_format(format_name);
+  check_out(out, w, format == Format::q4 ? kQ4Bytes : kQ8Bytes, 0);
+  const PackArgs args = pack_args(w, importance, threads);
+  nb::gil_scoped_release release;
+  pack_rows(args, format, out.data(), out.shape(1));
+}
+
+void py_pack_planes(In<float, 2> w, Out<uint8_t, 2> high, Out<uint8_t, 2> low, int threads) {
+  check_out(high, w, kQ4Bytes, 0);
+  check_out(low, w, kLowBytes, 0);
+  const PackArgs args = pack_args(w, std::nullopt, threads);
+  nb::gil_scoped_release release;
+  pack_planes(args, high.data(), high.shape(1), low.data(), low.shape(1));
+}
+
+void py_pack_neurons(In<float, 2> w, Out<uint8_t, 2> out, int offset, int threads) {
+  check_out(out, w, kInt8Bytes, offset);
+  const PackArgs args = pack_args(w, std::nullopt, threads);
+  nb::gil_scoped_release release;
+  pack_neurons(args, out.data() + offset, out.shape(1));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Kernels, packers and decoder of the CPU engine (C++).";
+  m.def("supported_isas", &supported_isas, "Instruction sets of this build that this processor runs, slowest first.");
+  m.attr("GROUP") = kGroup;
+  m.attr("SUPERBLOCK") = kSuperblock;
+  m.attr("OUTLIERS") = kOutliers;
+  m.attr("NEURON_BLOCK") = kNeuronBlock;
+
+  nb::class_<Cache>(m, "Cache", "Keys and values of one sequence.")
+      .def_prop_ro("capacity", [](const Cache& c) { return c.kv->capacity(); })
+      .def_prop_rw("length", [](const Cache& c) { return c.kv->length(); },
+                   [](Cache& c, int length) {
+                     require(length >= 0 && length <= c.kv->length(), "length must be between 0 and the present length");
+                     c.kv->set_length(length);
+                   })
+      .def("close", [](Cache& c) { c.kv.reset(); });
+
+  nb::class_<PyModel>(m, "Model", "A decoder over packed weights.")
+      .def("__init__",
+           [](PyModel* self, int vocab, int hidden, int intermediate, int layers, int heads, int head_dim, int rotary_dim,
+              int max_positions, float eps, bool qk_norm, const std::string& attention, const std::string& mlp,
+              const std::string& head, bool embedding_bf16, nb::dict tensors, In<float, 2> cos, In<float, 2> sin,
+              const std::string& isa, int threads) {
+             const Shape shape = {vocab, hidden, intermediate, layers, heads, head_dim, rotary_dim, max_positions, eps, qk_norm};
+             const Formats formats = {parse_format(attention), parse_format(mlp), parse_format(head), embedding_bf16};
+             require(head_dim % 4 == 0 && head_dim <= 256, "head_dim must be a multiple of 4, at most 256");
+             require(threads >= 1, "threads must be positive");
+             new (self) PyModel(shape, formats, tensors, cos, sin, isa, threads);
+           },
+           nb::kw_only(), "vocab"_a, "hidden"_a, "intermediate"_a, "layers"_a, "heads"_a, "head_dim"_a, "rotary_dim"_a,
+           "max_positions"_a, "eps"_a, "qk_norm"_a, "attention"_a, "mlp"_a, "head"_a, "embedding_bf16"_a, "tensors"_a, "cos"_a,
+           "sin"_a, "isa"_a, "threads"_a)
+      .def_prop_ro("threads", [](PyModel& p) { return p.model().threads(); })
+      .def_prop_ro("isa", [](PyModel& p) { return std::string(p.model().isa()); })
+      .def_prop_rw("margin", [](PyModel& p) { return p.model().margin; }, [](PyModel& p, float k) { p.model().margin = k; })
+      .def_prop_rw("audit_every", [](PyModel& p) { return p.model().audit_every; },
+                   [](PyModel& p, int n) { p.model().audit_every = n; })
+      .def("new_cache", [](PyModel& p, int capacity, bool int8) { return Cache{p.model().new_cache(capacity, int8)}; },
+           "capacity"_a, "int8"_a)
+      .def("forward", &PyModel::forward, "chunks"_a, "exact_top"_a, "logits"_a.noconvert(),
+           "Append (cache, ids, wanted) chunks; logits [sum of wanted, vocab] receives the last `wanted` rows of each.")
+      .def("counts", &PyModel::counts)
+      .def("reset_counts", &PyModel::reset_counts);
+
+  m.def("round_trip", &round_trip, "x"_a, "isa"_a = "auto", "Inputs rounded to int8 in groups of 32, as floats.");
+  m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "isa"_a = "auto");
+  m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "x [T, K] . weights^T -> [T, R].");
+  m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
+        "together"_a, "isa"_a = "auto", "MLP output without its bias, candidates, active.");
+  m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "int8"_a, "isa"_a = "auto");
+  m.def("fingerprint", [](In<uint8_t, 1> data, const std::string& isa) {
+          const Kernels* kernels = find_kernels(isa);
+          nb::gil_scoped_release release;
+          return kernels->fingerprint(data.data(), data.size());
+        }, "data"_a, "isa"_a = "auto", "64 bits that change when the data is damaged.");
+
+  m.def("pack_rows", &py_pack_rows, "format"_a, "weights"_a, "out"_a.noconvert(), "importance"_a.none(), "threads"_a);
+  m.def("pack_planes", &py_pack_planes, "weights"_a, "high"_a.noconvert(), "low"_a.noconvert(), "threads"_a);
+  m.def("pack_neurons", &py_pack_neurons, "weights"_a, "out"_a.noconvert(), "offset"_a, "threads"_a);
+}
+
+}  // namespace persimmon

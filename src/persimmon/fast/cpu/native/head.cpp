@@ -1,0 +1,83 @@
+// The vocabulary head: all logits, or in two passes only the largest.
+//
+// Two passes (head stored in planes): the high plane of every row gives an estimate and the standard deviation of its
+// error. The exact logits of the rows with the `top` largest estimates give a value that the top-th largest exact logit
+// cannot be below; every row whose estimate plus kHeadSigmas deviations reaches it is computed exactly. A row among
+// the true top is lost only if its error is beyond kHeadSigmas deviations, 1e-9 for a normal distribution (which a sum of
+// thousands of roundings is, unless the weights were built against it). An infinite sparsity margin always reads all.
+#include <algorithm>
+#include <cmath>
+
+#include "model.h"
+
+namespace persimmon {
+namespace {
+
+constexpr float kHeadSigmas = 6.0f;
+constexpr int kHeadChunk = 1024;     // rows a thread ranks at a time
+constexpr int kMostTop = 256;        // above this many wanted logits the full head is as fast
+constexpr int kTokensAtOnce = 16;    // bounds the estimates to 16 * vocabulary
+
+struct Ranked {
+  float value;
+  int row;
+};
+bool better(const Ranked& a, const Ranked& b) { return a.value > b.value || (a.value == b.value && a.row < b.row); }
+
+void keep_best(std::vector<Ranked>* ranked, int count) {
+  if (static_cast<int>(ranked->size()) <= count) return;
+  std::nth_element(ranked->begin(), ranked->begin() + count, ranked->end(), better);
+  ranked->resize(count);
+}
+
+}  // namespace
+
+void Model::head(const std::vector<int>& wanted, int exact_top, float* logits) {
+  const int count = static_cast<int>(wanted.size());
+  for (int i = 0; i < count; i++)  // wanted ascends, so rows move to the front without overwriting later ones
+    if (wanted[i] != i) std::copy_n(x_.data() + static_cast<size_t>(wanted[i]) * width_, width_, x_.data() + static_cast<size_t>(i) * width_);
+  normalize(final_norm_, x_.data(), count, nullptr);
+  const bool two_pass = lm_head_.format == Format::planes && exact_top > 0 && exact_top <= kMostTop &&
+                        shape_.vocab > 4 * kHeadChunk && std::isfinite(margin);
+  if (!two_pass) return multiply(lm_head_, input(), count, logits, shape_.vocab, Epilogue::store);
+  for (int first = 0; first < count; first += kTokensAtOnce) {
+    RowsArgs args = rows_args(lm_head_, packed_.get() + static_cast<size_t>(first) * lm_head_.blocks,
+                              std::min(kTokensAtOnce, count - first), nullptr, shape_.vocab, Epilogue::store);
+    head_top(args, exact_top, logits + static_cast<size_t>(first) * shape_.vocab);
+  }
+}
+
+void Model::head_top(const RowsArgs& args, int top, float* logits) {
+  const int vocab = shape_.vocab, tokens = args.tokens, chunks = (vocab + kHeadChunk - 1) / kHeadChunk;
+  const size_t stride = vocab;
+  estimates_.resize(tokens * stride), bounds_.resize(tokens * stride);
+  std::vector<std::vector<Ranked>> ranked(static_cast<size_t>(tokens) * chunks);
+  pool_.parallel_for(chunks, 1, [&](int begin, int end, int) {
+    for (int c = begin; c < end; c++) {
+      const int first = c * kHeadChunk, last = std::min(first + kHeadChunk, vocab);
+      kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride);
+      for (int t = 0; t < tokens; t++) {
+        std::vector<Ranked>& best = ranked[static_cast<size_t>(t) * chunks + c];
+        for (int r = first; r < last; r++) best.push_back({estimates_[t * stride + r], r});
+        keep_best(&best, top);
+      }
+    }
+  });
+  std::vector<float> threshold(tokens, HUGE_VALF);
+  for (int t = 0; t < tokens; t++) {
+    std::vector<Ranked> best;
+    for (int c = 0; c < chunks; c++)
+      best.insert(best.end(), ranked[static_cast<size_t>(t) * chunks + c].begin(), ranked[static_cast<size_t>(t) * chunks + c].end());
+    keep_best(&best, top);
+    for (const Ranked& row : best) threshold[t] = std::min(threshold[t], kernels_->refine_row(args, t, row.row, row.value));
+  }
+  pool_.parallel_for(chunks, 1, [&](int begin, int end, int) {
+    for (int t = 0; t < tokens; t++)
+      for (int r = begin * kHeadChunk; r < std::min(end * kHeadChunk, vocab); r++) {
+        const size_t at = t * stride + r;
+        logits[at] = bounds_[at] >= threshold[t] ? kernels_->refine_row(args, t, r, estimates_[at]) : -HUGE_VALF;
+      }
+  });
+}
+
+}  // namespace persimmon

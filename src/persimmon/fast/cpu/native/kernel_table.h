@@ -1,0 +1,20 @@
+// Gathers the kernels of one instruction set into a table; included once by each isa_*.cpp.
+#pragma once
+#include "activations.h"
+#include "attention.h"
+#include "fingerprint.h"
+#include "int4_scale.h"
+#include "rows.h"
+#include "sparse_mlp.h"
+
+namespace persimmon {
+namespace PERSIMMON_ISA {
+
+static constexpr Kernels table(const char* name) {
+  return {name,     quantize,    layer_norm,   rotate,      rows,         estimate_rows, refine_row,
+          activate, add_neurons, down_columns, attend_int8, attend_float, quantize_head,
+          int4_scale, fingerprint};
+}
+
+}  // namespace PERSIMMON_ISA
+}  // namespace persimmon

@@ -1,0 +1,114 @@
+// The table of kernels that one instruction set offers, and the arguments they take.
+//
+// T tokens, K inputs of a row padded to 256 * blocks, H hidden size padded likewise, F neurons, D head dimension.
+// No kernel starts threads or allocates: the model cuts work into ranges and calls them from its pool.
+// The result for a token never depends on the other tokens of a call, on the range, or on the instruction set.
+#pragma once
+#include "layout.h"
+
+namespace persimmon {
+
+enum class Epilogue : int { store = 0, add = 1, squared_relu = 2 };
+
+// y[t, r] = epilogue(weights[r] . x[t] + bias[r])
+struct RowsArgs {
+  Format format;
+  const uint8_t* weights;  // planes: high superblocks
+  size_t row_bytes;
+  const uint8_t* low;      // planes only
+  size_t low_bytes;
+  int blocks;
+  const void* x;           // q8, q4, planes: ActivationBlock[T][blocks]; f32, bf16: float[T][256 * blocks]
+  int tokens;
+  const float* bias;       // or null
+  float* y;
+  size_t y_stride;
+  Epilogue epilogue;
+};
+
+// The non-zero squared activations of one block of kNeuronBlock neurons, ascending.
+struct ActiveBlock {
+  int count;
+  uint8_t index[kNeuronBlock];  // neuron - first neuron of the block
+  float value[kNeuronBlock];    // relu(pre-activation)^2
+};
+
+struct MlpArgs {
+  Format format;         // f32, bf16, q8, or planes for p44
+  const uint8_t* up;     // rows of the up projection; p44: hot rows
+  size_t up_bytes;
+  const uint8_t* down;   // neuron-major rows of the down projection; p44: cold rows
+  size_t down_bytes;
+  int down_offset;       // of the int8 superblocks inside a cold row
+  const float* bias;     // [F] of the up projection
+  int neurons;
+  int blocks;            // H / 256, inputs and outputs
+  const void* x;         // as in RowsArgs, [T]
+  const float* outliers; // p44: float[T][kOutliers], the outlier inputs
+  float margin;          // p44: a neuron is skipped when estimate <= -margin * spread; infinite never skips
+  int tokens;
+};
+
+struct MlpCounts {
+  int64_t candidates;  // neurons whose exact pre-activation was computed
+  int64_t active;      // of them positive
+};
+
+struct AttentionArgs {
+  const float* q;            // [D] of one token and head, normalised and rotated
+  const void* keys;          // int8: blocks of 8 keys, byte 32 j + 4 key + b = dimension 4 j + b; float: [D][8] a block
+  const float* key_scales;   // int8 only, [length]
+  const void* values;        // [length][D]
+  const float* value_scales; // int8 only
+  int length;                // keys to attend to
+  int head_dim;
+  float scale;               // 1 / sqrt(D)
+  float* scores;             // scratch, round_up(length, 32) floats
+  float* out;                // [D]
+};
+
+struct Kernels {
+  const char* name;
+  // int8 codes of n inputs (padded with zeros to 256 * blocks); false when an input is not finite.
+  bool (*quantize)(const float* x, int n, int blocks, ActivationBlock* out);
+  // y = (x - mean) / sqrt(variance + eps) * weight + bias over n elements; false when x is not finite.
+  bool (*layer_norm)(const float* x, int n, float eps, const float* weight, const float* bias, float* y);
+  // Rotate dimensions i and i + half of x by cos[i], sin[i].
+  void (*rotate)(float* x, const float* cos, const float* sin, int half);
+  void (*rows)(const RowsArgs& args, int begin, int end);
+  // Planes: estimate[t * stride + r] from the high plane, and bound = estimate + sigmas standard deviations of its error.
+  void (*estimate_rows)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
+                        size_t stride);
+  // Planes: the exact product of one row and token, given its estimate.
+  float (*refine_row)(const RowsArgs& args, int token, int row, float estimate);
+  // Append the active neurons among [begin, end) (inside one block) of tokens [token, token + count) to out[0 .. count).
+  void (*activate)(const MlpArgs& args, int begin, int end, int token, int count, ActiveBlock* const* out,
+                   MlpCounts* counts);
+  // sum[0 .. H) += down rows of block `block`, entries [from, active.count), times their values: for one token.
+  void (*add_neurons)(const MlpArgs& args, int block, const ActiveBlock& active, int from, float* sum);
+  // y[t, c] += (sum over blocks of their neurons' contributions) + bias[c] for columns [begin, end), multiples of 64.
+  // active[block * tokens + t]; scratch holds down_scratch_floats.
+  void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,
+                       size_t y_stride, float* scratch);
+  void (*attend_int8)(const AttentionArgs& args);
+  void (*attend_float)(const AttentionArgs& args);
+  // Round [D] floats to int8 with one scale, returned.
+  float (*quantize_head)(const float* x, int n, int8_t* codes);
+  // The best int4 scale of 32 weights (int4_scale.h).
+  float (*int4_scale)(const float* w, const float* importance);
+  // Fingerprint of memory (see fingerprint.h).
+  uint64_t (*fingerprint)(const uint8_t* p, size_t n);
+};
+
+constexpr int kDownColumns = 64;
+// down_columns: rows as floats [256][64], scales [256][2], totals are kept in registers and [T][64].
+constexpr size_t down_scratch_floats(int tokens) {
+  return static_cast<size_t>(kNeuronBlock) * (kDownColumns + 2) + static_cast<size_t>(tokens) * kDownColumns;
+}
+
+// The table of an instruction set, or null when it was not compiled in.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace persimmon

@@ -1,0 +1,50 @@
+// The packed formats: sizes and record layouts, shared by the packer, the kernels and the model. No code here, so that
+// every translation unit may include it whatever its instruction set.
+//
+// Everything is built from superblocks of 256 weights, 8 groups of 32 that share one float16 scale each. Lane order puts
+// weight 32 g + 4 v + b of a superblock at byte 32 v + 4 g + b: group g owns the g-th 32-bit lane of eight 32-byte vectors,
+// so that a dot product needs no shuffles and its eight lanes end as the eight group sums.
+//
+//   q8   superblock   [256 int8, lane order][8 float16 scales]                                            272 bytes
+//   q4   superblock   [128 bytes][8 float16 scales]; byte i = lane-order weight i (low nibble, stored + 8)
+//                     and weight 128 + i (high nibble, stored + 8)                                        144 bytes
+//   high superblock   like q4, nibbles = (w + 128) >> 4 of an int8 weight w, scales of the int8 weight    144 bytes
+//   low  superblock   [128 bytes], nibbles = (w + 128) & 15, no scales of its own                         128 bytes
+//   int8 superblock   [256 int8 in plain order][8 float16 scales], of a row that is added to an output    272 bytes
+//
+// A q8 or q4 row is its superblocks one after the other; a row is padded with zero weights to a multiple of 256.
+// p44, one neuron: hot row  [high superblocks of its up row][16 float16 weights of the outlier columns]
+//                  cold row [low superblocks of its up row][int8 superblocks of its down column]
+// Head: high superblocks of every vocabulary row in one array, low superblocks in another.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace persimmon {
+
+constexpr int kGroup = 32;          // weights that share a scale
+constexpr int kSuperblock = 256;    // weights of a superblock
+constexpr int kLanes = 8;           // groups of a superblock = lanes of a dot product
+constexpr int kScaleBytes = 16;     // 8 float16
+constexpr int kQ8Bytes = 272;
+constexpr int kQ4Bytes = 144;
+constexpr int kLowBytes = 128;
+constexpr int kInt8Bytes = 272;
+constexpr int kOutliers = 16;       // input columns of an up projection kept in float16
+constexpr int kOutlierBytes = 2 * kOutliers;
+constexpr int kNeuronBlock = 256;   // neurons whose contributions are summed on their own before they join the output
+
+enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3, planes = 4 };
+
+// 256 inputs of one token, rounded to int8 in groups of 32.
+struct alignas(64) ActivationBlock {
+  int8_t code[kSuperblock];  // lane order
+  float scale[kLanes];       // input = scale * code
+  float sum[kLanes];         // sum of the group's codes (an integer)
+  float energy[kLanes];      // sum of the group's squared inputs
+};
+static_assert(sizeof(ActivationBlock) == 384, "six cache lines");
+
+constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace persimmon

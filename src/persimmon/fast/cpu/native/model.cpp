@@ -1,0 +1,410 @@
+#include "model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace persimmon {
+namespace {
+
+constexpr int kStepTokens = 256;       // tokens run through all layers together; bounds the scratch memory
+constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
+constexpr int kNeuronsAtOnce = 64;     // hot rows stay in the second-level cache until their cold rows are read
+
+size_t row_bytes(Format format, int blocks) {
+  switch (format) {
+    case Format::f32: return static_cast<size_t>(blocks) * kSuperblock * 4;
+    case Format::bf16: return static_cast<size_t>(blocks) * kSuperblock * 2;
+    case Format::q8: return static_cast<size_t>(blocks) * kQ8Bytes;
+    case Format::q4:
+    case Format::planes: return static_cast<size_t>(blocks) * kQ4Bytes;
+  }
+  return 0;
+}
+
+bool is_packed(Format format) { return format != Format::f32 && format != Format::bf16; }
+
+}  // namespace
+
+// ---- finding the weights -----------------------------------------------------------------------------------------------
+
+Model::Model(const Shape& shape, const Formats& formats, const std::map<std::string, Bytes>& tensors, const float* cos,
+             const float* sin, const Kernels* kernels, int threads)
+    : counts(shape.layers), shape_(shape), formats_(formats), kernels_(kernels), cos_(cos), sin_(sin),
+      width_(static_cast<int>(round_up(shape.hidden, kSuperblock))),
+      neuron_width_(static_cast<int>(round_up(shape.intermediate, kSuperblock))),
+      neuron_blocks_(neuron_width_ / kNeuronBlock), packed_inputs_(is_packed(formats.attention)), pool_(threads) {
+  const Resolver resolver(tensors);
+  const size_t element = formats.embedding_bf16 ? 2 : 4;
+  embedding_ = resolver.bytes("embed_tokens.weight", element * shape.vocab * shape.hidden);
+  for (int i = 0; i < shape.layers; i++) layers_.push_back(resolve_layer(resolver, i));
+  final_norm_ = resolve_norm(resolver, "final_layernorm", shape.hidden);
+  lm_head_ = resolve_linear(resolver, "lm_head", formats.head, shape.vocab, shape.hidden);
+}
+
+Model::Linear Model::resolve_linear(const Resolver& tensors, const std::string& name, Format format, int rows,
+                                    int inputs) const {
+  Linear linear = {};
+  linear.format = format, linear.rows = rows;
+  linear.blocks = static_cast<int>(round_up(inputs, kSuperblock) / kSuperblock);
+  linear.row_bytes = row_bytes(format, linear.blocks);
+  const bool planes = format == Format::planes;
+  linear.weights = tensors.bytes(name + (planes ? ".high" : ".weight"), linear.row_bytes * rows);
+  if (planes) {
+    linear.low_bytes = static_cast<size_t>(linear.blocks) * kLowBytes;
+    linear.low = tensors.bytes(name + ".low", linear.low_bytes * rows);
+  }
+  return linear;
+}
+
+Model::Norm Model::resolve_norm(const Resolver& tensors, const std::string& name, int size) const {
+  return {tensors.array<float>(name + ".weight", size), tensors.array<float>(name + ".bias", size)};
+}
+
+const float* Model::padded(const float* values, int count) {
+  owned_.emplace_back(round_up(count, kSuperblock), 0.0f);
+  std::copy(values, values + count, owned_.back().begin());
+  return owned_.back().data();
+}
+
+Model::Layer Model::resolve_layer(const Resolver& tensors, int index) {
+  const std::string prefix = "layers." + std::to_string(index) + ".", attention = prefix + "self_attn.";
+  const int hidden = shape_.hidden;
+  Layer layer = {};
+  layer.input = resolve_norm(tensors, prefix + "input_layernorm", hidden);
+  layer.post = resolve_norm(tensors, prefix + "post_attention_layernorm", hidden);
+  if (shape_.qk_norm) {
+    layer.q = resolve_norm(tensors, attention + "q_layernorm", shape_.head_dim);
+    layer.k = resolve_norm(tensors, attention + "k_layernorm", shape_.head_dim);
+  }
+  layer.qkv = resolve_linear(tensors, attention + "query_key_value", formats_.attention, 3 * hidden, hidden);
+  layer.qkv.bias = tensors.array<float>(attention + "query_key_value.bias", 3 * hidden);
+  layer.dense = resolve_linear(tensors, attention + "dense", formats_.attention, hidden, hidden);
+  layer.dense.bias = tensors.array<float>(attention + "dense.bias", hidden);
+  layer.up_bias = tensors.array<float>(prefix + "mlp.dense_h_to_4h.bias", shape_.intermediate);
+  layer.down_bias = padded(tensors.array<float>(prefix + "mlp.dense_4h_to_h.bias", hidden), hidden);
+  resolve_neurons(tensors, prefix + "mlp.", &layer);
+  return layer;
+}
+
+void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, Layer* layer) const {
+  const int hidden = shape_.hidden, neurons = shape_.intermediate, blocks = width_ / kSuperblock;
+  if (formats_.mlp == Format::planes) {
+    layer->neuron_offset = blocks * kLowBytes;
+    layer->neuron_bytes = static_cast<size_t>(blocks) * (kLowBytes + kInt8Bytes);
+    layer->up = {};
+    layer->up.row_bytes = static_cast<size_t>(blocks) * kQ4Bytes + kOutlierBytes;
+    layer->up.weights = tensors.bytes(prefix + "hot", layer->up.row_bytes * neurons);
+    layer->neurons = tensors.bytes(prefix + "cold", layer->neuron_bytes * neurons);
+    layer->outlier_columns = tensors.array<int32_t>(prefix + "outlier_columns", kOutliers);
+    for (int i = 0; i < kOutliers; i++)
+      if (layer->outlier_columns[i] < -1 || layer->outlier_columns[i] >= hidden)
+        throw std::invalid_argument("tensor " + prefix + "outlier_columns names a column outside the model");
+    return;
+  }
+  layer->up = resolve_linear(tensors, prefix + "dense_h_to_4h", formats_.mlp, neurons, hidden);
+  if (formats_.mlp == Format::q4) {
+    layer->down = resolve_linear(tensors, prefix + "dense_4h_to_h", formats_.mlp, hidden, neurons);
+    layer->down.bias = layer->down_bias;
+    return;
+  }
+  layer->neuron_bytes = formats_.mlp == Format::q8 ? static_cast<size_t>(blocks) * kInt8Bytes : row_bytes(formats_.mlp, blocks);
+  layer->neurons = tensors.bytes(prefix + "dense_4h_to_h.neurons", layer->neuron_bytes * neurons);
+}
+
+std::unique_ptr<KvCache> Model::new_cache(int capacity, bool int8) const {
+  return std::make_unique<KvCache>(shape_.layers, shape_.heads, shape_.head_dim, capacity, int8);
+}
+
+// ---- one call ----------------------------------------------------------------------------------------------------------
+
+void Model::forward(const std::vector<Chunk>& chunks, int exact_top, float* logits) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Token> tokens;
+  const auto flush = [&] {
+    run_step(tokens, exact_top, logits);
+    for (const Token& token : tokens) logits += token.wanted ? shape_.vocab : 0;
+    tokens.clear();
+  };
+  finite_ = true;
+  for (const Chunk& chunk : chunks) {
+    const int length = chunk.cache->length();
+    if (chunk.count > chunk.cache->capacity() - length) throw std::length_error("the sequence is full");
+    for (int i = 0; i < chunk.count; i++) {
+      if (chunk.ids[i] < 0 || chunk.ids[i] >= shape_.vocab) throw std::out_of_range("token id outside the vocabulary");
+      tokens.push_back({chunk.cache, chunk.ids[i], length + i, i >= chunk.count - chunk.wanted});
+      if (tokens.size() == kStepTokens) flush();
+    }
+  }
+  if (!tokens.empty()) flush();
+  if (!finite_) throw std::domain_error("an activation is not finite: the weights are damaged or overflow");
+  for (const Chunk& chunk : chunks) chunk.cache->set_length(chunk.cache->length() + chunk.count);
+}
+
+void Model::reserve(int tokens, int longest, int wanted) {
+  const size_t blocks = width_ / kSuperblock, hidden_blocks = neuron_width_ / kSuperblock;
+  if (tokens > reserved_tokens_) {
+    reserved_tokens_ = tokens;
+    const size_t n = tokens;
+    x_.assign(n * width_, 0.0f), normed_.assign(n * width_, 0.0f), attended_.assign(n * width_, 0.0f);
+    qkv_.resize(n * 3 * shape_.hidden), outliers_.resize(n * kOutliers);
+    if (packed_inputs_) packed_ = std::make_unique<ActivationBlock[]>(n * blocks);
+    if (formats_.mlp == Format::q4) {
+      hidden_.assign(n * neuron_width_, 0.0f);
+      packed_hidden_ = std::make_unique<ActivationBlock[]>(n * hidden_blocks);
+    } else if (tokens > 1) {
+      active_.resize(n * neuron_blocks_);
+    }
+    scratch_.resize(pool_.threads() * down_scratch_floats(tokens));
+  }
+  block_sums_.resize(static_cast<size_t>(neuron_blocks_) * width_);
+  block_counts_.resize(neuron_blocks_);
+  output_.resize(width_), audited_output_.resize(width_);
+  if (longest > reserved_length_) {
+    reserved_length_ = static_cast<int>(round_up(longest, 1024));
+    scores_.resize(static_cast<size_t>(pool_.threads()) * reserved_length_);
+  }
+  (void)wanted;
+}
+
+void Model::run_step(const std::vector<Token>& tokens, int exact_top, float* logits) {
+  const int count = static_cast<int>(tokens.size());
+  int longest = 0;
+  std::vector<int> wanted;
+  for (int t = 0; t < count; t++) {
+    longest = std::max(longest, tokens[t].position + 1);
+    if (tokens[t].wanted) wanted.push_back(t);
+  }
+  reserve(count, longest, static_cast<int>(wanted.size()));
+  embed(tokens);
+  for (int i = 0; i < shape_.layers; i++) {
+    const Layer& layer = layers_[i];
+    normalize(layer.input, x_.data(), count, nullptr);
+    multiply(layer.qkv, input(), count, qkv_.data(), 3 * shape_.hidden, Epilogue::store);
+    attention(layer, i, tokens);
+    if (packed_inputs_) pack(attended_.data(), count, shape_.hidden, width_ / kSuperblock, packed_.get());
+    multiply(layer.dense, packed_inputs_ ? input() : attended_.data(), count, x_.data(), width_, Epilogue::add);
+    normalize(layer.post, x_.data(), count, layer.outlier_columns);
+    mlp(layer, i, count);
+  }
+  if (count == 1) decoded_++;
+  if (!wanted.empty()) head(wanted, exact_top, logits);
+}
+
+void Model::embed(const std::vector<Token>& tokens) {
+  const int hidden = shape_.hidden;
+  for (size_t t = 0; t < tokens.size(); t++) {
+    float* x = x_.data() + t * width_;
+    const size_t first = static_cast<size_t>(tokens[t].id) * hidden;
+    if (!formats_.embedding_bf16) {
+      memcpy(x, embedding_ + first * 4, hidden * 4);
+      continue;
+    }
+    for (int i = 0; i < hidden; i++) {
+      uint16_t bits;
+      memcpy(&bits, embedding_ + (first + i) * 2, 2);
+      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+      memcpy(x + i, &wide, 4);
+    }
+  }
+}
+
+const void* Model::input() const {
+  return packed_inputs_ ? static_cast<const void*>(packed_.get()) : normed_.data();
+}
+
+// LayerNorm of every token into normed_, outlier inputs taken out, and rounded to int8 where the weights are packed.
+void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns) {
+  pool_.parallel_for(tokens, 1, [&](int begin, int end, int) {
+    for (int t = begin; t < end; t++) {
+      float* y = normed_.data() + static_cast<size_t>(t) * width_;
+      if (!kernels_->layer_norm(x + static_cast<size_t>(t) * width_, shape_.hidden, shape_.eps, norm.weight, norm.bias, y))
+        finite_ = false;
+      for (int i = 0; outlier_columns && i < kOutliers; i++) {
+        const int column = outlier_columns[i];
+        outliers_[t * kOutliers + i] = column < 0 ? 0.0f : y[column];
+        if (column >= 0) y[column] = 0.0f;
+      }
+    }
+  });
+  if (packed_inputs_) pack(normed_.data(), tokens, shape_.hidden, width_ / kSuperblock, packed_.get());
+}
+
+// Round tokens of `size` inputs (rows padded to 256 * blocks floats) to int8.
+void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlock* out) {
+  pool_.parallel_for(tokens * blocks, tokens > 1 ? blocks : 16, [&](int begin, int end, int) {
+    for (int i = begin; i < end; i++) {
+      const int left = size - i % blocks * kSuperblock;
+      if (!kernels_->quantize(x + static_cast<size_t>(i) * kSuperblock, std::min(left, kSuperblock), 1, out + i))
+        finite_ = false;
+    }
+  });
+}
+
+RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
+                          Epilogue epilogue) const {
+  return {linear.format, linear.weights, linear.row_bytes, linear.low, linear.low_bytes, linear.blocks,
+          x,             tokens,         linear.bias,      y,          stride,           epilogue};
+}
+
+int Model::grain(const Linear& linear) const {
+  return std::max(1, static_cast<int>(kChunkBytes / linear.row_bytes));
+}
+
+void Model::multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue) {
+  const RowsArgs args = rows_args(linear, x, tokens, y, y_stride, epilogue);
+  pool_.parallel_for(linear.rows, grain(linear), [&](int begin, int end, int) { kernels_->rows(args, begin, end); });
+}
+
+// ---- attention ---------------------------------------------------------------------------------------------------------
+
+void Model::attention(const Layer& layer, int index, const std::vector<Token>& tokens) {
+  const int count = static_cast<int>(tokens.size()), heads = shape_.heads;
+  const int chunk = std::max(1, heads * count / (pool_.threads() * 8));
+  const auto scores = [&](int thread) { return scores_.data() + static_cast<size_t>(thread) * reserved_length_; };
+  if (count == 1) {
+    pool_.parallel_for(heads, chunk, [&](int begin, int end, int thread) {
+      for (int h = begin; h < end; h++) {
+        prepare_head(layer, index, tokens[0], 0, h);
+        attend_head(index, tokens[0], 0, h, scores(thread));
+      }
+    });
+    return;
+  }
+  // Every key of the step is stored before any token attends; heads outermost, so that a head's keys stay in cache.
+  pool_.parallel_for(heads * count, chunk, [&](int begin, int end, int) {
+    for (int i = begin; i < end; i++) prepare_head(layer, index, tokens[i % count], i % count, i / count);
+  });
+  pool_.parallel_for(heads * count, chunk, [&](int begin, int end, int thread) {
+    for (int i = begin; i < end; i++) attend_head(index, tokens[i % count], i % count, i / count, scores(thread));
+  });
+}
+
+// Normalise and rotate a head's query and key in place, and store key and value.
+void Model::prepare_head(const Layer& layer, int index, const Token& token, int t, int head) {
+  const int dim = shape_.head_dim, half = shape_.rotary_dim / 2;
+  float* q = qkv_.data() + (static_cast<size_t>(t) * shape_.heads + head) * 3 * dim;
+  float *k = q + dim, *v = k + dim;
+  if (shape_.qk_norm) {
+    if (!kernels_->layer_norm(q, dim, shape_.eps, layer.q.weight, layer.q.bias, q)) finite_ = false;
+    if (!kernels_->layer_norm(k, dim, shape_.eps, layer.k.weight, layer.k.bias, k)) finite_ = false;
+  }
+  const float *cos = cos_ + static_cast<size_t>(token.position) * half, *sin = sin_ + static_cast<size_t>(token.position) * half;
+  kernels_->rotate(q, cos, sin, half);
+  kernels_->rotate(k, cos, sin, half);
+  token.cache->store(*kernels_, index, head, token.position, k, v);
+}
+
+void Model::attend_head(int index, const Token& token, int t, int head, float* scores) {
+  const int dim = shape_.head_dim;
+  AttentionArgs args = {};
+  token.cache->locate(index, head, &args);
+  args.q = qkv_.data() + (static_cast<size_t>(t) * shape_.heads + head) * 3 * dim;
+  args.length = token.position + 1;
+  args.head_dim = dim;
+  args.scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  args.scores = scores;
+  args.out = attended_.data() + static_cast<size_t>(t) * width_ + head * dim;
+  token.cache->int8() ? kernels_->attend_int8(args) : kernels_->attend_float(args);
+}
+
+// ---- MLP ---------------------------------------------------------------------------------------------------------------
+
+void Model::mlp(const Layer& layer, int index, int tokens) {
+  counts[index].tokens += tokens;
+  if (formats_.mlp == Format::q4) return mlp_dense_q4(layer, tokens);
+  MlpArgs args = {formats_.mlp,        layer.up.weights,     layer.up.row_bytes, layer.neurons, layer.neuron_bytes,
+                  layer.neuron_offset, layer.up_bias,        shape_.intermediate, width_ / kSuperblock, input(),
+                  outliers_.data(),    margin,               tokens};
+  MlpCounts found;
+  if (tokens > 1) {
+    found = mlp_many(args, layer.down_bias);
+  } else {
+    found = mlp_one(args, output_.data());
+    for (int i = 0; i < width_; i++) x_[i] += output_[i] + layer.down_bias[i];
+    if (audit_every > 0 && decoded_ % audit_every == 0) audit(args, found, &counts[index]);
+  }
+  counts[index].candidates += found.candidates;
+  counts[index].active += found.active;
+}
+
+void Model::mlp_dense_q4(const Layer& layer, int tokens) {
+  Linear up = layer.up;
+  up.bias = layer.up_bias;
+  multiply(up, input(), tokens, hidden_.data(), neuron_width_, Epilogue::squared_relu);
+  pack(hidden_.data(), tokens, shape_.intermediate, neuron_width_ / kSuperblock, packed_hidden_.get());
+  multiply(layer.down, packed_hidden_.get(), tokens, x_.data(), width_, Epilogue::add);
+}
+
+// One token: up and down in one region, block by block. output[0 .. width) = sum of the neurons' contributions.
+MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
+  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int) {
+    for (int b = begin; b < end; b++) {
+      float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
+      std::fill(sum, sum + width_, 0.0f);
+      MlpCounts found = {};
+      ActiveBlock active;
+      active.count = 0;
+      ActiveBlock* out = &active;
+      const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
+      for (int n = b * kNeuronBlock; n < last; n += kNeuronsAtOnce) {
+        const int before = active.count;
+        kernels_->activate(args, n, std::min(n + kNeuronsAtOnce, last), 0, 1, &out, &found);
+        kernels_->add_neurons(args, b, active, before, sum);
+      }
+      block_counts_[b] = found;
+    }
+  });
+  pool_.parallel_for(width_, std::max(64, width_ / (pool_.threads() * 2)), [&](int begin, int end, int) {
+    std::fill(output + begin, output + end, 0.0f);
+    for (int b = 0; b < neuron_blocks_; b++) {
+      const float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
+      for (int i = begin; block_counts_[b].active && i < end; i++) output[i] += sum[i];
+    }
+  });
+  MlpCounts total = {};
+  for (const MlpCounts& found : block_counts_) total.candidates += found.candidates, total.active += found.active;
+  return total;
+}
+
+// Many tokens: all activations first, then the down projection by columns; the same sums in the same order as mlp_one.
+MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
+  const int tokens = args.tokens;
+  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int) {
+    std::vector<ActiveBlock*> out(tokens);
+    for (int b = begin; b < end; b++) {
+      for (int t = 0; t < tokens; t++) {
+        out[t] = &active_[static_cast<size_t>(b) * tokens + t];
+        out[t]->count = 0;
+      }
+      MlpCounts found = {};
+      const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
+      kernels_->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &found);
+      block_counts_[b] = found;
+    }
+  });
+  pool_.parallel_for(width_ / kDownColumns, 1, [&](int begin, int end, int thread) {
+    kernels_->down_columns(args, active_.data(), begin * kDownColumns, end * kDownColumns, bias, x_.data(), width_,
+                           scratch_.data() + thread * down_scratch_floats(reserved_tokens_));
+  });
+  MlpCounts total = {};
+  for (const MlpCounts& found : block_counts_) total.candidates += found.candidates, total.active += found.active;
+  return total;
+}
+
+// The same token without skipping: what the margin missed and what that did to the output.
+void Model::audit(const MlpArgs& args, const MlpCounts& found, LayerCounts* counts) {
+  MlpArgs exact = args;
+  exact.margin = HUGE_VALF;
+  const MlpCounts all = mlp_one(exact, audited_output_.data());
+  counts->audited++;
+  counts->audited_active += all.active;
+  counts->audited_missed += all.active - found.active;
+  for (int i = 0; i < width_; i++) {
+    const double difference = static_cast<double>(output_[i]) - audited_output_[i];
+    counts->audited_error += difference * difference;
+    counts->audited_norm += static_cast<double>(audited_output_[i]) * audited_output_[i];
+  }
+}
+
+}  // namespace persimmon

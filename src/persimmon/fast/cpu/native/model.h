@@ -1,0 +1,156 @@
+// A whole Persimmon decoder over packed weights: one call runs any number of tokens of any number of sequences.
+#pragma once
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "kv_cache.h"
+#include "pool.h"
+#include "resolver.h"
+
+namespace persimmon {
+
+struct Shape {
+  int vocab, hidden, intermediate, layers, heads, head_dim, rotary_dim, max_positions;
+  float eps;
+  bool qk_norm;
+};
+
+// Formats of the three kinds of matrices.
+struct Formats {
+  Format attention, mlp, head;
+  bool embedding_bf16;
+};
+
+// New tokens of one sequence; the last `wanted` of them want logits.
+struct Chunk {
+  KvCache* cache;
+  const int32_t* ids;
+  int count;
+  int wanted;
+};
+
+struct LayerCounts {
+  int64_t tokens, candidates, active;              // over all tokens run
+  int64_t audited, audited_active, audited_missed;  // over audited tokens
+  double audited_error, audited_norm;               // squared norms of output error and output
+};
+
+class Model {
+ public:
+  // `tensors` by the names of docs/sparsity.md; they must stay where they are for the life of the model.
+  // Throws std::invalid_argument naming a tensor that is missing or has the wrong size.
+  Model(const Shape& shape, const Formats& formats, const std::map<std::string, Bytes>& tensors, const float* cos,
+        const float* sin, const Kernels* kernels, int threads);
+
+  const Shape& shape() const { return shape_; }
+  int threads() const { return pool_.threads(); }
+  const char* isa() const { return kernels_->name; }
+
+  std::unique_ptr<KvCache> new_cache(int capacity, bool int8) const;
+
+  // Append the chunks to their caches; logits[i] are the wanted rows, in order, vocab floats each. With exact_top > 0 only
+  // that many largest logits of a row are exact and the others may be -inf. Throws std::domain_error when a value is not
+  // finite; the caches then keep their lengths.
+  void forward(const std::vector<Chunk>& chunks, int exact_top, float* logits);
+
+  float margin = 0;       // standard deviations; infinite reads everything
+  int audit_every = 0;    // recompute one decoded token in this many exactly; 0 never
+  std::vector<LayerCounts> counts;
+
+ private:
+  struct Linear {
+    Format format;
+    const uint8_t *weights, *low;
+    size_t row_bytes, low_bytes;
+    int rows, blocks;
+    const float* bias;
+  };
+  struct Norm {
+    const float *weight, *bias;
+  };
+  struct Layer {
+    Norm input, post, q, k;
+    Linear qkv, dense, up, down;  // down: q4 only
+    const uint8_t* neurons;       // other formats: neuron-major rows
+    size_t neuron_bytes;
+    int neuron_offset;
+    const float *up_bias, *down_bias;
+    const int32_t* outlier_columns;
+  };
+  struct Token {
+    KvCache* cache;
+    int32_t id;
+    int position;
+    bool wanted;
+  };
+
+  Linear resolve_linear(const Resolver& tensors, const std::string& name, Format format, int rows, int inputs) const;
+  Norm resolve_norm(const Resolver& tensors, const std::string& name, int size) const;
+  Layer resolve_layer(const Resolver& tensors, int index);
+  void resolve_neurons(const Resolver& tensors, const std::string& prefix, Layer* layer) const;
+  const float* padded(const float* values, int count);
+
+  void run_step(const std::vector<Token>& tokens, int exact_top, float* logits);
+  void reserve(int tokens, int longest, int wanted);
+  void embed(const std::vector<Token>& tokens);
+  void normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns);
+  void pack(const float* x, int tokens, int size, int blocks, ActivationBlock* out);
+  const void* input() const;
+  int grain(const Linear& linear) const;
+  void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
+  void attention(const Layer& layer, int index, const std::vector<Token>& tokens);
+  void prepare_head(const Layer& layer, int index, const Token& token, int t, int head);
+  void attend_head(int index, const Token& token, int t, int head, float* scores);
+  void mlp(const Layer& layer, int index, int tokens);
+  void mlp_dense_q4(const Layer& layer, int tokens);
+  MlpCounts mlp_one(const MlpArgs& args, float* output);
+  MlpCounts mlp_many(const MlpArgs& args, const float* bias);
+  void audit(const MlpArgs& args, const MlpCounts& found, LayerCounts* counts);
+  void head(const std::vector<int>& wanted, int exact_top, float* logits);
+  void head_top(const RowsArgs& args, int top, float* logits);
+  RowsArgs rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride, Epilogue epilogue) const;
+
+  Shape shape_;
+  Formats formats_;
+  const Kernels* kernels_;
+  const float *cos_, *sin_;
+  const uint8_t* embedding_;
+  std::vector<Layer> layers_;
+  Norm final_norm_;
+  Linear lm_head_;
+  int width_;          // hidden size padded to 256
+  int neuron_width_;   // intermediate size padded to 256
+  int neuron_blocks_;  // blocks of kNeuronBlock neurons
+  bool packed_inputs_;  // int8 activations; else float32
+
+  Pool pool_;
+  std::mutex mutex_;
+  std::atomic<bool> finite_{true};
+  int64_t decoded_ = 0;  // tokens run alone, for audit_every
+
+  std::vector<std::vector<float>> owned_;  // padded copies of small vectors
+
+  // Scratch of one step, T tokens.
+  std::vector<float> x_;           // [T][width] residual stream
+  std::vector<float> normed_;      // [T][width]
+  std::vector<float> qkv_;         // [T][3 * hidden], [head, 3, head_dim]
+  std::vector<float> attended_;    // [T][width]
+  std::vector<float> hidden_;      // q4: [T][neurons]
+  std::vector<float> outliers_;    // [T][kOutliers]
+  std::vector<float> block_sums_;  // one token: [blocks of neurons][width]
+  std::vector<float> output_, audited_output_;  // [width]
+  std::vector<float> scratch_;     // per thread, down_columns
+  std::vector<float> scores_;      // per thread, attention
+  std::vector<float> estimates_, bounds_;  // [wanted][vocab], two-pass head
+  std::vector<ActiveBlock> active_;        // [blocks of neurons][T]
+  std::vector<MlpCounts> block_counts_;
+  std::unique_ptr<ActivationBlock[]> packed_, packed_hidden_;
+  int reserved_tokens_ = 0, reserved_length_ = 0;
+};
+
+}  // namespace persimmon

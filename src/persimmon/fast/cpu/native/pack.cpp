@@ -1,0 +1,152 @@
+// Rounding weights to int8 and int4 in groups of 32 with one float16 scale.
+//
+// int8: scale = largest magnitude / 127. int4: the scale is searched (int4_scale.h). Codes are always taken with the scale as
+// stored in float16.
+#include "pack.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu.h"
+
+namespace persimmon {
+namespace {
+
+constexpr float kLargestHalf = 65504.0f;
+
+float half_value(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const float magnitude = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24);
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+// Nearest integer, ties to even, within [low, high]; the constant's last mantissa bit is worth 1. Unlike a library call it
+// is turned into vector code.
+float round_clamped(float value, float low, float high) {
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23, for |value| < 2^22
+  const float clamped = value < low ? low : value > high ? high : value;
+  return (clamped + shift) - shift;
+}
+
+struct Group {
+  int8_t code[kGroup];
+  uint16_t scale;
+};
+
+// Codes of a group for a float16 scale; a scale of zero (all weights tiny) gives zeros.
+Group encode(const float* w, float scale, float low, float high) {
+  Group group;
+  group.scale = float_to_half(scale);
+  const float stored = half_value(group.scale);
+  for (int i = 0; i < kGroup; i++) group.code[i] = static_cast<int8_t>(stored == 0 ? 0 : round_clamped(w[i] / stored, low, high));
+  return group;
+}
+
+Group encode_int8(const float* w, const float*) {
+  float largest = 0;
+  for (int i = 0; i < kGroup; i++) largest = std::fmax(largest, std::fabs(w[i]));
+  return encode(w, largest / 127, -127, 127);
+}
+
+Group encode_int4(const float* w, const float* importance) {
+  static const Kernels* kernels = find_kernels("auto");  // all instruction sets find the same scale
+  return encode(w, kernels->int4_scale(w, importance), -8, 7);
+}
+
+// Byte of weight i of group g in lane order.
+int lane_order(int g, int i) { return 32 * (i / 4) + 4 * g + i % 4; }
+
+void put_nibble(uint8_t* block, int position, int value) {
+  block[position % 128] = static_cast<uint8_t>(block[position % 128] | value << (position < 128 ? 0 : 4));
+}
+
+void put_scale(uint8_t* scales, int g, uint16_t scale) { memcpy(scales + 2 * g, &scale, 2); }
+
+using Encoder = Group (*)(const float*, const float*);
+
+// Call put(row, superblock, group in superblock, codes) for every group of every row, rows shared among threads.
+template <class Put>
+void for_each_group(const PackArgs& a, Encoder encode_group, Put put) {
+  const int groups = static_cast<int>(round_up(a.inputs, kSuperblock)) / kGroup;
+  std::atomic<int> next{0};
+  std::atomic<bool> refused{false};
+  const auto work = [&] {
+    for (int r; (r = next.fetch_add(1)) < a.rows;)
+      for (int g = 0; g < groups; g++) {
+        float w[kGroup] = {}, importance[kGroup] = {};
+        for (int i = 0; i < kGroup && g * kGroup + i < a.inputs; i++) {
+          w[i] = a.weights[static_cast<size_t>(r) * a.inputs + g * kGroup + i];
+          importance[i] = a.importance ? a.importance[g * kGroup + i] : 1;
+          if (!(std::fabs(w[i]) < 7 * kLargestHalf)) refused = true;
+        }
+        put(r, g / kLanes, g % kLanes, encode_group(w, importance));
+      }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < a.threads; i++) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  if (refused) throw std::domain_error("a weight is not finite or larger than 458528");
+}
+
+}  // namespace
+
+uint16_t float_to_half(float value) {
+  const float magnitude = std::fabs(value);
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (!(magnitude < 65520.0f)) return sign | 0x7C00;
+  int exponent;
+  std::frexp(magnitude, &exponent);  // magnitude in [2^(exponent - 1), 2^exponent)
+  const int unit = exponent - 11 > -24 ? exponent - 11 : -24;  // exponent of the last bit kept
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -unit)));
+  // steps counts units; a normal number has 1024 .. 2048 of them, and 2048 carries into the next exponent by itself.
+  return static_cast<uint16_t>(sign | (steps < 1024 ? steps : ((unit + 24) << 10) + steps));
+}
+
+void pack_rows(const PackArgs& args, Format format, uint8_t* out, size_t stride) {
+  const bool q4 = format == Format::q4;
+  if (!q4 && format != Format::q8) throw std::invalid_argument("pack_rows takes q8 or q4");
+  const int bytes = q4 ? kQ4Bytes : kQ8Bytes;
+  memset(out, 0, stride * args.rows);
+  for_each_group(args, q4 ? encode_int4 : encode_int8, [=](int r, int s, int g, const Group& group) {
+    uint8_t* block = out + r * stride + static_cast<size_t>(s) * bytes;
+    for (int i = 0; i < kGroup; i++) {
+      const int position = lane_order(g, i);
+      if (q4) put_nibble(block, position, group.code[i] + 8);
+      else block[position] = static_cast<uint8_t>(group.code[i]);
+    }
+    put_scale(block + bytes - kScaleBytes, g, group.scale);
+  });
+}
+
+void pack_planes(const PackArgs& args, uint8_t* high, size_t high_stride, uint8_t* low, size_t low_stride) {
+  const size_t blocks = round_up(args.inputs, kSuperblock) / kSuperblock;
+  for (int r = 0; r < args.rows; r++) {
+    memset(high + r * high_stride, 0, blocks * kQ4Bytes);
+    memset(low + r * low_stride, 0, blocks * kLowBytes);
+  }
+  for_each_group(args, encode_int8, [=](int r, int s, int g, const Group& group) {
+    uint8_t *h = high + r * high_stride + static_cast<size_t>(s) * kQ4Bytes, *l = low + r * low_stride + static_cast<size_t>(s) * kLowBytes;
+    for (int i = 0; i < kGroup; i++) {
+      const int position = lane_order(g, i), code = group.code[i] + 128;
+      put_nibble(h, position, code >> 4);
+      put_nibble(l, position, code & 15);
+    }
+    put_scale(h + kQ4Bytes - kScaleBytes, g, group.scale);
+  });
+}
+
+void pack_neurons(const PackArgs& args, uint8_t* out, size_t stride) {
+  for_each_group(args, encode_int8, [=](int r, int s, int g, const Group& group) {
+    uint8_t* block = out + r * stride + static_cast<size_t>(s) * kInt8Bytes;
+    memcpy(block + kGroup * g, group.code, kGroup);
+    put_scale(block + kSuperblock, g, group.scale);
+  });
+}
+
+}  // namespace persimmon

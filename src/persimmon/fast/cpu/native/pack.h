@@ -1,0 +1,26 @@
+// Float matrices -> packed rows (layout.h). Only the quantizer calls these; throws std::domain_error for weights that are
+// not finite or too large for a float16 scale.
+#pragma once
+#include "layout.h"
+
+namespace persimmon {
+
+struct PackArgs {
+  const float* weights;      // [rows][inputs]
+  int rows, inputs;
+  const float* importance;   // [inputs], weight of each input's squared error in q4, or null for equal
+  int threads;
+};
+
+// q8 and q4 rows, `stride` bytes apart.
+void pack_rows(const PackArgs& args, Format format, uint8_t* out, size_t stride);
+
+// int8 weights as high superblocks (with scales) and low superblocks.
+void pack_planes(const PackArgs& args, uint8_t* high, size_t high_stride, uint8_t* low, size_t low_stride);
+
+// int8 superblocks in plain order: rows that are added to an output.
+void pack_neurons(const PackArgs& args, uint8_t* out, size_t stride);
+
+uint16_t float_to_half(float value);
+
+}  // namespace persimmon

@@ -1,0 +1,197 @@
+// Dense products of weight rows with tokens: decoding (one token), batches and prefill alike.
+//
+// A row is one stream of superblocks, scales included, so that a single prefetcher follows it: separate scale areas cost
+// 25-40% of the bandwidth. Weights are unpacked once and used for up to kTile tokens; a token's lanes are summed the same
+// way in every tile size, so decode and prefill agree to the bit.
+// Exact: the integer group sums. Rounded: float32 accumulation over groups, in eight lanes per row (float rows: sixteen).
+#pragma once
+#include "dots.h"
+#include "kernels.h"
+
+namespace persimmon {
+namespace PERSIMMON_ISA {
+
+constexpr int kTile = 4;              // tokens that share unpacked weights
+constexpr int kPrefetchAhead = 2048;  // bytes; rows follow each other in memory, so it crosses their ends
+
+// Products of one packed row of `blocks` superblocks with N tokens.
+template <class F, int N>
+INLINE void packed_row(const uint8_t* row, int blocks, const ActivationBlock* const* x, float* out) {
+  f32x8 sum[N];
+  for (int t = 0; t < N; t++) sum[t] = zero8();
+  for (int s = 0; s < blocks; s++, row += F::bytes) {
+    prefetch(row + kPrefetchAhead, F::bytes);
+    const Weights w = F::load(row);
+    const f32x8 scale = load_half8(row + F::scales_at);
+    for (int t = 0; t < N; t++)
+      sum[t] = fma(mul(scale, load8(x[t][s].scale)), group_values<F>(w, x[t][s]), sum[t]);
+  }
+  for (int t = 0; t < N; t++) out[t] = F::factor * sum_lanes(sum[t]);
+}
+
+// High-plane estimates, and the variance of what the low plane will add: the low nibble is uniform in steps of one weight
+// scale, 16 steps wide, so its standard deviation is scale * sqrt(16^2 / 12) per unit of input.
+template <int N>
+INLINE void estimate_row(const uint8_t* row, int blocks, const ActivationBlock* const* x, float* out, float* spread) {
+  f32x8 sum[N], variance[N];
+  for (int t = 0; t < N; t++) sum[t] = variance[t] = zero8();
+  for (int s = 0; s < blocks; s++, row += High::bytes) {
+    prefetch(row + kPrefetchAhead, High::bytes);
+    const Weights w = High::load(row);
+    const f32x8 scale = load_half8(row + High::scales_at), squared = mul(scale, scale);
+    for (int t = 0; t < N; t++) {
+      sum[t] = fma(mul(scale, load8(x[t][s].scale)), group_values<High>(w, x[t][s]), sum[t]);
+      variance[t] = fma(squared, load8(x[t][s].energy), variance[t]);
+    }
+  }
+  for (int t = 0; t < N; t++) {
+    out[t] = High::factor * sum_lanes(sum[t]);
+    spread[t] = sqrtf(sum_lanes(variance[t]) * (256.0f / 12.0f));
+  }
+}
+
+// What the low plane adds to the estimates of one row and N tokens; the scales lie in the high row.
+template <int N>
+INLINE void low_row(const uint8_t* low, const uint8_t* high, int blocks, const ActivationBlock* const* x, float* out) {
+  f32x8 sum[N];
+  for (int t = 0; t < N; t++) sum[t] = zero8();
+  for (int s = 0; s < blocks; s++) {
+    const Weights w = Low::load(low + s * Low::bytes);
+    const f32x8 scale = load_half8(high + s * High::bytes + High::scales_at);
+    for (int t = 0; t < N; t++)
+      sum[t] = fma(mul(scale, load8(x[t][s].scale)), group_values<Low>(w, x[t][s]), sum[t]);
+  }
+  for (int t = 0; t < N; t++) out[t] = Low::factor * sum_lanes(sum[t]);
+}
+
+INLINE f32x16 load_weights16(const float* p) { return load16(p); }
+INLINE f32x16 load_weights16(const uint16_t* p) { return load_bf16x16(p); }
+
+// Products of one row of T = float or bfloat16 with N tokens.
+template <class T, int N>
+INLINE void float_row(const T* row, int blocks, const float* const* x, float* out) {
+  f32x16 sum[N];
+  for (int t = 0; t < N; t++) sum[t] = zero16();
+  for (int i = 0; i < blocks * kSuperblock; i += 16) {
+    const f32x16 w = load_weights16(row + i);
+    for (int t = 0; t < N; t++) sum[t] = fma(w, load16(x[t] + i), sum[t]);
+  }
+  for (int t = 0; t < N; t++) out[t] = sum_lanes(sum[t]);
+}
+
+// One row of any format with N tokens, out[t] without bias. `X` is ActivationBlock or float.
+struct PackedQ8 {
+  using Input = ActivationBlock;
+  template <int N>
+  INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
+    packed_row<Q8, N>(a.weights + r * a.row_bytes, a.blocks, x, out);
+  }
+};
+struct PackedQ4 {
+  using Input = ActivationBlock;
+  template <int N>
+  INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
+    packed_row<Q4, N>(a.weights + r * a.row_bytes, a.blocks, x, out);
+  }
+};
+struct PackedPlanes {
+  using Input = ActivationBlock;
+  template <int N>
+  INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
+    const uint8_t* high = a.weights + r * a.row_bytes;
+    float low[N];
+    packed_row<High, N>(high, a.blocks, x, out);
+    low_row<N>(a.low + r * a.low_bytes, high, a.blocks, x, low);
+    for (int t = 0; t < N; t++) out[t] += low[t];
+  }
+};
+template <class T>
+struct FloatRows {
+  using Input = float;
+  template <int N>
+  INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
+    float_row<T, N>(reinterpret_cast<const T*>(a.weights + r * a.row_bytes), a.blocks, x, out);
+  }
+};
+
+// Inputs of one token are `blocks` ActivationBlocks, or 256 * blocks floats.
+INLINE const ActivationBlock* token_input(const ActivationBlock* x, int t, int blocks) {
+  return x + static_cast<size_t>(t) * blocks;
+}
+INLINE const float* token_input(const float* x, int t, int blocks) {
+  return x + static_cast<size_t>(t) * blocks * kSuperblock;
+}
+
+INLINE void finish(const RowsArgs& a, int r, int t, float product) {
+  const float v = a.bias ? product + a.bias[r] : product;
+  float* y = a.y + t * a.y_stride + r;
+  if (a.epilogue == Epilogue::store) *y = v;
+  if (a.epilogue == Epilogue::add) *y += v;
+  if (a.epilogue == Epilogue::squared_relu) *y = v > 0.0f ? v * v : 0.0f;
+}
+
+template <class R, int N>
+static void rows_tile(const RowsArgs& a, int token, int begin, int end) {
+  const typename R::Input* x[N];
+  for (int t = 0; t < N; t++) x[t] = token_input(static_cast<const typename R::Input*>(a.x), token + t, a.blocks);
+  float out[N];
+  for (int r = begin; r < end; r++) {
+    R::template row<N>(a, r, x, out);
+    for (int t = 0; t < N; t++) finish(a, r, token + t, out[t]);
+  }
+}
+
+template <class R>
+static void rows_of(const RowsArgs& a, int begin, int end) {
+  int token = 0;
+  for (; token + kTile <= a.tokens; token += kTile) rows_tile<R, kTile>(a, token, begin, end);
+  switch (a.tokens - token) {
+    case 3: rows_tile<R, 3>(a, token, begin, end); break;
+    case 2: rows_tile<R, 2>(a, token, begin, end); break;
+    case 1: rows_tile<R, 1>(a, token, begin, end); break;
+    default: break;
+  }
+}
+
+static void rows(const RowsArgs& a, int begin, int end) {
+  switch (a.format) {
+    case Format::f32: rows_of<FloatRows<float>>(a, begin, end); break;
+    case Format::bf16: rows_of<FloatRows<uint16_t>>(a, begin, end); break;
+    case Format::q8: rows_of<PackedQ8>(a, begin, end); break;
+    case Format::q4: rows_of<PackedQ4>(a, begin, end); break;
+    case Format::planes: rows_of<PackedPlanes>(a, begin, end); break;
+  }
+}
+
+template <int N>
+static void estimate_tile(const RowsArgs& a, int token, int begin, int end, float sigmas, float* estimate, float* bound,
+                          size_t stride) {
+  const ActivationBlock* x[N];
+  for (int t = 0; t < N; t++) x[t] = token_input(static_cast<const ActivationBlock*>(a.x), token + t, a.blocks);
+  float out[N], spread[N];
+  for (int r = begin; r < end; r++) {
+    estimate_row<N>(a.weights + r * a.row_bytes, a.blocks, x, out, spread);
+    for (int t = 0; t < N; t++) {
+      estimate[(token + t) * stride + r] = out[t];
+      bound[(token + t) * stride + r] = out[t] + sigmas * spread[t];
+    }
+  }
+}
+
+static void estimate_rows(const RowsArgs& a, int begin, int end, float sigmas, float* estimate, float* bound,
+                          size_t stride) {
+  int token = 0;
+  for (; token + kTile <= a.tokens; token += kTile)
+    estimate_tile<kTile>(a, token, begin, end, sigmas, estimate, bound, stride);
+  for (; token < a.tokens; token++) estimate_tile<1>(a, token, begin, end, sigmas, estimate, bound, stride);
+}
+
+static float refine_row(const RowsArgs& a, int token, int r, float estimate) {
+  const ActivationBlock* x = token_input(static_cast<const ActivationBlock*>(a.x), token, a.blocks);
+  float low;
+  low_row<1>(a.low + r * a.low_bytes, a.weights + r * a.row_bytes, a.blocks, &x, &low);
+  return estimate + low;
+}
+
+}  // namespace PERSIMMON_ISA
+}  // namespace persimmon

@@ -1,0 +1,174 @@
+"""The whole decoder: right numbers, and the same bits for every thread count, instruction set and batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from packed_layouts import ISAS
+from persimmon.checkpoints import hub
+from persimmon.errors import CheckpointError, InputError, UnavailableError
+from persimmon.fast.cpu.decoder import CpuDecoder
+from persimmon.fast.cpu.load import load_decoder
+from persimmon.infer.decoder import Chunk
+
+FORMATS = ("bfloat16", "q8", "q4", "p44")
+IDS = np.random.default_rng(0).integers(0, 4_500, 48).tolist()
+
+
+def directory_of(name: str, checkpoint: Path, packed: dict[str, Path]) -> Path:
+    return checkpoint if name == "bfloat16" else packed[name]
+
+
+def all_logits(decoder: CpuDecoder, ids: list[int] = IDS) -> np.ndarray:
+    sequence = decoder.new_sequence(len(ids))
+    (logits,) = decoder.forward([Chunk(sequence, ids, "all")])
+    sequence.close()
+    assert logits is not None
+    return logits
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> np.ndarray:
+    model = hub.load_model(checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(torch.tensor([IDS]))[0].numpy()
+
+
+def kl(exact: np.ndarray, other: np.ndarray) -> float:
+    p, q = (torch.log_softmax(torch.from_numpy(x), -1) for x in (exact, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_plain_weights_give_the_reference_logits(checkpoint: Path, reference: np.ndarray) -> None:
+    decoder = load_decoder(checkpoint)
+    assert (decoder.form.name, decoder.kv_dtype) == ("bfloat16", "float32")
+    np.testing.assert_allclose(all_logits(decoder), reference, rtol=1e-4, atol=1e-4)
+
+
+def test_float32_copies_give_the_same_as_bfloat16_files(checkpoint: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    hub.save_model(hub.load_model(checkpoint, dtype=torch.float32), None, wide)
+    decoder = load_decoder(wide)
+    assert decoder.form.name == "float32"
+    assert np.array_equal(all_logits(decoder), all_logits(load_decoder(checkpoint)))
+    assert np.array_equal(all_logits(load_decoder(wide, dtype="bfloat16")), all_logits(decoder))
+
+
+@pytest.mark.parametrize(("name", "limit"), [("q8", 2e-3), ("p44", 0.1), ("q4", 0.15)])
+def test_packed_formats_stay_close(name: str, limit: float, packed: dict[str, Path], reference: np.ndarray) -> None:
+    """KL to float32; random weights of this size are harsher than trained ones."""
+    assert kl(reference, all_logits(load_decoder(packed[name]))) < limit
+
+
+def test_the_default_margin_costs_less_than_a_tenth_of_the_format(
+    packed: dict[str, Path], reference: np.ndarray
+) -> None:
+    exact = kl(reference, all_logits(load_decoder(packed["p44"], sparsity_margin=float("inf"))))
+    default = kl(reference, all_logits(load_decoder(packed["p44"])))
+    assert abs(default - exact) < exact / 10
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_same_bits_whatever_runs_it(name: str, kv_dtype: str, checkpoint: Path, packed: dict[str, Path]) -> None:
+    directory = directory_of(name, checkpoint, packed)
+    results = [
+        all_logits(load_decoder(directory, kv_dtype=kv_dtype, threads=threads, isa=isa, verify=False))
+        for isa in ISAS
+        for threads in (1, 2, 3)
+    ]
+    for other in results[1:]:
+        assert np.array_equal(results[0], other)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_same_bits_for_every_cut_and_company(name: str, checkpoint: Path, packed: dict[str, Path]) -> None:
+    """Token by token, in uneven chunks, and beside other sequences: exactly what one prefill gives."""
+    decoder = load_decoder(directory_of(name, checkpoint, packed), threads=2)
+    expected = all_logits(decoder)
+    single = decoder.new_sequence(48)
+    steps = [decoder.forward([Chunk(single, [token])])[0] for token in IDS]
+    assert np.array_equal(np.stack(steps), expected)
+
+    ragged, others = decoder.new_sequence(48), [decoder.new_sequence(48) for _ in range(3)]
+    rows, start = [], 0
+    for size in (1, 2, 3, 5, 13, 24):
+        chunks = [Chunk(other, IDS[size : size + 1 + i]) for i, other in enumerate(others)]
+        rows.append(decoder.forward([*chunks, Chunk(ragged, IDS[start : start + size], "all")])[-1])
+        start += size
+    assert np.array_equal(np.concatenate(rows), expected)
+
+
+@pytest.mark.parametrize("name", ["q8", "q4", "p44"])
+@pytest.mark.parametrize("top", [1, 5, 64])
+def test_two_pass_head_returns_the_exact_largest(name: str, top: int, packed: dict[str, Path]) -> None:
+    decoder = load_decoder(packed[name])
+    full = all_logits(decoder)
+    sequence = decoder.new_sequence(48)
+    (rows,) = decoder.forward([Chunk(sequence, IDS, "all")], exact_top=top)
+    for exact, found in zip(full, rows, strict=True):
+        best = np.argsort(-exact)[:top]
+        assert np.array_equal(found[best], exact[best])
+        assert np.all(np.isneginf(found) | (found == exact))
+    assert np.isneginf(rows).mean() > 0.5
+
+
+def test_exact_mode_reads_the_whole_head(packed: dict[str, Path]) -> None:
+    decoder = load_decoder(packed["p44"], sparsity_margin=float("inf"))
+    (row,) = decoder.forward([Chunk(decoder.new_sequence(48), IDS)], exact_top=1)
+    assert np.isfinite(row).all()
+
+
+def test_counts_and_audit(packed: dict[str, Path]) -> None:
+    decoder = load_decoder(packed["p44"], sparsity_margin=1.0, audit_every=3)
+    sequence = decoder.new_sequence(48)
+    for token in IDS[:30]:
+        decoder.forward([Chunk(sequence, [token])])
+    for layer in decoder.layer_counts():
+        assert layer["tokens"] == 30 and layer["audited"] == 10
+        assert 0 < layer["active"] <= layer["candidates"] < 30 * 600
+        assert 0 <= layer["audited_missed"] < 0.05 * layer["audited_active"]
+        assert layer["audited_error"] < 1e-3 * layer["audited_norm"]
+    decoder.reset_counts()
+    assert decoder.layer_counts()[0]["tokens"] == 0
+
+
+def test_auditing_changes_no_result(packed: dict[str, Path]) -> None:
+    def run(audit_every: int) -> list[np.ndarray]:
+        decoder = load_decoder(packed["p44"], audit_every=audit_every)
+        sequence = decoder.new_sequence(48)
+        return [decoder.forward([Chunk(sequence, [token])])[0] for token in IDS[:8]]
+
+    assert np.array_equal(run(0), run(1))
+
+
+def test_weights_that_overflow_are_refused_and_the_sequence_keeps_its_length(checkpoint: Path, tmp_path: Path) -> None:
+    model = hub.load_model(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        model.layers[0].mlp.dense_h_to_4h.weight.fill_(1e30)
+    hub.save_model(model, None, tmp_path / "wild")
+    decoder = load_decoder(tmp_path / "wild")
+    sequence = decoder.new_sequence(8)
+    with pytest.raises(CheckpointError, match="not finite"):
+        decoder.forward([Chunk(sequence, [1, 2, 3])])
+    assert sequence.length == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"threads": 0}, InputError, "threads must be 1 or more, got 0"),
+        ({"kv_dtype": "float16"}, InputError, "kv_dtype of the cpu engine must be one of auto, float32, int8"),
+        ({"sparsity_margin": -1.0}, InputError, "sparsity_margin must be from 0 to inf, got -1.0"),
+        ({"sparsity_margin": float("nan")}, InputError, "sparsity_margin"),
+        ({"audit_every": -1}, InputError, "audit_every"),
+        ({"isa": "sse9"}, UnavailableError, "there are: auto, portable"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, error: type, message: str, checkpoint: Path) -> None:
+    with pytest.raises(error, match=message):
+        load_decoder(checkpoint, **options)

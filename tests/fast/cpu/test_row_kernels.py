@@ -1,0 +1,108 @@
+"""Dense products of every format and instruction set against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from packed_layouts import ISAS, RowMatrix
+from persimmon.fast.cpu import _native
+
+FORMATS = ("float32", "bfloat16", "q8", "q4", "planes")
+
+# float32 sums of up to 1024 products or 32 group sums per lane, relative to the sum of magnitudes.
+TOLERANCE = 2e-6
+
+
+def case(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((rows, columns), np.float32) * 0.02, rng.standard_normal((tokens, columns), np.float32)
+
+
+def check(matrix: RowMatrix, x: np.ndarray) -> None:
+    results = [matrix.times(x, isa) for isa in ISAS]
+    scale = np.abs(x) @ np.abs(matrix.floats).T + 1e-30
+    assert np.max(np.abs(results[0] - matrix.expected(x)) / scale) < TOLERANCE
+    for result in results[1:]:
+        assert np.array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"), [(1, 1, 1), (3, 256, 2), (17, 300, 4), (9, 1000, 7), (33, 512, 9)]
+)
+def test_equals_the_product(kind: str, rows: int, columns: int, tokens: int) -> None:
+    w, x = case(rows, columns, tokens)
+    check(RowMatrix(kind, w), x)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_adversarial_inputs(kind: str) -> None:
+    w, x = case(8, 512, 5)
+    x[0] = 0.0
+    x[1] = 1e-30
+    x[2, 100] = 1e6  # an outlier a million times the rest
+    x[3] = np.where(np.arange(512) % 2, 1.0, -1.0)
+    w[0] = 0.0
+    w[1] = np.sign(w[1])  # extreme codes everywhere
+    w[2, 5] = 100.0
+    check(RowMatrix(kind, w), x)
+
+
+@pytest.mark.parametrize("kind", ["q8", "q4", "planes"])
+def test_largest_codes_do_not_overflow(kind: str) -> None:
+    """Every weight and every input at the end of its range, with every combination of signs."""
+    w = np.stack([np.full(256, 1.0), np.full(256, -1.0)]).astype(np.float32)
+    x = np.stack([np.full(256, 3.0), np.full(256, -3.0)]).astype(np.float32)
+    matrix = RowMatrix(kind, w)
+    for isa in ISAS:
+        np.testing.assert_allclose(
+            matrix.times(x, isa), [[768, -768], [-768, 768]], rtol=2e-3 if kind != "q4" else 0.02
+        )
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_token_does_not_depend_on_the_others(kind: str) -> None:
+    w, x = case(20, 600, 11)
+    matrix = RowMatrix(kind, w)
+    together = matrix.times(x, ISAS[-1])
+    for t in range(11):
+        assert np.array_equal(matrix.times(x[t : t + 1], ISAS[-1])[0], together[t])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("isa", ISAS)
+def test_inputs_that_are_not_finite_are_refused(isa: str, bad: float) -> None:
+    w, x = case(2, 300, 3)
+    x[1, 299] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        RowMatrix("q8", w).times(x, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_inputs_round_to_the_nearest_code(isa: str) -> None:
+    _, x = case(1, 777, 3)
+    x[2, :32] = 0.0
+    rounded = _native.round_trip(x, isa)
+    step = np.repeat(np.abs(np.pad(x, ((0, 0), (0, 23))).reshape(3, -1, 32)).max(-1) / 127, 32, axis=1)[:, :777]
+    assert np.all(np.abs(rounded - x) <= step * 0.5001)
+    assert not rounded[2, :32].any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1, 7, 8, 33, 4096])
+def test_layer_norm(isa: str, size: int) -> None:
+    rng = np.random.default_rng(size)
+    x, weight, bias = (rng.standard_normal(size, np.float32) for _ in range(3))
+    x += 100.0
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5) * weight + bias
+    result = _native.layer_norm(x, weight, bias, 1e-5, isa)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=3e-4)  # 100 + x keeps 17 bits of x
+    assert np.array_equal(result, _native.layer_norm(x, weight, bias, 1e-5, ISAS[0]))
+
+
+def test_unknown_instruction_sets_are_refused() -> None:
+    w, x = case(1, 256, 1)
+    with pytest.raises(ValueError, match="'sse9' is not supported here; there are: portable"):
+        RowMatrix("q8", w).times(x, "sse9")

@@ -1,0 +1,181 @@
+"""The MLP that skips zeros against a plain one, in every format, instruction set and order of work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from packed_layouts import (
+    ISAS,
+    bfloat16,
+    from_bfloat16,
+    pack,
+    pack_neurons,
+    pack_planes,
+    padded,
+    unpack_neurons,
+    unpack_planes,
+    unpack_q8,
+)
+from persimmon.fast.cpu import _native
+
+FORMATS = ("float32", "bfloat16", "q8", "planes")
+TOLERANCE = 1e-5  # of the largest output
+
+
+class Mlp:
+    """Weights in one format, and as floats."""
+
+    def __init__(self, kind: str, hidden: int, neurons: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.kind, self.hidden = kind, hidden
+        up = rng.standard_normal((neurons, hidden), np.float32) * 0.05
+        down = rng.standard_normal((neurons, hidden), np.float32) * 0.05
+        self.bias = rng.standard_normal(neurons).astype(np.float32) * 0.1 - 1.0
+        self.columns = np.sort(rng.choice(hidden, 16, replace=False))
+        self.offset = 0
+        if kind == "planes":
+            self._pack_planes(up, down)
+        elif kind == "q8":
+            self.up, self.down = pack("q8", up), pack_neurons(down)
+            self.up_floats, self.down_floats = unpack_q8(self.up), unpack_neurons(self.down)
+        elif kind == "bfloat16":
+            self.up, self.down = bfloat16(padded(up)).view(np.uint8), bfloat16(padded(down)).view(np.uint8)
+            self.up_floats, self.down_floats = (
+                from_bfloat16(bfloat16(padded(up))),
+                from_bfloat16(bfloat16(padded(down))),
+            )
+        else:
+            self.up, self.down = padded(up).view(np.uint8), padded(down).view(np.uint8)
+            self.up_floats, self.down_floats = padded(up), padded(down)
+
+    def _pack_planes(self, up: np.ndarray, down: np.ndarray) -> None:
+        exact = np.ascontiguousarray(up[:, self.columns]).astype(np.float16)
+        up[:, self.columns] = 0.0
+        high, low = pack_planes(up)
+        rows = pack_neurons(down)
+        self.up = np.concatenate([high, exact.view(np.uint8)], axis=1)
+        self.down = np.concatenate([low, rows], axis=1)
+        self.offset = low.shape[1]
+        self.up_floats, self.down_floats = unpack_planes(high, low), unpack_neurons(rows)
+        self.up_floats[:, self.columns] = exact.astype(np.float32)
+
+    def run(
+        self, x: np.ndarray, margin: float = np.inf, together: bool = False, isa: str = "auto"
+    ) -> tuple[np.ndarray, int, int]:
+        outliers = np.zeros((len(x), 16), np.float32)
+        if self.kind == "planes":
+            outliers = np.ascontiguousarray(x[:, self.columns])
+            x = x.copy()
+            x[:, self.columns] = 0.0
+        y, candidates, active = _native.sparse_mlp(
+            self.kind, self.up, self.down, self.offset, self.bias, x, outliers, margin, together, isa
+        )
+        return y[:, : self.hidden], candidates, active
+
+    def pre_activations(self, x: np.ndarray) -> np.ndarray:
+        seen = x.copy()
+        if self.kind in ("q8", "planes"):
+            if self.kind == "planes":
+                seen[:, self.columns] = 0.0
+            seen = _native.round_trip(seen)
+            if self.kind == "planes":
+                seen[:, self.columns] = x[:, self.columns]
+        return seen.astype(np.float64) @ self.up_floats[:, : self.hidden].T.astype(np.float64) + self.bias
+
+    def expected(self, x: np.ndarray) -> np.ndarray:
+        return np.maximum(self.pre_activations(x), 0) ** 2 @ self.down_floats[:, : self.hidden].astype(np.float64)
+
+
+def inputs(tokens: int, hidden: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((tokens, hidden), np.float32)
+
+
+def check(mlp: Mlp, x: np.ndarray) -> None:
+    """All instruction sets, one token at a time and together, give the same bits, and the right numbers."""
+    expected = mlp.expected(x)
+    first = mlp.run(x, isa=ISAS[0])[0]
+    assert np.max(np.abs(first - expected)) <= TOLERANCE * (np.abs(expected).max() + 1e-6)
+    for isa in ISAS:
+        for together in (False, True):
+            assert np.array_equal(mlp.run(x, together=together, isa=isa)[0], first), (isa, together)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("hidden", "neurons", "tokens"), [(16, 1, 1), (300, 600, 5), (256, 257, 3), (64, 255, 9), (520, 1024, 4)]
+)
+def test_equals_the_plain_mlp(kind: str, hidden: int, neurons: int, tokens: int) -> None:
+    check(Mlp(kind, hidden, neurons), inputs(tokens, hidden))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_neuron_active(kind: str) -> None:
+    mlp = Mlp(kind, 128, 300)
+    mlp.bias[:] = -1e6
+    y, _, active = mlp.run(inputs(2, 128))
+    assert active == 0 and not y.any()
+    check(mlp, inputs(2, 128))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_neuron_active(kind: str) -> None:
+    mlp = Mlp(kind, 128, 600)
+    mlp.bias[:] = 50.0
+    assert mlp.run(inputs(3, 128))[2] == 3 * 600
+    check(mlp, inputs(3, 128))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("neuron", [0, 63, 255, 256, 599])
+def test_one_neuron_active(kind: str, neuron: int) -> None:
+    mlp = Mlp(kind, 128, 600)
+    mlp.bias[:] = -1e6
+    mlp.bias[neuron] = 10.0
+    assert mlp.run(inputs(1, 128))[2] == 1
+    check(mlp, inputs(1, 128))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_extreme_inputs(kind: str) -> None:
+    mlp = Mlp(kind, 256, 512)
+    x = inputs(4, 256)
+    x[0] = 0.0
+    x[1, int(mlp.columns[0])] = 1e4
+    x[2, 7] = -1e4
+    x[3] *= 1e-20
+    check(mlp, x)
+
+
+def test_no_margin_gives_the_exact_mlp_and_reads_everything() -> None:
+    mlp, x = Mlp("planes", 300, 1024), inputs(3, 300)
+    _, candidates, _ = mlp.run(x, margin=np.inf)
+    assert candidates == 3 * 1024
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0, 2.0, 3.0])
+def test_a_margin_misses_only_the_smallest(margin: float) -> None:
+    """Skipped neurons are within a few standard deviations of zero, and kept ones have exactly their values."""
+    mlp, x = Mlp("planes", 1024, 4096), inputs(8, 1024)
+    exact, _, all_active = mlp.run(x, margin=np.inf)
+    for isa in ISAS:
+        for together in (False, True):
+            y, candidates, active = mlp.run(x, margin, together, isa)
+            error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
+            missed = 1 - active / all_active
+            # A normal residual misses these shares of the positives; the smallest ones, so the output barely moves.
+            assert missed < {0.0: 0.15, 1.0: 0.03, 2.0: 0.005, 3.0: 0.0005}[margin]
+            assert error < {0.0: 0.05, 1.0: 0.01, 2.0: 0.001, 3.0: 0.0001}[margin]
+            assert active <= candidates < 8 * 4096 * 0.4
+
+
+def test_the_spread_is_calibrated() -> None:
+    """Without outliers in the way, residuals of the high plane have the standard deviation that the kernel assumes.
+
+    A margin of 0 keeps the neurons whose estimate is positive: their share of the truly positive ones follows from
+    the ratio of residual to pre-activation, which must lie near the prediction.
+    """
+    mlp, x = Mlp("planes", 1024, 8192), inputs(4, 1024)
+    mlp.bias[:] = -2.0
+    counts = [mlp.run(x, margin)[1] for margin in (0.0, 1.0, 2.0)]
+    assert counts[0] < counts[1] < counts[2] < 1.6 * counts[0]

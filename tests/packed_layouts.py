@@ -1,0 +1,116 @@
+"""The packed layouts read back with numpy, slowly: what native/layout.h says, written a second time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from persimmon.fast.cpu import _native
+
+ISAS = _native.supported_isas()
+
+
+def lane_order(codes: np.ndarray) -> np.ndarray:
+    """[R, K] in lane order -> plain order."""
+    rows = codes.shape[0]
+    lanes = codes.reshape(rows, -1, 8, 8, 4)  # superblock, vector v, group g, byte b
+    return lanes.transpose(0, 1, 3, 2, 4).reshape(rows, -1)  # 32 g + 4 v + b
+
+
+def nibbles(block: np.ndarray) -> np.ndarray:
+    """[R, S, 128] bytes -> [R, 256 * S] codes in plain order."""
+    return lane_order(np.concatenate([block & 15, block >> 4], axis=-1).reshape(block.shape[0], -1))
+
+
+def scales(block: np.ndarray) -> np.ndarray:
+    """[R, S, 16] bytes -> a float32 scale for every weight, [R, 256 * S]."""
+    halves = np.ascontiguousarray(block).view(np.float16).astype(np.float32)
+    return np.repeat(halves.reshape(block.shape[0], -1), 32, axis=1)
+
+
+def blocks(rows: np.ndarray, size: int) -> np.ndarray:
+    return rows.reshape(rows.shape[0], -1, size)
+
+
+def unpack_q8(rows: np.ndarray) -> np.ndarray:
+    b = blocks(rows, 272)
+    return lane_order(b[..., :256].view(np.int8).reshape(rows.shape[0], -1)) * scales(b[..., 256:])
+
+
+def unpack_q4(rows: np.ndarray) -> np.ndarray:
+    b = blocks(rows, 144)
+    return (nibbles(b[..., :128]).astype(np.float32) - 8) * scales(b[..., 128:])
+
+
+def unpack_planes(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    h = blocks(high, 144)
+    codes = 16 * nibbles(h[..., :128]).astype(np.int32) + nibbles(blocks(low, 128)) - 128
+    return codes.astype(np.float32) * scales(h[..., 128:])
+
+
+def unpack_neurons(rows: np.ndarray) -> np.ndarray:
+    b = blocks(rows, 272)
+    return b[..., :256].view(np.int8).reshape(rows.shape[0], -1) * scales(b[..., 256:])
+
+
+def superblocks(size: int) -> int:
+    return -(-size // 256)
+
+
+def pack(kind: str, weights: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    out = np.empty((weights.shape[0], superblocks(weights.shape[1]) * {"q8": 272, "q4": 144}[kind]), np.uint8)
+    _native.pack_rows(kind, weights, out, importance, 1)
+    return out
+
+
+def pack_planes(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows, size = weights.shape[0], superblocks(weights.shape[1])
+    high, low = np.empty((rows, 144 * size), np.uint8), np.empty((rows, 128 * size), np.uint8)
+    _native.pack_planes(weights, high, low, 1)
+    return high, low
+
+
+def pack_neurons(weights: np.ndarray) -> np.ndarray:
+    out = np.empty((weights.shape[0], superblocks(weights.shape[1]) * 272), np.uint8)
+    _native.pack_neurons(weights, out, 0, 1)
+    return out
+
+
+def padded(matrix: np.ndarray) -> np.ndarray:
+    return np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % 256)))
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    """Cut to bfloat16, as bit patterns."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class RowMatrix:
+    """A weight matrix in one format: what the kernel gets, and the floats that it stands for."""
+
+    def __init__(self, kind: str, weights: np.ndarray) -> None:
+        self.kind = kind
+        self.low = None
+        columns = weights.shape[1]
+        if kind in ("q8", "q4"):
+            self.packed = pack(kind, weights)
+            self.floats = (unpack_q8 if kind == "q8" else unpack_q4)(self.packed)[:, :columns]
+        elif kind == "planes":
+            self.packed, self.low = pack_planes(weights)
+            self.floats = unpack_planes(self.packed, self.low)[:, :columns]
+        elif kind == "bfloat16":
+            self.packed = bfloat16(padded(weights)).view(np.uint8)
+            self.floats = from_bfloat16(bfloat16(weights))
+        else:
+            self.packed, self.floats = padded(weights).view(np.uint8), weights
+
+    def times(self, x: np.ndarray, isa: str) -> np.ndarray:
+        return _native.rows(self.kind, self.packed, self.low, x, isa)
+
+    def expected(self, x: np.ndarray) -> np.ndarray:
+        """In float64, with the inputs as the kernel sees them."""
+        seen = x if self.kind in ("float32", "bfloat16") else _native.round_trip(x)
+        return seen.astype(np.float64) @ self.floats.astype(np.float64).T
