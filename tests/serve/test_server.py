@@ -163,6 +163,7 @@ BAD_BODIES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": HELLO, "frobnicate": 1}, 400, "frobnicate", "unknown field"),
     ({"messages": HELLO, "temperature": "hot"}, 400, "temperature", "number"),
     ({"messages": HELLO, "temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+    ({"messages": HELLO, "repetition_penalty": 5e-324}, 400, "repetition_penalty", "greater than or equal to 0.01"),
     ({"messages": HELLO, "max_new_tokens": 1}, 400, "max_new_tokens", "max_tokens"),
     ({"messages": HELLO, "max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     ({"messages": HELLO, "logit_bias": {"x": 1}}, 400, None, "not a token id"),
@@ -212,16 +213,17 @@ def test_the_next_turn_reads_only_new_tokens(client: Any) -> None:
     assert usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
 
 
-def test_a_client_that_goes_away_stops_its_request(server: Server) -> None:
+def test_a_client_that_goes_away_stops_its_request() -> None:
     body = {"messages": HELLO, "stream": True, **ENDLESS}
-    with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
-        lines = answer.iter_lines()  # kept: without a reader the connection is closed
-        next(lines)
-        assert server.service.worker.in_flight == 1
-    server.wait_idle()
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=body | {"stream": False}, timeout=0.3)
-    server.wait_idle()
+    with running(build_deadly) as slow:  # four seconds at least for an answer
+        with slow.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()  # kept: without a reader the connection is closed
+            next(lines)
+            assert slow.service.worker.in_flight == 1
+        slow.wait_idle()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{slow.url}/v1/chat/completions", json=body | {"stream": False}, timeout=1)
+        slow.wait_idle()
 
 
 def test_metrics_count_what_happened(server: Server, client: Any) -> None:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         from persimmon.serve.server import build_service, serve
     except ImportError as error:
         raise UnavailableError(f"serving needs {error.name}: pip install 'persimmon[serve]'") from None
-    from persimmon.checkpoints.directory import open_directory
+    from persimmon.checkpoints.directory import read_config
     from persimmon.checkpoints.download import resolve
     from persimmon.cli.console import note
     from persimmon.errors import InputError
@@ -60,18 +60,18 @@ def run(args: argparse.Namespace) -> int:
     from persimmon.serve.guard import write_log
     from persimmon.tokenizer import Tokenizer
 
-    opened = open_directory(resolve(model_name(args)))
-    limit = opened.config.max_positions
+    directory = resolve(model_name(args))
+    limit = read_config(directory).max_positions
     if args.context is not None and not 1 <= args.context <= limit:
         raise InputError(f"--context must be from 1 to the model's {limit} positions, got {args.context}")
     engine = EngineSettings(
-        str(opened.path),
+        str(directory),
         load_options=load_options(args),
         max_running=args.max_concurrency,
         cache_tokens=args.cache_tokens,
     )
     name = args.served_model_name or Path(model_name(args)).name
-    service = build_service(engine, Tokenizer.load(opened.path), name, args.context or limit, settings)
+    service = build_service(engine, Tokenizer.load(directory), name, args.context or limit, settings)
     note(f"loading {name} ...", quiet=args.quiet)
     return serve(
         service,

@@ -77,6 +77,7 @@ class SeparateCaches:
         self.name = decoder.name
         self.num_blocks, self.block_size = num_blocks, block_size
         self._decoder, self._max_sequences = decoder, max_sequences
+        self._capacity = min(decoder.config.max_positions, num_blocks * block_size)
         self._sequences: OrderedDict[int, CachedSequence] = OrderedDict()
 
     @property
@@ -96,7 +97,7 @@ class SeparateCaches:
     def _sequence(self, chunk: PagedChunk) -> CachedSequence:
         key = chunk.blocks[0]
         if key not in self._sequences:
-            self._sequences[key] = self._decoder.new_sequence(self.config.max_positions)
+            self._sequences[key] = self._decoder.new_sequence(self._capacity)
             while len(self._sequences) > self._max_sequences:
                 self._sequences.popitem(last=False)[1].close()
         self._sequences.move_to_end(key)
