@@ -163,3 +163,40 @@ def test_ctrl_c_leaves_the_text_so_far_and_exits_with_130(directory: str) -> Non
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert first and errors.decode().strip() == "persimmon: interrupted"
+
+
+def test_a_file_of_prompts_is_answered_and_taken_up_again(
+    directory: str, expected: persimmon.Generation, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('{"prompt": "the story"}\n{"id": "x", "messages": [{"role": "user", "content": "light"}]}\n')
+    command = ["generate", directory, "--input", str(source), "--output", str(target), *GREEDY]
+    assert main(command) == 0
+    assert "2 answered" in capfd.readouterr().err
+    lines = {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
+    assert set(lines) == {"1", "x"} and lines["1"]["text"] == expected.text
+    before = target.read_bytes()
+    assert main(command) == 0
+    said = capfd.readouterr()
+    assert "2 were there already" in said.err and said.out == "" and target.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--input", "in.jsonl"], "belong together"),
+        (["--output", "out.jsonl"], "belong together"),
+        (["--input", "in.jsonl", "--output", "out.jsonl", "--json"], "--json does not go with --input"),
+        (["--input", "in.jsonl", "--output", "out.jsonl", "--prompt", "a"], "--prompt does not go with --input"),
+        (["--input", "none.jsonl", "--output", "out.jsonl"], "none.jsonl does not exist"),
+        (["--input", "in.jsonl", "--output", "in.jsonl"], "the same file"),
+    ],
+)
+def test_wrong_batches_are_refused(
+    directory: str, flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text('{"prompt": "a"}\n')
+    assert main(["generate", directory, *flags]) == 2
+    assert words in capfd.readouterr().err and not Path("out.jsonl").exists()

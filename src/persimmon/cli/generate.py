@@ -1,4 +1,4 @@
-"""`persimmon generate`: continue a prompt on standard output."""
+"""`persimmon generate`: continue a prompt on standard output, or answer a file of prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persimmon.cli.options import add_model_options, add_sampling_options, load_from, model_name, sampling_from
+from persimmon.cli.options import (
+    add_model_options,
+    add_sampling_options,
+    load_from,
+    load_options,
+    model_name,
+    sampling_from,
+)
 
 if TYPE_CHECKING:
     from persimmon.infer.completion import Generation
@@ -28,12 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue, in UTF-8")
     text.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before the prompt")
     text.add_argument("--json", action="store_true", help="print text, token ids, usage and timings as JSON")
+    batch = parser.add_argument_group("many prompts")
+    batch.add_argument("--input", metavar="FILE", help="JSON Lines, one prompt or conversation per line")
+    batch.add_argument("--output", metavar="FILE", help="one line per answer; the lines that are there are kept")
     add_sampling_options(parser)
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Execute the verb."""
+    if args.input is not None or args.output is not None:
+        return answer_prompts(args)
     from persimmon.cli.console import Progress, note, print_json
 
     sampling, prompt = sampling_from(args), read_prompt(args)
@@ -54,6 +66,41 @@ def run(args: argparse.Namespace) -> int:
         print()
     note(_summary(result), quiet=not args.verbose)
     return 0
+
+
+def answer_prompts(args: argparse.Namespace) -> int:
+    """Answer --input to --output; 1 when a line got an error for an answer."""
+    from persimmon.checkpoints.download import resolve
+    from persimmon.cli.console import Progress, note
+    from persimmon.infer.batch import answer_file
+    from persimmon.serve.build import EngineSettings
+    from persimmon.tokenizer import Tokenizer
+
+    source, target = _batch_files(args)
+    sampling, directory = sampling_from(args), resolve(model_name(args))
+    engine = EngineSettings(str(directory), load_options=load_options(args))()
+    with Progress("answering", quiet=args.quiet) as progress:
+        tally = answer_file(engine, Tokenizer.load(directory), source, target, sampling, progress=progress)
+    counts = f"{tally.answered} answered, {tally.failed} failed, {tally.skipped} were there already"
+    note(f"{target}: {counts}", quiet=args.quiet)
+    return 1 if tally.failed else 0
+
+
+def _batch_files(args: argparse.Namespace) -> tuple[Path, Path]:
+    """--input and --output; InputError where one is missing or another option does not go with them."""
+    from persimmon.errors import InputError, NotFoundError
+
+    if args.input is None or args.output is None:
+        raise InputError("--input and --output belong together")
+    for flag in ("prompt", "prompt_file", "no_bos", "json"):
+        if getattr(args, flag) not in (None, False):
+            raise InputError(f"--{flag.replace('_', '-')} does not go with --input")
+    source, target = Path(args.input), Path(args.output)
+    if not source.is_file():
+        raise NotFoundError(f"--input {source} does not exist")
+    if target.exists() and target.samefile(source):
+        raise InputError(f"--input and --output are the same file: {source}")
+    return source, target
 
 
 def read_prompt(args: argparse.Namespace) -> str:

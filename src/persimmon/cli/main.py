@@ -24,6 +24,7 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
     "Use a model": {
         "chat": "persimmon.cli.chat",
         "generate": "persimmon.cli.generate",
+        "serve": "persimmon.cli.serve",
         "tokenize": "persimmon.cli.tokenize",
     },
     "Look at models and convert them": {

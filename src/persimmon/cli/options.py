@@ -122,22 +122,20 @@ def model_name(args: argparse.Namespace) -> str:
     return str(args.model or os.environ.get("PERSIMMON_MODEL") or DEFAULT_MODEL)
 
 
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `persimmon.load` that the options of `add_model_options` describe."""
+    names = ("device", "engine", "dtype", "threads", "context", "rotary_precision")
+    given = {"kv_dtype": args.kv_dtype, "sparsity_margin": args.sparsity_margin}
+    options = {name: getattr(args, name) for name in names}
+    return options | {name: value for name, value in given.items() if value is not None}
+
+
 def load_from(args: argparse.Namespace) -> Persimmon:
     """The model that the options of `add_model_options` describe."""
     from persimmon.api import load
     from persimmon.cli.console import note
 
-    given = {"kv_dtype": args.kv_dtype, "sparsity_margin": args.sparsity_margin}
-    model = load(
-        model_name(args),
-        device=args.device,
-        engine=args.engine,
-        dtype=args.dtype,
-        threads=args.threads,
-        context=args.context,
-        rotary_precision=args.rotary_precision,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    model = load(model_name(args), **load_options(args))
     if args.verbose:
         for line in model.choices:
             note(line)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from persimmon.infer.decoder import Logits
 from persimmon.infer.params import SamplingParams
-from persimmon.infer.sampling import Sampler, TokenLogprob
+from persimmon.infer.sampling import Mask, Sampler, TokenLogprob
 from persimmon.infer.stops import StopMatcher
 from persimmon.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -118,12 +118,26 @@ class Completion:
         """The stop string that was met."""
         return self._stops.matched
 
-    def accept(self, logits: Logits) -> Piece | None:
-        """Pick the next token; returns the piece that it completes, and always one with the last token."""
-        token_id, report = self.sampler.sample(logits)
-        self.token_ids.append(token_id)
+    def accept(self, logits: Logits, allowed: Mask | None = None) -> Piece | None:
+        """Pick the next token; returns the piece that it completes, and always one with the last token.
+
+        Where `allowed` [V] is given, only those tokens can be picked.
+        """
+        token_id, report = self.sampler.sample(logits, allowed)
         if report is not None:
             self.logprobs.append(report)
+        return self._take(token_id)
+
+    def replay(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> None:
+        """Go to where pieces had carried these tokens: what follows is what would have followed then."""
+        self.logprobs.extend(logprobs)
+        for token_id in token_ids:
+            self.sampler.note(token_id)
+            self._take(token_id)
+        self._emitted = len(self.token_ids)
+
+    def _take(self, token_id: int) -> Piece | None:
+        self.token_ids.append(token_id)
         if token_id == self._eos_id:
             self.finish_reason = "stop"
             return self._piece(self._flush())

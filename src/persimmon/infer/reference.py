@@ -11,6 +11,7 @@ from torch import Tensor
 
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
+from persimmon.infer.block_cache import PagedReference
 from persimmon.infer.decoder import Chunk, Logits, check_token_ids
 from persimmon.infer.kv_cache import CacheBatch, KVCache
 from persimmon.model import PersimmonModel
@@ -61,6 +62,10 @@ class ReferenceDecoder:
     def new_sequence(self, capacity: int) -> KVCache:
         """An empty sequence for up to `capacity` tokens; ContextLengthError beyond max_positions."""
         return KVCache(self.config, capacity, dtype=self._dtype, device=self._device)
+
+    def paged(self, num_blocks: int, block_size: int) -> PagedReference:
+        """The same model over a cache of blocks, for continuous batching (see infer.paged)."""
+        return PagedReference(self._model, num_blocks, block_size)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], *, exact_top: int | None = None) -> list[Logits | None]:

@@ -108,20 +108,29 @@ class Sampler:
         """What to pass to `Decoder.forward`."""
         return exact_top(self._params, len(self._banned))
 
-    def sample(self, logits: Logits) -> tuple[int, TokenLogprob | None]:
-        """The next token from logits [V], and its log-probabilities if they were asked for."""
+    def sample(self, logits: Logits, allowed: Mask | None = None) -> tuple[int, TokenLogprob | None]:
+        """The next token from logits [V], and its log-probabilities if they were asked for.
+
+        Where `allowed` [V] is given, only those tokens can be picked; the log-probabilities stay the model's own.
+        """
         scores = logits.astype(np.float64)
         for adjust in self._adjusts:
             adjust(scores)
         scores[self._banned] = -np.inf
+        if allowed is not None:
+            scores[~allowed] = -np.inf
         if not np.isfinite(scores.max()):
             raise PersimmonError("the model returned no usable logits (nan, infinite, or every token excluded)")
         token_id = int(scores.argmax()) if self._params.greedy else self._draw(scores)
+        self.note(token_id)
+        report = None if self._params.logprobs is None else log_probability(logits, token_id, self._params.logprobs)
+        return token_id, report
+
+    def note(self, token_id: int) -> None:
+        """Count a token as picked."""
         self._position += 1
         self._counts[token_id] += 1
         self._seen[token_id] = True
-        report = None if self._params.logprobs is None else log_probability(logits, token_id, self._params.logprobs)
-        return token_id, report
 
     def _choose_adjusts(self) -> list[Adjust]:
         params = self._params

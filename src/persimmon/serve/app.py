@@ -1,0 +1,370 @@
+"""The routes. Each reads a checked body, hands requests to the engine and turns its updates into an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from persimmon import __version__, chat
+from persimmon.errors import InputError
+from persimmon.infer.engine import Failure, Update
+from persimmon.serve import protocol
+from persimmon.serve.answers import ChatAnswer, CompletionAnswer, token_text
+from persimmon.serve.metrics import CONTENT_TYPE as METRICS_TYPE
+from persimmon.serve.protocol import ErrorResponse, UnsupportedField, error_body, sse
+from persimmon.serve.service import ApiError, Service, invalid
+from persimmon.serve.worker import Submission
+
+WEB = Path(__file__).parent / "web"
+WEB_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 413, 429, 503)
+}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+Answer = ChatAnswer | CompletionAnswer
+T = TypeVar("T")
+
+
+def build_app(service: Service) -> FastAPI:
+    """The application; wrap it in `guard.Guard` to serve it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.worker.start()
+        yield
+        await service.worker.stop()
+
+    app = FastAPI(
+        title="Persimmon", version=__version__, summary="OpenAI-compatible server for Persimmon models",
+        docs_url=None, redoc_url=None, lifespan=lifespan, responses=ERRORS,
+    )  # fmt: skip
+    app.state.service = service
+    _add_error_handlers(app)
+    _add_generation(app, service)
+    _add_information(app, service)
+    _add_page(app)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def _api_error(_: Request, error: ApiError) -> Response:
+        headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else None
+        body = error_body(error.message, error.kind, error.param, error.code)
+        return JSONResponse(body, error.status, headers)
+
+    @app.exception_handler(InputError)
+    async def _input_error(_: Request, error: InputError) -> Response:
+        return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation_error(_: Request, error: RequestValidationError) -> Response:
+        message, param = describe_validation(error.errors())
+        return JSONResponse(error_body(message, "invalid_request_error", param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def _http_error(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(error_body(message, "invalid_request_error"), error.status_code, error.headers)
+
+
+def describe_validation(errors: Any) -> tuple[str, str | None]:
+    """(message, field) of the first thing that is wrong with a body."""
+    first: Mapping[str, Any] = errors[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UnsupportedField):
+        return str(cause), cause.name
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first.get('ctx', {}).get('error', '')}", None
+    # Alternatives of a field (text or list) appear as path parts with the names of types; the field itself is enough.
+    field = path[0] if path else None
+    if first["type"] == "extra_forbidden":
+        return f"unknown field {'.'.join(path)!r}: it is not supported", path[-1]
+    if field is None:
+        return str(first["msg"]).removeprefix("Value error, "), None
+    return f"{'.'.join(path)}: {str(first['msg']).removeprefix('Value error, ')}", field
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", response_model=protocol.ChatResponse, responses=STREAMED)
+    async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        service.check_model(body.model)
+        requests = await service.chat_requests(body)
+        submission = service.submit(requests)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        answer = ChatAnswer(_new_id("chatcmpl"), service.model, service.tokenizer, requests, with_usage=with_usage)
+        return await _respond(service, request, body, submission, answer)
+
+    @app.post("/v1/completions", response_model=protocol.CompletionResponse, responses=STREAMED)
+    async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
+        """Continue texts or token ids."""
+        service.check_model(body.model)
+        requests = await service.completion_requests(body)
+        submission = service.submit(requests)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        answer = CompletionAnswer(
+            _new_id("cmpl"), service.model, service.tokenizer, requests,
+            with_usage=with_usage, echo=bool(body.echo), answer=body.max_tokens != 0,
+        )  # fmt: skip
+        return await _respond(service, request, body, submission, answer)
+
+
+async def _respond(
+    service: Service, request: Request, body: protocol.Sampling, submission: Submission, answer: Answer
+) -> Response:
+    """The whole answer, or a stream once every request is accepted."""
+    log = request.scope["state"]["log"] if "log" in request.scope.get("state", {}) else {}
+    try:
+        if body.stream:
+            options = body.stream_options or protocol.StreamOptions()
+            await _until_disconnected(request.receive, submission.accepted())
+            if (failure := submission.refusal()) is not None:
+                raise _as_error(failure)
+            return EventStream(_events(service, submission, answer, options, log), submission)
+        collecting = _collect(submission, answer)
+        deadline = service.settings.request_seconds
+        await _until_disconnected(request.receive, asyncio.wait_for(collecting, deadline))
+        _log_usage(log, answer)
+        return JSONResponse(answer.whole())
+    except TimeoutError:
+        submission.close()
+        raise ApiError(503, "the answer took too long", "server_error", code="timeout") from None
+    except BaseException:
+        submission.close()
+        raise
+
+
+async def _collect(submission: Submission, answer: Answer) -> None:
+    while not submission.finished:
+        item = await submission.next()
+        assert item is not None, "without a limit it waits"
+        if item[1].failure is not None:
+            raise _as_error(item[1].failure)
+        answer.note(*item)
+
+
+async def _events(
+    service: Service, submission: Submission, answer: Answer, options: protocol.StreamOptions, log: dict[str, Any]
+) -> AsyncIterator[bytes]:
+    """The events of a stream; an error after its beginning is one of them."""
+    deadline = time.monotonic() + service.settings.request_seconds
+    progress = _Progress(service, submission.prompt_tokens)
+    while not submission.finished:
+        item = await submission.next(service.settings.ping_seconds)
+        if time.monotonic() > deadline:
+            yield sse(error_body("the answer took too long", "server_error", code="timeout"))
+            return
+        if item is None:
+            yield b": ping\n\n"
+            continue
+        index, update = item
+        if update.failure is not None:
+            error = _as_error(update.failure)
+            yield sse(error_body(error.message, error.kind, code=error.code))
+            return
+        answer.note(index, update)
+        for chunk in answer.chunks(index, update):
+            yield sse(chunk)
+        if options.include_progress and (report := progress.report(update)) is not None:
+            yield sse(answer.chunk([], progress=report))
+    _log_usage(log, answer)
+    if options.include_usage:
+        yield sse(answer.chunk([]) | {"usage": answer.usage()})
+    yield b"data: [DONE]\n\n"
+
+
+class _Progress:
+    """Speed and sparsity of a stream, at most five times per second, for people who watch."""
+
+    _SECONDS_BETWEEN = 0.2
+
+    def __init__(self, service: Service, prompt_tokens: int) -> None:
+        self._service, self._prompt_tokens = service, prompt_tokens
+        self._first = self._reported = 0.0
+        self._tokens = 0
+
+    def report(self, update: Update) -> dict[str, Any] | None:
+        """What to tell now, if anything."""
+        now = time.monotonic()
+        if update.piece is not None:
+            self._first = self._first or now
+            self._tokens += len(update.piece.token_ids)
+        due = now - self._reported >= self._SECONDS_BETWEEN or update.finish_reason is not None
+        if not due or not (update.prompt_done or update.piece):
+            return None
+        self._reported = now
+        active = self._service.worker.state.active_fraction
+        elapsed = now - self._first
+        return {
+            "prompt_done": update.prompt_done,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._tokens,
+            "tokens_per_second": round((self._tokens - 1) / elapsed, 1) if self._tokens > 1 and elapsed > 0 else None,
+            "zeros": round(1 - sum(active) / len(active), 4) if active else None,
+        }
+
+
+def _as_error(failure: Failure) -> ApiError:
+    if failure.kind == "engine":
+        return ApiError(503, failure.message, "server_error", code="engine_failure", retry_after=1)
+    code = "context_length_exceeded" if failure.kind == "context" else None
+    return invalid(failure.message, code=code)
+
+
+def _log_usage(log: dict[str, Any], answer: Answer) -> None:
+    usage = answer.usage()
+    log["prompt_tokens"], log["completion_tokens"] = usage["prompt_tokens"], usage["completion_tokens"]
+    log["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+async def _until_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(499, "the client closed the connection", "invalid_request_error")
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events; the engine's work stops when the client goes away, or stops reading."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], submission: Submission) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._submission = events, submission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the events end or the client is gone."""
+        pump = asyncio.ensure_future(self._pump(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+        finally:
+            self._submission.close()
+            for task in (pump, gone):
+                task.cancel()
+            await asyncio.gather(pump, gone, return_exceptions=True)
+
+    async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    model = {
+        "id": service.model, "object": "model", "created": service.created, "owned_by": "persimmon",
+        "max_model_len": service.context,
+    }  # fmt: skip
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        """One model."""
+        service.check_model(name)
+        return model
+
+    @app.post("/tokenize", response_model=protocol.TokenizeResponse)
+    async def tokenize(body: protocol.TokenizeRequest) -> Response:
+        """Token ids of a text or a conversation."""
+        service.check_model(body.model)
+        if body.messages is not None:
+            ids = await asyncio.to_thread(service.encode_messages, body.messages)
+        else:
+            ids = await asyncio.to_thread(service.tokenizer.encode, body.prompt or "", bos=body.add_special_tokens)
+        found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+        if body.return_token_strs:
+            found["token_strs"] = [token_text(service.tokenizer, i) for i in ids]
+        return JSONResponse(found)
+
+    @app.post("/detokenize", response_model=protocol.DetokenizeResponse)
+    async def detokenize(body: protocol.DetokenizeRequest) -> Response:
+        """The text of token ids."""
+        service.check_model(body.model)
+        limit = service.tokenizer.vocab_size
+        outside = [i for i in body.tokens if i >= limit]
+        if outside:
+            raise invalid(f"token id {outside[0]} is outside the vocabulary of {limit}", "tokens")
+        return JSONResponse({"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)})
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What remote users of the tokenizer need to know."""
+        end = service.tokenizer.piece(service.tokenizer.eos_id)
+        start = service.tokenizer.piece(service.tokenizer.bos_id)
+        return {"bos_token": start, "eos_token": end, "pad_token": None, "chat_template": chat.CHAT_TEMPLATE}
+
+    @app.get("/health")
+    @app.get("/livez", include_in_schema=False)
+    async def health() -> dict[str, Any]:
+        """The server lives; needs no key."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    @app.get("/readyz", include_in_schema=False)
+    async def ready() -> dict[str, Any]:
+        """Answers can be given; 503 while loading, restarting and draining."""
+        service.check_ready()
+        if not service.worker.ready.is_set():
+            raise ApiError(503, "the engine is starting again", "server_error", code="unavailable", retry_after=2)
+        return {"status": "ready", "model": service.model, "engine": service.worker.engine_name}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(service.metrics.render(), media_type=METRICS_TYPE)
+
+
+def _add_page(app: FastAPI) -> None:
+    files = {f"/web/{path.relative_to(WEB).as_posix()}": path for path in WEB.rglob("*") if path.suffix in WEB_TYPES}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(WEB / "index.html", media_type="text/html", headers={"cache-control": "no-cache"})
+
+    @app.get("/web/{path:path}", include_in_schema=False)
+    async def web_file(path: str, request: Request) -> Response:
+        found = files.get(request.url.path)
+        if found is None:
+            raise HTTPException(404, "no such file")
+        return FileResponse(found, media_type=WEB_TYPES[found.suffix], headers={"cache-control": "no-cache"})

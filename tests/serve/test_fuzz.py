@@ -1,0 +1,64 @@
+"""schemathesis over the description of the interface: nothing it sends makes the server fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "httpx"):
+    pytest.importorskip(package)
+schemathesis = pytest.importorskip("schemathesis")
+
+from hypothesis import HealthCheck, Phase, given, settings, strategies  # noqa: E402
+from schemathesis import GenerationMode  # noqa: E402
+from schemathesis.checks import not_a_server_error  # noqa: E402
+from schemathesis.specs.openapi.checks import (  # noqa: E402
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from served import Server, running  # noqa: E402
+
+EXAMPLES = int(os.environ.get("PERSIMMON_FUZZ_EXAMPLES", "6"))
+"""Per operation."""
+
+MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running() as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_no_request_makes_the_server_fail(server: Server) -> None:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) >= 8
+    for operation in operations:
+        _fuzz(operation, server)
+
+
+def _fuzz(operation: Any, server: Server) -> None:
+    """EXAMPLES requests to one operation, valid and not."""
+
+    @settings(
+        max_examples=EXAMPLES, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+    )  # fmt: skip
+    @given(case=strategies.one_of(operation.as_strategy(mode) for mode in MODES))
+    def attempt(case: Any) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
+            case.body["max_tokens"] = min(case.body["max_tokens"], 4)  # short answers: more requests
+        case.call_and_validate(base_url=server.url, checks=CHECKS, timeout=60)
+
+    attempt()
+
+
+def test_nothing_is_left_behind(server: Server) -> None:
+    server.wait_idle()
