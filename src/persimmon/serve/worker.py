@@ -60,7 +60,8 @@ Command = Request | str
 
 def run_worker(build: Callable[[], Engine], commands: Connection, events: Connection) -> None:
     """The process: load, then take commands and make steps until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which drains
+    for number in (signal.SIGINT, signal.SIGTERM):  # both go to the whole group; the server drains, then ends this one
+        signal.signal(number, signal.SIG_IGN)
     try:
         engine = build()
     except Exception as error:
@@ -208,10 +209,8 @@ class EngineWorker:
             task.cancel()
         if self._process is not None:
             process, self._process = self._process, None
-            process.terminate()
+            process.kill()  # it holds nothing that could be lost
             await asyncio.to_thread(process.join, 5)
-            if process.is_alive():
-                process.kill()
 
     def submit(self, ticket: Ticket) -> None:
         """Run a request; its updates go to the ticket's queue, an empty one first when it is accepted."""
