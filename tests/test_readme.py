@@ -47,7 +47,8 @@ def commands(page: str) -> list[str]:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the README assumes it: configs/, DATA/ and a release tar."""
     place = tmp_path_factory.mktemp("readme")
-    (place / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "README.md"):
+        (place / name).symlink_to(ROOT / name)
     data = place / "DATA"
     for name, make in (("text", made_text), ("code", made_code)):
         folder = data / "pretrain" / name
@@ -68,7 +69,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, records in (("arc_easy", arc), ("winogrande", blanks)):
         text = "\n".join(json.dumps(record) for record in records)
         (data / "eval" / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    tokenizer = made_tokenizer()
+    tokenizer = made_tokenizer(unused=(300, 301))
     release = release_state(made_model(made_config(tokenizer)))
     write_release(place / "8b_chat_model_release.tar", release, tokenizer.serialized)
     return place

@@ -25,7 +25,7 @@ from persimmon.tokenizer import Tokenizer
 from persimmon.train.loop import Batch, LoopRecipe, Trainer
 from persimmon.train.loss import IGNORE, chunked_cross_entropy
 from persimmon.train.parallel import World, run_processes
-from persimmon.train.pretrain import Report, refuse_overwriting, set_up_process, stack_rows
+from persimmon.train.pretrain import Report, process_restored, refuse_overwriting, set_up_process, stack_rows
 
 
 @dataclass(frozen=True)
@@ -237,4 +237,5 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool, report: Report) -> None:
     """Run (or go on with) a recipe; the result is a model directory at `output`/model."""
     refuse_overwriting(recipe.output, resume)
     os.environ.setdefault("OMP_NUM_THREADS", str(recipe.threads or os.cpu_count() or 1))
-    run_processes(recipe.processes, _run, recipe, resume, report)
+    with process_restored():
+        run_processes(recipe.processes, _run, recipe, resume, report)

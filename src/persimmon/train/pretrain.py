@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,17 @@ def set_up_process(threads: int) -> None:
     torch.set_flush_denormal(True)
 
 
+@contextlib.contextmanager
+def process_restored() -> Iterator[None]:
+    """Undo `set_up_process` at the end: a run with one process is a guest in the caller's."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
 def build_model(recipe: ModelRecipe, vocab_size: int, end_of_text: int, seed: int) -> PersimmonModel:
     """A freshly initialised model that fits the vocabulary."""
     sizes = {"vocab_size": vocab_size, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
@@ -209,4 +221,5 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool, report: Report) -> None:
     """
     refuse_overwriting(recipe.output, resume)
     os.environ.setdefault("OMP_NUM_THREADS", str(recipe.threads or os.cpu_count() or 1))
-    run_processes(recipe.processes, _run, recipe, resume, report)
+    with process_restored():
+        run_processes(recipe.processes, _run, recipe, resume, report)
