@@ -43,7 +43,7 @@ def commands(page: str) -> list[str]:
     return [re.sub(r"\s+#.*", "", line).strip() for line in lines]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the README assumes it: configs/, DATA/ and a release tar."""
     place = tmp_path_factory.mktemp("readme")

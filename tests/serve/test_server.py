@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -244,7 +245,10 @@ def test_the_log_names_requests_and_never_prompts(server: Server) -> None:
     body = {"messages": HELLO, "max_tokens": 2}
     answer = server.http.post("/v1/chat/completions", json=body, headers={"x-request-id": "abc-1"})
     assert answer.headers["x-request-id"] == "abc-1"
-    entry = next(e for e in reversed(server.log) if e["request_id"] == "abc-1")
+    deadline = time.monotonic() + 30  # the line is written after the answer was sent
+    while not (entries := [e for e in server.log if e["request_id"] == "abc-1"]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    entry = entries[-1]
     assert entry["path"] == "/v1/chat/completions" and entry["status"] == 200 and entry["completion_tokens"] <= 2
     assert "light" not in json.dumps(server.log)
 

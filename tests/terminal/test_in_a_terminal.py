@@ -124,6 +124,7 @@ def test_a_conversation(terminal: Terminal, tmp_path: Path) -> None:
     terminal.press("/save talk.json\r")
     terminal.wait_for("Saved to talk.json")
 
+    terminal.wait_for("❯ ")  # keys that come before the prompt stands are flushed
     terminal.press("not sent\x03")
     terminal.wait_for("Ctrl-C again")
     terminal.press("\x03")
