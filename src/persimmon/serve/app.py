@@ -288,6 +288,12 @@ class EventStream(Response):
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
+    _add_models(app, service)
+    _add_tokenizer(app, service)
+    _add_state(app, service)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
     model = {
         "id": service.model, "object": "model", "created": service.created, "owned_by": "persimmon",
         "max_model_len": service.context,
@@ -304,6 +310,8 @@ def _add_information(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return model
 
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", response_model=protocol.TokenizeResponse)
     async def tokenize(body: protocol.TokenizeRequest) -> Response:
         """Token ids of a text or a conversation."""
@@ -334,6 +342,8 @@ def _add_information(app: FastAPI, service: Service) -> None:
         start = service.tokenizer.piece(service.tokenizer.bos_id)
         return {"bos_token": start, "eos_token": end, "pad_token": None, "chat_template": chat.CHAT_TEMPLATE}
 
+
+def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     @app.get("/livez", include_in_schema=False)
     async def health() -> dict[str, Any]:
