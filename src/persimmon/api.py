@@ -177,6 +177,27 @@ def load(
     Raises NotFoundError, CheckpointError, InputError for a value that cannot be, UnavailableError for something that
     this machine does not have.
     """
+    decoder, path, choices = load_decoder(
+        model, device=device, engine=engine, dtype=dtype, threads=threads, rotary_precision=rotary_precision,
+        **engine_options,
+    )  # fmt: skip
+    return Persimmon(decoder, Tokenizer.load(path), context=context, choices=choices)
+
+
+def load_decoder(
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    engine: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    rotary_precision: str = "checkpoint",
+    **engine_options: Any,
+) -> tuple[Decoder, Path, list[str]]:
+    """The decoder alone, for models without a tokenizer as `synthesize` writes them; the arguments of `load`.
+
+    Returns it with the model's directory and the lines that say how it was set up.
+    """
     if threads is not None:
         if threads < 1:
             raise InputError(f"threads must be 1 or more, got {threads}")
@@ -197,7 +218,7 @@ def load(
         f"{name} {choice.value} ({choice.reason})"
         for name, choice in (("device", on), ("engine", by), ("dtype", precision))
     ]
-    return Persimmon(decoder, Tokenizer.load(path), context=context, choices=choices)
+    return decoder, path, choices
 
 
 def _describe(path: Path, packed: bool) -> tuple[ModelConfig, str]:

@@ -48,6 +48,7 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
     },
     "This machine": {
         "doctor": "persimmon.cli.doctor",
+        "bench": "persimmon.cli.bench",
     },
 }
 VERBS = {verb: module for group in VERB_GROUPS.values() for verb, module in group.items()}

@@ -1,0 +1,176 @@
+"""Decoding: tokens per second of one or several sequences, one token a step, greedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from persimmon.bench.ceiling import Ceiling
+from persimmon.bench.peers import Peer
+from persimmon.bench.row import Row, finished
+from persimmon.bench.subject import Subject, new_sequences
+from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, repeat
+from persimmon.errors import ContextLengthError, UnavailableError
+from persimmon.infer.decoder import Chunk
+
+
+@dataclass(frozen=True)
+class DecodeWork:
+    """What every run does."""
+
+    depth: int
+    """Tokens in the cache before the first timed one."""
+    tokens: int
+    """Timed steps."""
+    batch: int
+    """Sequences side by side."""
+
+    @property
+    def attended(self) -> float:
+        """Tokens that a timed one attends to, on average: those before it and itself."""
+        return self.depth + (self.tokens + 1) / 2
+
+
+class Decoding:
+    """Sequences filled to the depth; every run decodes from there and goes back."""
+
+    def __init__(self, subject: Subject, work: DecodeWork) -> None:
+        """Fill the cache. Raises ContextLengthError when depth and tokens do not fit."""
+        limit = subject.config.max_positions
+        if work.depth + work.tokens > limit:
+            raise ContextLengthError(
+                f"{work.depth} tokens of context and {work.tokens} more exceed the model's {limit} positions"
+            )
+        self._subject, self._work = subject, work
+        self._sequences = new_sequences(subject, work.depth, work.tokens, work.batch)
+        self.head_rows = float(subject.config.vocab_size)
+        """Logits per token that the last step computed exactly; the others are -inf."""
+        self.run(min(work.tokens, 4))  # pages in the weights and starts the threads
+        subject.reset_counts()
+
+    def run(self, steps: int | None = None) -> float:
+        """Tokens per second, all sequences together."""
+        steps = steps or self._work.tokens
+        decoder = self._subject.decoder
+        ids = [1] * len(self._sequences)
+        with Stopwatch() as watch:
+            for _ in range(steps):
+                chunks = [Chunk(sequence, [i]) for sequence, i in zip(self._sequences, ids, strict=True)]
+                logits = decoder.forward(chunks, exact_top=1)
+                ids = [int(np.argmax(row)) for row in logits if row is not None]
+        self.head_rows = float(np.mean([np.isfinite(row).sum() for row in logits if row is not None]))
+        for sequence in self._sequences:
+            sequence.truncate(self._work.depth)
+        return steps * len(self._sequences) / watch.seconds
+
+    def close(self) -> None:
+        """Give the sequences' memory back."""
+        for sequence in self._sequences:
+            sequence.close()
+
+
+def decode_row(subject: Subject, work: DecodeWork, runs: int, ceiling: Ceiling, peer: Peer | None) -> Row:
+    """Measure, alone or in turns with a peer, and put the figures together."""
+    decoding = Decoding(subject, work)
+    if peer is None:
+        ours, against = repeat(decoding.run, runs), {}
+    else:
+        pairs = alternate(decoding.run, peer.run, runs)
+        ours, against = pairs.ours, against_fields(peer, pairs.peer, pairs.ratios)
+    traffic = subject.traffic(work.attended, work.batch, decoding.head_rows)
+    bandwidth = ceiling.again()
+    most = bandwidth.value * 1e9 / traffic.read
+    decoding.close()
+    return finished(
+        {
+            "bench": "decode",
+            **subject.facts(),
+            "context": work.depth,
+            "tokens": work.tokens,
+            "batch": work.batch,
+            "tokens_per_second": ours.median,
+            "runs": list(ours.values),
+            "bytes_per_token": traffic.read,
+            "bytes_per_token_dense": traffic.dense,
+            "bandwidth_gb_s": bandwidth.value,
+            "bandwidth_method": bandwidth.method,
+            "ceiling_tokens_per_second": most,
+            "percent_of_ceiling": percent_of(ours.median, most),
+            **neuron_shares(subject),
+            **against,
+        }
+    )
+
+
+def against_fields(peer: Peer, theirs: Summary, ratios: Summary) -> dict[str, Any]:
+    """The fields that a comparison adds: the ratio is the median over pairs of neighbours."""
+    return {
+        "ratio": ratios.median,
+        "ratio_min": ratios.low,
+        "ratio_max": ratios.high,
+        "ratios": list(ratios.values),
+        "peer": {
+            "name": peer.name,
+            "tokens_per_second": theirs.median,
+            "runs": list(theirs.values),
+            **peer.facts,
+        },
+    }
+
+
+def neuron_shares(subject: Subject) -> dict[str, float]:
+    """Shares of the MLPs' neurons whose pre-activation was computed exactly, and that were active."""
+    counts = [layer for layer in subject.counts or () if layer["tokens"] and layer["candidates"]]
+    if not counts:
+        return {}
+    neurons = sum(layer["tokens"] for layer in counts) * subject.config.intermediate_size
+    return {
+        "candidate_share": sum(layer["candidates"] for layer in counts) / neurons,
+        "active_share": sum(layer["active"] for layer in counts) / neurons,
+    }
+
+
+# -- start-up ------------------------------------------------------------------------------------------------
+
+_STARTUP_PROMPT = 8  # tokens
+
+
+def first_token_seconds(model: str, options: Mapping[str, Any], runs: int = 3) -> list[float]:
+    """Seconds from the start of a process to the first token of a short prompt, by run, the page cache warm."""
+    command = [sys.executable, "-m", "persimmon.bench.decode", model, json.dumps(dict(options))]
+    seconds = []
+    for _ in range(runs + 1):
+        started = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UnavailableError(f"the model did not start: {done.stderr.strip()[-300:]}")
+        seconds.append(float(done.stdout) - started)
+    return seconds[1:]
+
+
+def startup_fields(seconds: list[float]) -> dict[str, Any]:
+    """The fields that `--startup` adds."""
+    return {"startup_seconds": median(seconds), "startup_runs": seconds}
+
+
+def _start(model: str, options: Mapping[str, Any]) -> None:
+    """Load, read a short prompt, pick a token, and print when that was."""
+    from persimmon.bench.subject import load_subject, random_ids
+
+    subject = load_subject(model, options)
+    sequence = subject.decoder.new_sequence(2 * _STARTUP_PROMPT)
+    (logits,) = subject.decoder.forward([Chunk(sequence, random_ids(subject.config, _STARTUP_PROMPT, 0))], exact_top=1)
+    assert logits is not None and np.isfinite(logits.max()), "the last logits were asked for"
+    print(time.monotonic())
+
+
+if __name__ == "__main__":
+    _start(sys.argv[1], json.loads(sys.argv[2]))

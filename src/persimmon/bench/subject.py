@@ -1,0 +1,97 @@
+"""The model that is measured: its decoder, and what the arithmetic needs to know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persimmon.bench.traffic import Traffic, token_traffic
+from persimmon.config import ModelConfig
+from persimmon.infer.decoder import CachedSequence, Chunk, Decoder
+
+
+@dataclass
+class Subject:
+    """A loaded model."""
+
+    name: str
+    directory: Path
+    decoder: Decoder
+    weight_format: str
+    kv_dtype: str
+    threads: int
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its shape."""
+        return self.decoder.config
+
+    @property
+    def counts(self) -> Sequence[Mapping[str, float]] | None:
+        """The engine's counters, or None where it has none."""
+        counter = getattr(self.decoder, "layer_counts", None)
+        return None if counter is None else counter()
+
+    def reset_counts(self) -> None:
+        """Start counting anew."""
+        reset = getattr(self.decoder, "reset_counts", None)
+        if reset is not None:
+            reset()
+
+    def traffic(self, attended: float, batch: int, head_rows: float | None) -> Traffic:
+        """Bytes per token since the counters were reset."""
+        return token_traffic(
+            self.config, self.weight_format, self.kv_dtype,
+            attended=attended, batch=batch, counts=self.counts, head_rows=head_rows,
+        )  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a row that say what ran."""
+        facts: dict[str, Any] = {
+            "model": self.name,
+            "engine": self.decoder.name,
+            "format": self.weight_format,
+            "kv_dtype": self.kv_dtype,
+            "threads": self.threads,
+        }
+        isa = getattr(self.decoder, "isa", None)
+        return facts | ({"instructions": isa} if isa else {})
+
+
+def load_subject(name: str, options: Mapping[str, Any]) -> Subject:
+    """Load a model with `persimmon.api.load_decoder`; it needs no tokenizer."""
+    import torch
+
+    from persimmon.api import load_decoder
+
+    decoder, directory, choices = load_decoder(name, **options)
+    dtype = next(line.split()[1] for line in choices if line.startswith("dtype "))
+    form = getattr(decoder, "form", None)
+    return Subject(
+        name=Path(name).name,
+        directory=directory,
+        decoder=decoder,
+        weight_format=dtype if form is None else form.name,
+        kv_dtype=getattr(decoder, "kv_dtype", dtype),
+        threads=getattr(decoder, "threads", torch.get_num_threads()),
+    )
+
+
+def random_ids(config: ModelConfig, count: int, seed: int) -> list[int]:
+    """Token ids from the whole vocabulary: what they say does not matter for speed."""
+    ids: list[int] = np.random.default_rng(seed).integers(config.vocab_size, size=count).tolist()
+    return ids
+
+
+def new_sequences(subject: Subject, depth: int, room: int, batch: int) -> list[CachedSequence]:
+    """`batch` sequences that hold `depth` random tokens each, with room for `room` more."""
+    sequences = [subject.decoder.new_sequence(depth + room) for _ in range(batch)]
+    chunks = [
+        Chunk(sequence, random_ids(subject.config, depth, seed), "none") for seed, sequence in enumerate(sequences)
+    ]
+    subject.decoder.forward(chunks)
+    return sequences

@@ -1,0 +1,127 @@
+"""Bytes that a decoded token reads: every matrix by its format, less what the engine's own counts say it skipped.
+
+Padding to whole superblocks counts, since it is read. Not counted: activations, which stay in the caches. Arithmetic
+only, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from persimmon import accounting
+from persimmon.config import ModelConfig
+from persimmon.fast.cpu.formats import FORMATS, Format, hot_bytes, layer_tensors, row_bytes
+from persimmon.fast.cpu.memory import kv_bytes_per_token
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MlpUse:
+    """Neurons of one layer that a token needs, as counted by the engine; means, so not whole numbers."""
+
+    candidates: float
+    """Whose exact pre-activation was computed."""
+    active: float
+    """Of them positive: whose down row was read."""
+
+
+def all_neurons(config: ModelConfig) -> list[MlpUse]:
+    """What a dense engine uses."""
+    return [MlpUse(config.intermediate_size, config.intermediate_size)] * config.num_layers
+
+
+def counted_neurons(counts: Sequence[Mapping[str, float]], config: ModelConfig) -> list[MlpUse]:
+    """Means per token of the engine's counters; all neurons where it counts nothing, as q4 does."""
+    uses = []
+    for layer in counts:
+        tokens, active = layer["tokens"], layer["active"]
+        if not tokens or not layer["candidates"]:
+            uses.append(MlpUse(config.intermediate_size, config.intermediate_size))
+        else:
+            uses.append(MlpUse(layer["candidates"] / tokens, active / tokens))
+    return uses
+
+
+def in_batch(uses: Sequence[MlpUse], batch: int, config: ModelConfig) -> list[MlpUse]:
+    """Most neurons that `batch` tokens of one step can need together: no two alike, or all there are."""
+    limit = config.intermediate_size
+    return [MlpUse(min(limit, batch * use.candidates), min(limit, batch * use.active)) for use in uses]
+
+
+def step_weight_bytes(config: ModelConfig, form: Format, uses: Sequence[MlpUse], *, head_rows: float) -> float:
+    """Weights that one step of the CPU engine reads. head_rows: rows of a packed head whose low plane was read."""
+    hidden = config.hidden_size
+    vectors = sum(tensor.num_bytes for tensor in layer_tensors(config, form, 0) if tensor.dtype == "F32")
+    attention = 4 * hidden * row_bytes(form.attention, hidden)
+    mlp = sum(mlp_bytes(config, form, use) for use in uses)
+    return config.num_layers * (vectors + attention) + mlp + head_bytes(config, form, head_rows)
+
+
+def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
+    """The matrices of one MLP."""
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    if form.mlp == "planes":
+        low, down = row_bytes("low", hidden), row_bytes("int8", hidden)
+        return neurons * hot_bytes(config) + use.candidates * low + use.active * down
+    up = neurons * row_bytes(form.mlp, hidden)
+    if form.mlp == "q4":
+        return up + hidden * row_bytes("q4", neurons)
+    return up + use.active * row_bytes("int8" if form.mlp == "q8" else form.mlp, hidden)
+
+
+def head_bytes(config: ModelConfig, form: Format, low_rows: float) -> float:
+    """Final norm and head, and one row of the embedding."""
+    hidden, rows = config.hidden_size, config.vocab_size
+    if form.head == "planes":
+        matrix = rows * row_bytes("high", hidden) + low_rows * row_bytes("low", hidden)
+    else:
+        matrix = rows * row_bytes(form.head, hidden)
+    embedding = hidden * (_FLOAT_BYTES if form.name == "float32" else 2)
+    return matrix + 2 * hidden * _FLOAT_BYTES + embedding
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes per decoded token."""
+
+    read: float
+    """What was read; with a batch the most that can have been (see in_batch)."""
+    dense: float
+    """What a dense engine of the same format reads for it."""
+
+
+def token_traffic(
+    config: ModelConfig,
+    weight_format: str,
+    kv_dtype: str,
+    *,
+    attended: float,
+    batch: int = 1,
+    counts: Sequence[Mapping[str, float]] | None = None,
+    head_rows: float | None = None,
+) -> Traffic:
+    """Weights and cache of one token of a step of `batch` sequences that each attend to `attended` tokens.
+
+    counts: the CPU engine's; None for the reference, which reads everything. head_rows: rows of the vocabulary head
+    whose logits were computed exactly; None is all of them.
+    """
+    if counts is None:
+        weights = accounting.weight_bytes_per_token(config, weight_format)
+        cache = attended * accounting.kv_bytes_per_token(config, kv_dtype)
+        return Traffic(weights / batch + cache, weights / batch + cache)
+    form = FORMATS[weight_format]
+    cache = attended * kv_bytes_per_token(config, kv_dtype)
+    uses = in_batch(counted_neurons(counts, config), batch, config)
+    rows = config.vocab_size if head_rows is None else min(config.vocab_size, batch * head_rows)
+    read = step_weight_bytes(config, form, uses, head_rows=rows)
+    dense = step_weight_bytes(config, form, all_neurons(config), head_rows=config.vocab_size)
+    return Traffic(read / batch + cache, dense / batch + cache)
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of reading a prompt: every matrix of the blocks for every token, the head once, causal attention."""
+    count = accounting.count_parameters(config)
+    blocks = count.attention + count.mlp
+    return 2 * blocks * tokens + 2 * count.head + 2 * tokens * tokens * config.hidden_size * config.num_layers
