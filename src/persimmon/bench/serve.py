@@ -20,7 +20,6 @@ from persimmon.bench.timing import Summary, percent_of, percentile
 from persimmon.config import ModelConfig
 from persimmon.errors import UnavailableError
 
-
 WARM_UP_SECONDS = 2.0
 """Of one client, before anything counts."""
 
