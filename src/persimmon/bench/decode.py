@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from persimmon.bench.ceiling import Ceiling
+from persimmon.bench.filling import fill
 from persimmon.bench.peers import Peer
 from persimmon.bench.row import Row, finished
-from persimmon.bench.subject import Subject, new_sequences
+from persimmon.bench.subject import Subject
 from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, repeat
 from persimmon.errors import ContextLengthError, UnavailableError
-from persimmon.infer.decoder import Chunk
+from persimmon.infer.decoder import Chunk, Logits
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class DecodeWork:
     """Tokens in the cache before the first timed one."""
     tokens: int
     """Timed steps."""
-    batch: int
+    batch: int = 1
     """Sequences side by side."""
+    fill: str = "read"
+    """How the cache is filled (see filling.py)."""
 
     @property
     def attended(self) -> float:
@@ -49,8 +52,8 @@ class Decoding:
             raise ContextLengthError(
                 f"{work.depth} tokens of context and {work.tokens} more exceed the model's {limit} positions"
             )
-        self._subject, self._work = subject, work
-        self._sequences = new_sequences(subject, work.depth, work.tokens, work.batch)
+        self._work = work
+        self._cache = fill(subject, work.fill, work.depth, work.tokens, work.batch)
         self.head_rows = float(subject.config.vocab_size)
         """Logits per token that the last step computed exactly; the others are -inf."""
         self.run(min(work.tokens, 4))  # pages in the weights and starts the threads
@@ -59,22 +62,19 @@ class Decoding:
     def run(self, steps: int | None = None) -> float:
         """Tokens per second, all sequences together."""
         steps = steps or self._work.tokens
-        decoder = self._subject.decoder
-        ids = [1] * len(self._sequences)
+        ids = [1] * self._work.batch
+        logits: list[Logits] = []
         with Stopwatch() as watch:
             for _ in range(steps):
-                chunks = [Chunk(sequence, [i]) for sequence, i in zip(self._sequences, ids, strict=True)]
-                logits = decoder.forward(chunks, exact_top=1)
-                ids = [int(np.argmax(row)) for row in logits if row is not None]
-        self.head_rows = float(np.mean([np.isfinite(row).sum() for row in logits if row is not None]))
-        for sequence in self._sequences:
-            sequence.truncate(self._work.depth)
-        return steps * len(self._sequences) / watch.seconds
+                logits = self._cache.step(ids)
+                ids = [int(np.argmax(row)) for row in logits]
+        self.head_rows = float(np.mean([np.isfinite(row).sum() for row in logits]))
+        self._cache.rewind()
+        return steps * self._work.batch / watch.seconds
 
     def close(self) -> None:
         """Give the sequences' memory back."""
-        for sequence in self._sequences:
-            sequence.close()
+        self._cache.close()
 
 
 def decode_row(subject: Subject, work: DecodeWork, runs: int, ceiling: Ceiling, peer: Peer | None) -> Row:
@@ -96,6 +96,7 @@ def decode_row(subject: Subject, work: DecodeWork, runs: int, ceiling: Ceiling, 
             "context": work.depth,
             "tokens": work.tokens,
             "batch": work.batch,
+            "fill": work.fill,
             "tokens_per_second": ours.median,
             "runs": list(ours.values),
             "bytes_per_token": traffic.read,

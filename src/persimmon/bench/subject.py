@@ -11,7 +11,7 @@ import numpy as np
 
 from persimmon.bench.traffic import Traffic, token_traffic
 from persimmon.config import ModelConfig
-from persimmon.infer.decoder import CachedSequence, Chunk, Decoder
+from persimmon.infer.decoder import Decoder
 
 
 @dataclass
@@ -85,13 +85,3 @@ def random_ids(config: ModelConfig, count: int, seed: int) -> list[int]:
     """Token ids from the whole vocabulary: what they say does not matter for speed."""
     ids: list[int] = np.random.default_rng(seed).integers(config.vocab_size, size=count).tolist()
     return ids
-
-
-def new_sequences(subject: Subject, depth: int, room: int, batch: int) -> list[CachedSequence]:
-    """`batch` sequences that hold `depth` random tokens each, with room for `room` more."""
-    sequences = [subject.decoder.new_sequence(depth + room) for _ in range(batch)]
-    chunks = [
-        Chunk(sequence, random_ids(subject.config, depth, seed), "none") for seed, sequence in enumerate(sequences)
-    ]
-    subject.decoder.forward(chunks)
-    return sequences

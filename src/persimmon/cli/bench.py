@@ -38,6 +38,11 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens decoded by a run (default: 32)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences side by side (default: 1)")
     parser.add_argument(
+        "--fill", default="read", choices=("read", "copy"),
+        help="read the context for real, or copy one block of it over the cache: the same work for attention, "
+        "without the wait (default: read)",
+    )  # fmt: skip
+    parser.add_argument(
         "--startup", action="store_true", help="also time a new process from its start to its first token"
     )
     _add_measuring(parser)
@@ -190,7 +195,7 @@ def _decode(args: argparse.Namespace) -> int:
 
     ceiling = _ceiling(args, "read")
     subject = load_subject(model_name(args), _load_options(args))
-    work = decode.DecodeWork(args.context, args.tokens, args.batch)
+    work = decode.DecodeWork(args.context, args.tokens, args.batch, args.fill)
     settings = {"context": args.context, "tokens": args.tokens, "batch": args.batch}
     peer = _peer(args, subject, "transformers_decode.py", settings)
     try:

@@ -60,16 +60,18 @@ def _engine(args: argparse.Namespace, directory: Path) -> dict[str, str]:
     from persimmon.accounting import count_parameters
     from persimmon.engines import choose_device, choose_dtype, choose_engine
     from persimmon.fast.cpu.packed import is_packed, open_packed
+    from persimmon.fast.cpu.weights import float_format
 
     if args.url is not None:
         return {"engine": "not known", "format": "not known"}
     config, packed = read_config(directory), is_packed(directory)
     stored = open_packed(directory).form.name if packed else open_directory(directory).dtype
     device = choose_device(args.device).value
-    return {
-        "engine": choose_engine(args.engine, device, packed, config).value,
-        "format": choose_dtype(args.dtype, device, stored, count_parameters(config).total).value,
-    }
+    engine = choose_engine(args.engine, device, packed, config).value
+    dtype = choose_dtype(args.dtype, device, stored, count_parameters(config).total).value
+    if engine == "cpu" and not packed:  # it keeps the checkpoint's bits
+        dtype = float_format(open_directory(directory), dtype).name
+    return {"engine": engine, "format": dtype}
 
 
 def _ours(args: argparse.Namespace, stack: contextlib.ExitStack, name: str, most: int) -> Target:
