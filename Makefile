@@ -1,6 +1,7 @@
 # Set-up and everyday commands. Each target makes what it needs; nothing is installed twice.
 #   make chat    talk with the shipped model        make test    all tests of this machine
-#   make check   format, lint, types, imports       make clean   forget the environment
+#   make check   format, lint, types, imports       make bench   speed of the shipped model
+#   make clean   forget the environment
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -12,11 +13,11 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # An older PyTorch is enough when it is all there is: make chat TORCH=torch==2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test check format clean
+.PHONY: help chat test check bench format clean
 .SILENT:
 
 help:
-	sed -n '2,4s/^# *//p' Makefile
+	sed -n '2,5s/^# *//p' Makefile
 
 $(BIN)/python:
 	test -n "$(PYTHON)" || { echo "persimmon needs Python 3.11, 3.12 or 3.13" >&2; exit 1; }
@@ -50,6 +51,10 @@ check: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/base.done
+	$(BIN)/persimmon bench decode mini --tokens 128
+	$(BIN)/persimmon bench prefill mini
 
 format: $(VENV)/dev.done
 	$(BIN)/ruff format .

@@ -134,20 +134,24 @@ class CommandPeer:
 
     def __init__(self, command: str, settings: Settings) -> None:
         self._words = fill_in(command, settings)
-        self.name = Path(self._words[0]).name
-        self.facts: dict[str, Any] = {"command": " ".join([self.name, *map(_short, self._words[1:])])}
+        module = self._words[1:2] == ["-m"] and len(self._words) > 2  # python -m package.module
+        self.name = self._words[2].partition(".")[0] if module else Path(self._words[0]).name
+        self.facts: dict[str, Any] = {"command": " ".join(map(_short, self._words))}
 
     def run(self) -> float:
         """Start it and read its result."""
-        try:
-            process = subprocess.Popen(self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        except OSError as error:
-            raise UnavailableError(f"the peer {self._words[0]} cannot be started: {error}") from None
-        output, errors = process.communicate()
-        if process.returncode:
-            raise UnavailableError(f"the peer {self.name} failed ({process.returncode}): {errors.strip()[-500:]}")
-        rate, facts = read_result(self.name, output)
-        self.facts |= facts
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            try:
+                process = subprocess.Popen(self._words, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+            except OSError as error:
+                raise UnavailableError(f"the peer {self._words[0]} cannot be started: {error}") from None
+            code, peak = _wait(process)
+            if code:
+                errors.seek(0)
+                raise UnavailableError(f"the peer {self.name} failed ({code}): {errors.read().strip()[-500:]}")
+            output.seek(0)
+            rate, facts = read_result(self.name, output.read())
+        self.facts |= {**facts, "peak_rss_bytes": max(peak, self.facts.get("peak_rss_bytes", 0))}
         return rate
 
     def close(self) -> None:
@@ -162,6 +166,13 @@ def fill_in(command: str, settings: Settings) -> list[str]:
     for name, value in settings.items():
         words = [word.replace("{" + name + "}", str(value)) for word in words]
     return words
+
+
+def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """(exit code, peak resident bytes) of a process, once it has ended."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _short(word: str) -> str:

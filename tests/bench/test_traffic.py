@@ -1,0 +1,88 @@
+"""Bytes per token against the packed tensors themselves, and against counts written down by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from persimmon.bench.traffic import (
+    MlpUse,
+    all_neurons,
+    counted_neurons,
+    in_batch,
+    mlp_bytes,
+    prefill_flops,
+    token_traffic,
+)
+from persimmon.config import preset
+from persimmon.fast.cpu.formats import FORMATS
+from persimmon.fast.cpu.memory import kv_bytes_per_token
+from persimmon.fast.cpu.packed import planned_bytes
+
+FULL = preset("8b")
+
+
+def counts_of(config: object, candidates: int, active: int, tokens: int = 10) -> list[dict[str, float]]:
+    layer = {"tokens": tokens, "candidates": candidates * tokens, "active": active * tokens}
+    return [layer] * config.num_layers
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_dense_token_reads_every_tensor_but_the_embedding(form: str) -> None:
+    """The sum over the file's tensors is the oracle; outlier columns (64 bytes a layer) are indices, not weights."""
+    embedding = "F32" if form == "float32" else "BF16"
+    item = 4 if form == "float32" else 2
+    stored = planned_bytes(FULL, FORMATS[form], embedding)
+    stored -= FULL.vocab_size * FULL.hidden_size * item  # the embedding ...
+    stored += FULL.hidden_size * item  # ... of which one row is read
+    stored -= FULL.num_layers * 16 * 4 if form == "p44" else 0
+    neurons = FULL.intermediate_size
+    traffic = token_traffic(FULL, form, "int8", attended=0, counts=counts_of(FULL, neurons, neurons))
+    assert traffic.dense == traffic.read == stored
+
+
+def test_p44_reads_hot_rows_always_and_cold_ones_by_need() -> None:
+    """Row of 4096 inputs: high 16 * 144 + 32, low 16 * 128, down 16 * 272."""
+    use = MlpUse(candidates=2000, active=1500)
+    assert mlp_bytes(FULL, FORMATS["p44"], use) == 16384 * 2336 + 2000 * 2048 + 1500 * 4352
+    assert mlp_bytes(FULL, FORMATS["q8"], use) == 16384 * 4352 + 1500 * 4352
+    assert mlp_bytes(FULL, FORMATS["q4"], use) == 16384 * 2304 + 4096 * 9216  # dense: the counts do not matter
+    assert mlp_bytes(FULL, FORMATS["bfloat16"], use) == (16384 + 1500) * 8192
+
+
+def test_skipped_neurons_and_head_rows_are_taken_off() -> None:
+    counts = counts_of(FULL, 2000, 1500)
+    traffic = token_traffic(FULL, "p44", "int8", attended=100.5, counts=counts, head_rows=12)
+    skipped = 36 * ((16384 - 2000) * 2048 + (16384 - 1500) * 4352) + (262144 - 12) * 2048
+    assert traffic.dense - traffic.read == skipped
+    shallow = token_traffic(FULL, "p44", "int8", attended=0, counts=counts, head_rows=12)
+    assert traffic.read - shallow.read == 100.5 * kv_bytes_per_token(FULL, "int8") == 100.5 * 36 * 2 * 64 * 68
+
+
+def test_a_batch_shares_weights_and_adds_up_neurons_at_most_to_all() -> None:
+    uses = in_batch([MlpUse(2000, 1500)], 8, FULL)
+    assert uses == [MlpUse(16000, 12000)] and in_batch(uses, 8, FULL) == [MlpUse(16384, 16384)]
+    alone = token_traffic(FULL, "q4", "int8", attended=0, counts=counts_of(FULL, 0, 0))
+    eight = token_traffic(FULL, "q4", "int8", attended=0, batch=8, counts=counts_of(FULL, 0, 0))
+    assert eight.read == alone.read / 8
+
+
+def test_an_engine_without_counts_reads_everything() -> None:
+    traffic = token_traffic(FULL, "bfloat16", "bfloat16", attended=10)
+    assert traffic.read == traffic.dense
+    assert 16.6e9 < traffic.read < 16.8e9  # 8.323 G weights of two bytes
+
+
+def test_counts_are_means_and_a_format_that_counts_nothing_is_dense() -> None:
+    config = preset("test")
+    layer = {"tokens": 4, "candidates": 40, "active": 20}
+    assert counted_neurons([layer], config) == [MlpUse(10, 5)]
+    assert counted_neurons([{**layer, "candidates": 0, "active": 0}], config) == all_neurons(config)[:1]
+    assert counted_neurons([{**layer, "tokens": 0}], config) == all_neurons(config)[:1]
+
+
+def test_prefill_counts_the_head_once_and_causal_attention() -> None:
+    config = preset("test")
+    one, two = prefill_flops(config, 1), prefill_flops(config, 2)
+    attention = 2 * config.hidden_size * config.num_layers
+    blocks = (two - one) - 3 * attention  # 2 * (2^2 - 1^2) of the products
+    assert one - attention - blocks == 2 * config.vocab_size * config.hidden_size
