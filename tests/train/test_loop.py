@@ -16,7 +16,6 @@ from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
 from persimmon.train.loop import (
     Batch,
-    LayerStatistics,
     LoopRecipe,
     ScheduleRecipe,
     Trainer,
@@ -26,6 +25,7 @@ from persimmon.train.loop import (
 from persimmon.train.loss import IGNORE
 from persimmon.train.optimizer import OptimizerRecipe
 from persimmon.train.parallel import World, run_processes
+from persimmon.train.sparsity import LayerStatistics
 
 
 class RandomRows:

@@ -26,6 +26,7 @@ from persimmon.train.loss import IGNORE, chunked_cross_entropy
 from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
 from persimmon.train.parallel import World
 from persimmon.train.schedule import cosine, warmup_stable_decay
+from persimmon.train.sparsity import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -106,27 +107,6 @@ class TrainingStopped(PersimmonError, RuntimeError):
     """The loss went wrong; the last checkpoint is from before."""
 
 
-class LayerStatistics:
-    """Observer of the MLPs: the share of zeros per layer, and the penalty that keeps it up."""
-
-    def __init__(self, num_layers: int, target: float) -> None:
-        self._target = target
-        self.penalties: list[Tensor] = []
-        self.zeros: list[list[float]] = [[] for _ in range(num_layers)]
-
-    def __call__(self, layer: int, active: Tensor) -> None:
-        """Take in relu(pre-activation) [B, T, F] of one layer."""
-        zeros = 1.0 - int(torch.count_nonzero(active.detach())) / active.numel()
-        self.zeros[layer].append(zeros)
-        if zeros < self._target:
-            # A sum and a scalar product: the backward pass of mean() divides every element in bfloat16, slowly.
-            self.penalties.append(active.sum(dtype=torch.float32) * (1 / active.numel()))
-
-    def penalty(self) -> Tensor:
-        """Sum over the layers below the target of their mean activation, with gradient, per layer of the model."""
-        return sum(self.penalties, start=torch.zeros(())) / len(self.zeros)
-
-
 class Trainer:
     """Model, optimizers and data of one run in one process of `world`."""
 
@@ -185,7 +165,7 @@ class Trainer:
                     loss = loss + self.recipe.sparsity_penalty / passes * statistics.penalty()
             loss.backward()
         self.world.sum_gradients(self.model.parameters())
-        return float(self.world.sum(total)), [sum(z) / len(z) for z in statistics.zeros if z]
+        return float(self.world.sum(total)), statistics.shares()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtype is torch.float32:
