@@ -120,4 +120,5 @@ def test_commands_that_fail_say_why() -> None:
 
 
 def test_modules_are_named_by_their_package() -> None:
-    assert CommandPeer("python -m persimmon.cli.main bench decode", {}).name == "persimmon"
+    assert CommandPeer("/usr/bin/python3 -m persimmon.cli.main bench decode", {}).name == "persimmon"
+    assert CommandPeer("/opt/llama-bench -m /models/a.gguf", {}).name == "llama-bench"

@@ -94,9 +94,7 @@ def test_decoding_prints_the_ceiling_first_and_the_row_last(
     assert len(row["runs"]) == 2 and row["runs"][0] > 0
     assert 0 < row["active_share"] <= row["candidate_share"] <= 1
     assert row["bytes_per_token"] <= row["bytes_per_token_dense"]
-    assert row["ceiling_tokens_per_second"] == pytest.approx(
-        10e9 / row["bytes_per_token"], rel=1e-4
-    )
+    assert row["ceiling_tokens_per_second"] == pytest.approx(10e9 / row["bytes_per_token"], rel=1e-4)
     assert row["percent_of_ceiling"] == pytest.approx(
         100 * row["tokens_per_second"] / row["ceiling_tokens_per_second"], rel=1e-4
     )

@@ -134,8 +134,9 @@ class CommandPeer:
 
     def __init__(self, command: str, settings: Settings) -> None:
         self._words = fill_in(command, settings)
-        module = self._words[1:2] == ["-m"] and len(self._words) > 2  # python -m package.module
-        self.name = self._words[2].partition(".")[0] if module else Path(self._words[0]).name
+        self.name = Path(self._words[0]).name
+        if self.name.startswith("python") and self._words[1:2] == ["-m"] and len(self._words) > 2:
+            self.name = self._words[2].partition(".")[0]  # python -m package.module
         self.facts: dict[str, Any] = {"command": " ".join(map(_short, self._words))}
 
     def run(self) -> float:
