@@ -111,6 +111,10 @@ def four_layer_rows(args: argparse.Namespace) -> Iterator[Row]:
         )
         decoding = peer + " -p 0 -n {tokens} -r 1 -t {threads} -o json"
         yield Row("decode-8b4l-q4-llama", bench("decode", q4, "--against", decoding), ("8b-4l-q4",))
+    ourselves = bench("decode", q4, "--runs", "1", "--bandwidth-bytes", str(1 << 26))
+    yield Row(
+        "decode-8b4l-q4-batch8", bench("decode", q4, "--batch", "8", "--against", shlex.join(ourselves)), ("8b-4l-q4",)
+    )
     transformers = ["--against", "transformers", "--peer-dtype", "bfloat16"]
     yield Row("decode-8b4l-p44-transformers", bench("decode", p44, *transformers), ("8b-4l-p44",))
     yield Row("kernels", bench("kernels", "--runs", "3"))

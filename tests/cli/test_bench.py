@@ -14,6 +14,7 @@ import pytest
 from persimmon.bench import ceiling
 from persimmon.bench.limits import Limit
 from persimmon.bench.row import FIELDS
+from persimmon.bench.subject import load_subject
 from persimmon.cli.main import main
 from persimmon.config import preset
 from persimmon.fast.cpu.native_module import why_unavailable
@@ -121,6 +122,11 @@ def test_a_cache_can_be_filled_by_copies(directory: Path, capsys: pytest.Capture
     assert row["bytes_per_token"] == row["bytes_per_token_dense"]
 
 
+def test_weight_files_are_read_back(packed: Path) -> None:
+    subject = load_subject(str(packed), {"threads": 1})
+    assert subject.page_in() == sum(file.stat().st_size for file in packed.glob("*.safetensors"))
+
+
 def test_prefill_has_every_length(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines, _ = run(capsys, "prefill", directory, *SMALL, "--lengths", "8,16", "--against", peer("{length}"))
     row = row_of(lines)
@@ -217,7 +223,7 @@ def test_transformers_trains_the_same_shape_and_runs_random_weights(
         capsys, "train", *shape, *SMALL, "--context", "16", "--batch", "2", "--against", "transformers"
     )
     assert code == 0 and row_of(lines)["peer"]["name"] == "transformers"
-    words = ["decode", packed, *SMALL, "--tokens", "2", "--against", "transformers", "--peer-restart"]
+    words = ["decode", packed, *SMALL, "--runs", "1", "--tokens", "2", "--against", "transformers", "--peer-restart"]
     code, lines, _ = run(capsys, *words)
     assert code == 0 and row_of(lines)["peer"]["weights"] == "random"
 

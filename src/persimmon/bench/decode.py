@@ -80,10 +80,15 @@ class Decoding:
 def decode_row(subject: Subject, work: DecodeWork, runs: int, ceiling: Ceiling, peer: Peer | None) -> Row:
     """Measure, alone or in turns with a peer, and put the figures together."""
     decoding = Decoding(subject, work)
+
+    def ours_after_a_large_peer() -> float:
+        subject.page_in()
+        return decoding.run()
+
     if peer is None:
         ours, against = repeat(decoding.run, runs), {}
     else:
-        pairs = alternate(decoding.run, peer.run, runs)
+        pairs = alternate(ours_after_a_large_peer if peer.restarts else decoding.run, peer.run, runs)
         ours, against = pairs.ours, against_fields(peer, pairs.peer, pairs.ratios)
     traffic = subject.traffic(work.attended, work.batch, decoding.head_rows)
     bandwidth = ceiling.again()

@@ -32,6 +32,8 @@ class Peer(Protocol):
     """Another program that does the same work."""
 
     name: str
+    restarts: bool
+    """It takes the memory that it needs anew for every run, and may push our files out of the page cache."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class ScriptPeer:
         self.facts: dict[str, Any] = {"script": script, **{name: settings[name] for name in kept if name in settings}}
         self.facts["weights"] = "the same" if settings.get("directory") else "random"
         self._command = [sys.executable, str(script_path(script)), json.dumps(dict(settings))]
-        self._restart = restart
+        self.restarts = restart
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by close)
 
@@ -82,7 +84,7 @@ class ScriptPeer:
         assert process.stdin is not None, "started with pipes"
         answer = self._ask(process, "{}\n")
         self.facts |= {name: value for name, value in answer.items() if name != "tokens_per_second"}
-        if self._restart:
+        if self.restarts:
             self._stop()
         return float(answer["tokens_per_second"])
 
@@ -133,6 +135,7 @@ class CommandPeer:
     """A command that measures itself and prints JSON, started for every measurement."""
 
     def __init__(self, command: str, settings: Settings) -> None:
+        self.restarts = True
         self._words = fill_in(command, settings)
         self.name = Path(self._words[0]).name
         if self.name.startswith("python") and self._words[1:2] == ["-m"] and len(self._words) > 2:

@@ -13,6 +13,8 @@ from persimmon.bench.traffic import Traffic, token_traffic
 from persimmon.config import ModelConfig
 from persimmon.infer.decoder import Decoder
 
+_READ_BYTES = 8 << 20
+
 
 @dataclass
 class Subject:
@@ -48,6 +50,15 @@ class Subject:
             self.config, self.weight_format, self.kv_dtype,
             attended=attended, batch=batch, counts=self.counts, head_rows=head_rows,
         )  # fmt: skip
+
+    def page_in(self) -> int:
+        """Read the weight files, so that the page cache has them again after a peer pushed them out; returns bytes."""
+        count = 0
+        for file in sorted(self.directory.glob("*.safetensors")):
+            with file.open("rb", buffering=0) as stream:
+                while part := stream.read(_READ_BYTES):
+                    count += len(part)
+        return count
 
     def facts(self) -> dict[str, Any]:
         """The fields of a row that say what ran."""
