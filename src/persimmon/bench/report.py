@@ -93,6 +93,31 @@ def number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def summary(row: Row) -> list[str]:
+    """A row for a person, in lines."""
+    unit = "layers/s" if row["bench"] == "kernels" else "tokens/s"
+    most, percent = number(row["ceiling_tokens_per_second"]), row["percent_of_ceiling"]
+    lines = [f"achieved: {number(row['tokens_per_second'])} {unit}, {percent:.0f} % of the ceiling of {most}"]
+    if row["bytes_per_token"] is not None:
+        read, dense = size_text(row["bytes_per_token"]), size_text(row["bytes_per_token_dense"])
+        lines.append(f"read per token: {read} (dense: {dense})")
+    for entry in row.get("kernels", ()):
+        share = f" at {entry['active_share']:.0%} active" if "active_share" in entry else ""
+        lines.append(
+            f"  {entry['kernel']}{share}: {entry['microseconds']:.0f} us, {entry['gb_s']:.1f} GB/s, "
+            f"{entry['percent_of_bandwidth']:.0f} % of bandwidth"
+        )
+    for entry in row.get("lengths", ()) or row.get("levels", ()):
+        what = f"{entry['clients']} clients" if "clients" in entry else f"{entry['context']} tokens"
+        lines.append(f"  {what}: {number(entry['tokens_per_second'])} tokens/s")
+    if "ratio" in row:
+        low, high, name = row["ratio_min"], row["ratio_max"], row["peer"]["name"]
+        lines.append(f"against {name}: {row['ratio']:.2f}x (pairs {low:.2f}-{high:.2f})")
+    if "startup_seconds" in row:
+        lines.append(f"start to first token: {row['startup_seconds']:.2f} s")
+    return [*lines, f"peak memory: {size_text(row['peak_rss_bytes'])}"]
+
+
 # -- pages ---------------------------------------------------------------------------------------------------
 
 
