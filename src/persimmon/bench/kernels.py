@@ -90,8 +90,8 @@ class Arrays:
         self.form, self.config = form, one.replace(num_layers=count)
         self._source = source
         rows = next(part for _, part in source.rows("embed_tokens.weight"))
-        embedding = np.resize(rows, (vocab, one.hidden_size))
-        self.arrays = {"embed_tokens.weight": embedding if form.name == "float32" else to_bfloat16(embedding), **head}
+        rows = rows if form.name == "float32" else to_bfloat16(rows)
+        self.arrays = {"embed_tokens.weight": np.resize(rows, (vocab, one.hidden_size)), **head}
         for index in range(count):
             for name, array in layer.items():
                 copy = array if index == 0 else array.copy()
