@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from persimmon.bench.ceiling import Ceiling
 from persimmon.bench.row import Row, finished
@@ -88,10 +89,9 @@ class Arrays:
         size = sum(array.nbytes for array in layer.values())
         count = max(1, -(-setting.layer_bytes // size))
         self.form, self.config = form, one.replace(num_layers=count)
-        self._source = source
         rows = next(part for _, part in source.rows("embed_tokens.weight"))
-        rows = rows if form.name == "float32" else to_bfloat16(rows)
-        self.arrays = {"embed_tokens.weight": np.resize(rows, (vocab, one.hidden_size)), **head}
+        few: NDArray[Any] = rows if form.name == "float32" else to_bfloat16(rows)
+        self.arrays = {"embed_tokens.weight": np.resize(few, (vocab, one.hidden_size)), **head}
         for index in range(count):
             for name, array in layer.items():
                 copy = array if index == 0 else array.copy()
