@@ -67,6 +67,8 @@ def test_a_batch_shares_weights_and_adds_up_neurons_at_most_to_all() -> None:
 
 
 def test_an_engine_without_counts_reads_everything() -> None:
+    p44 = token_traffic(FULL, "p44", "int8", attended=10)
+    assert p44.read == p44.dense
     traffic = token_traffic(FULL, "bfloat16", "bfloat16", attended=10)
     assert traffic.read == traffic.dense
     assert 16.6e9 < traffic.read < 16.8e9  # 8.323 G weights of two bytes

@@ -8,9 +8,9 @@ from persimmon.bench.limits import Limit, measure, merge
 class Ceiling:
     """Read bandwidth (GB/s) or the rate of matrix products (GFLOP/s) of the same minutes as the runs."""
 
-    def __init__(self, kind: str, threads: int, num_bytes: int | None = None) -> None:
+    def __init__(self, kind: str, threads: int, num_bytes: int | None = None, device: str = "cpu") -> None:
         """kind: `read` or `gemm`. Measures."""
-        self._kind, self._threads, self._num_bytes = kind, threads, num_bytes
+        self._kind, self._threads, self._num_bytes, self._device = kind, threads, num_bytes, device
         self.before = self._measure()
 
     def again(self) -> Limit:
@@ -24,4 +24,4 @@ class Ceiling:
         return f"ceiling: {self.before.value:.1f} {unit} by {self._threads} threads ({self.before.method}{others})"
 
     def _measure(self) -> Limit:
-        return measure(self._kind, self._threads, self._num_bytes)
+        return measure(self._kind, self._threads, self._num_bytes, self._device)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from persimmon.bench.timing import Stopwatch, Summary
+from persimmon.engines import choose_device
 from persimmon.errors import UnavailableError
 from persimmon.machine import cpu_features, memory_available
 
@@ -26,6 +27,7 @@ READ_BYTES = 2 << 30
 _LEAST_READ_BYTES = 1 << 30
 _READ_PASSES = 7
 _GEMM_SIZE = 2048  # rows and columns: 17 GFLOP a product, large enough for full rate
+_GPU_GEMM_SIZE = 8192
 _GEMM_PASSES = 5
 
 
@@ -64,12 +66,15 @@ def merge(first: Limit, second: Limit) -> Limit:
     return Limit(Summary(samples).median, first.method, samples, first.others)
 
 
-def read_bandwidth(threads: int, num_bytes: int) -> Limit:
-    """GB/s at which `threads` threads of this process read an array from end to end."""
+def read_bandwidth(threads: int, num_bytes: int, device: str = "cpu") -> Limit:
+    """GB/s at which `threads` threads of this process, or a GPU, read an array from end to end."""
     import numpy as np
     import torch
 
     torch.set_num_threads(threads)
+    if device != "cpu":
+        resident = torch.ones(num_bytes // 4, device=device)
+        return best({"sum (torch)": _rates(lambda: float(resident.sum()), num_bytes / 1e9, _READ_PASSES)})
     data = np.ones(num_bytes // 4, np.float32)
     whole = torch.from_numpy(data)
     parts = np.array_split(data, threads)
@@ -83,11 +88,16 @@ def read_bandwidth(threads: int, num_bytes: int) -> Limit:
         return best({name: _rates(way, data.nbytes / 1e9, _READ_PASSES) for name, way in ways.items()})
 
 
-def matrix_rate(threads: int, size: int = _GEMM_SIZE) -> Limit:
+def matrix_rate(threads: int, size: int | None = None, device: str = "cpu") -> Limit:
     """GFLOP/s (int8: 10^9 operations) of square matrix products, in every type the processor has instructions for."""
     import torch
 
     torch.set_num_threads(threads)
+    size = size or (_GEMM_SIZE if device == "cpu" else _GPU_GEMM_SIZE)
+    work = 2 * size**3 / 1e9
+    if device != "cpu":
+        halves = torch.randn(size, size, device=device).bfloat16()
+        return best({"bfloat16": _rates(lambda: float((halves @ halves)[0, 0]), work, _GEMM_PASSES)})
     features = set(cpu_features())
     x = torch.randn(size, size)
     ways: dict[str, Callable[[], Any]] = {"float32": lambda: x @ x}
@@ -97,7 +107,6 @@ def matrix_rate(threads: int, size: int = _GEMM_SIZE) -> Limit:
     if features & {"avx512_vnni", "amx_int8", "i8mm"}:
         whole = (x * 20).to(torch.int8)
         ways["int8"] = lambda: torch._int_mm(whole, whole)
-    work = 2 * size**3 / 1e9
     return best({name: _rates(way, work, _GEMM_PASSES) for name, way in ways.items()})
 
 
@@ -112,10 +121,13 @@ def _rates(action: Callable[[], Any], work: float, passes: int) -> list[float]:
     return rates
 
 
-def measure(kind: str, threads: int, num_bytes: int | None = None) -> Limit:
-    """`read` or `gemm`, in a process of its own. Raises UnavailableError when that fails."""
+def measure(kind: str, threads: int, num_bytes: int | None = None, device: str = "cpu") -> Limit:
+    """`read` or `gemm`, in a process of its own. Raises UnavailableError when that fails.
+
+    device: as `persimmon.load` takes it; `auto` is what it would choose.
+    """
     command = [sys.executable, "-m", "persimmon.bench.limits", kind, "--threads", str(threads)]
-    command += ["--bytes", str(num_bytes or default_read_bytes())]
+    command += ["--bytes", str(num_bytes or default_read_bytes()), "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UnavailableError(f"the machine's limits could not be measured: {done.stderr.strip()[-300:]}")
@@ -129,8 +141,13 @@ def main() -> None:
     parser.add_argument("kind", choices=("read", "gemm"))
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--bytes", type=int, default=READ_BYTES)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    limit = read_bandwidth(args.threads, args.bytes) if args.kind == "read" else matrix_rate(args.threads)
+    device = choose_device(args.device).value
+    if args.kind == "read":
+        limit = read_bandwidth(args.threads, args.bytes, device)
+    else:
+        limit = matrix_rate(args.threads, device=device)
     print(json.dumps(vars(limit)))
 
 

@@ -104,16 +104,17 @@ def token_traffic(
 ) -> Traffic:
     """Weights and cache of one token of a step of `batch` sequences that each attend to `attended` tokens.
 
-    counts: the CPU engine's; None for the reference, which reads everything. head_rows: rows of the vocabulary head
-    whose logits were computed exactly; None is all of them.
+    counts: the CPU engine's; None for an engine that counts nothing, and then everything is read. head_rows: rows of
+    the vocabulary head whose logits were computed exactly; None is all of them.
     """
-    if counts is None:
+    if counts is None and weight_format in accounting.WEIGHT_BITS:
         weights = accounting.weight_bytes_per_token(config, weight_format)
         cache = attended * accounting.kv_bytes_per_token(config, kv_dtype)
         return Traffic(weights / batch + cache, weights / batch + cache)
     form = FORMATS[weight_format]
     cache = attended * kv_bytes_per_token(config, kv_dtype)
-    uses = in_batch(counted_neurons(counts, config), batch, config)
+    counted = all_neurons(config) if counts is None else counted_neurons(counts, config)
+    uses = in_batch(counted, batch, config)
     rows = config.vocab_size if head_rows is None else min(config.vocab_size, batch * head_rows)
     read = step_weight_bytes(config, form, uses, head_rows=rows)
     dense = step_weight_bytes(config, form, all_neurons(config), head_rows=config.vocab_size)

@@ -197,7 +197,8 @@ def _ceiling(args: argparse.Namespace, kind: str) -> Ceiling:
     from persimmon.bench.ceiling import Ceiling
     from persimmon.machine import cpu_threads
 
-    ceiling = Ceiling(kind, args.threads or cpu_threads(), args.bandwidth_bytes)
+    device = getattr(args, "device", "cpu")
+    ceiling = Ceiling(kind, args.threads or cpu_threads(), args.bandwidth_bytes, device)
     _say(args, ceiling.describe())
     return ceiling
 
