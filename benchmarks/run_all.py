@@ -107,7 +107,9 @@ def four_layer_rows(args: argparse.Namespace) -> Iterator[Row]:
         peer = f"{shlex.quote(str(args.llama_bench))} -m {shlex.quote(str(args.gguf_4_layers))}"
         reading = peer + " -p {length} -n 0 -r 1 -t {threads} -o json"
         yield Row(
-            "prefill-8b4l-q4-llama", bench("prefill", q4, "--lengths", "512", "--against", reading), ("8b-4l-q4",)
+            "prefill-8b4l-q4-llama",
+            bench("prefill", q4, "--lengths", "512", "--runs", "3", "--against", reading),
+            ("8b-4l-q4",),
         )
         decoding = peer + " -p 0 -n {tokens} -r 1 -t {threads} -o json"
         yield Row("decode-8b4l-q4-llama", bench("decode", q4, "--against", decoding), ("8b-4l-q4",))
@@ -123,7 +125,7 @@ def four_layer_rows(args: argparse.Namespace) -> Iterator[Row]:
 def mini_rows(args: argparse.Namespace) -> Iterator[Row]:
     """The shipped model against transformers on the same weights: decoding, serving, evaluation."""
     yield Row("decode-mini-transformers", bench("decode", "mini", "--tokens", "128", "--against", "transformers"))
-    serving = ["serve", "mini", "--clients", "1,4,8,16,64", "--seconds", "5", "--runs", "2"]
+    serving = ["serve", "mini", "--clients", "1,4,8,16,64", "--seconds", "4", "--runs", "2"]
     yield Row("serve-mini-transformers", bench(*serving, "--against", "transformers"))
     leaving = ["--clients", "64", "--seconds", "120", "--runs", "1", "--disconnects", "0.33"]
     yield Row("serve-mini-disconnects", bench("serve", "mini", *leaving))
