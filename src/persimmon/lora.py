@@ -42,7 +42,7 @@ class LoraLinear(nn.Module):
 
 
 def low_rank_update(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * B A [out, in] in float32: what merging adds to the base's matrix."""
+    """What merging adds to the base's matrix: scale * B A [out, in] in float32."""
     return scale * (b.float() @ a.float())
 
 

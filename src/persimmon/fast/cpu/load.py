@@ -32,7 +32,8 @@ def load_decoder(
     """Load a model directory for the CPU engine.
 
     config: replaces the directory's own, for another rotary precision. dtype: bfloat16 rounds float32 weights to it.
-    adapter: directory of a LoRA adapter, merged into the weights in memory. verify: compare the fingerprints of packed files. options: those of CpuDecoder.
+    adapter: directory of a LoRA adapter, merged into the weights in memory.
+    verify: compare the fingerprints of packed files. options: those of CpuDecoder.
     Raises CheckpointError for damaged files, UnavailableError when the memory cannot hold the model.
     """
     kv_dtype = options.get("kv_dtype", "auto")

@@ -51,7 +51,7 @@ def float_arrays(directory: ModelDirectory, form: Format, adapter: Adapter | Non
 
 
 def low_rank_update(adapter: Adapter, module: str) -> NDArray[np.float32]:
-    """scale * B A [out, in] of an adapted matrix."""
+    """The update [out, in] of an adapted matrix: scale * B A."""
     a, b = (to_float32(map_array(tensor), tensor.dtype) for tensor in adapter.pairs[module])
     return np.float32(adapter.settings.scale) * (b @ a)
 
