@@ -18,14 +18,17 @@ from persimmon.config import preset
 from persimmon.errors import ConfigError, DataError
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
-from persimmon.train.finetune import (
+from persimmon.train.conversation_rows import (
     ConversationRows,
     EncodedConversation,
+    encode_conversation,
+    first_fit,
+)
+from persimmon.train.finetune import (
     FinetuneRecipe,
     FinetuneSource,
     answer_bits_per_byte,
     finetune,
-    first_fit,
     load_conversations,
 )
 from persimmon.train.loss import IGNORE
@@ -39,12 +42,12 @@ def test_first_fit_places_every_item_once_and_whole(sizes: list[int], open_rows:
     assert all(sum(sizes[item] for item in row) <= 50 for row in rows)
 
 
-def made_items(count: int) -> list[EncodedConversation]:
+def made_items(count: int) -> list[tuple[EncodedConversation]]:
     items = []
     for index in range(count):
         ids = np.full(3 + index % 7, index + 2)
         targets = np.where(np.arange(len(ids)) < 2, IGNORE, ids)
-        items.append(EncodedConversation(ids, targets, 5))
+        items.append((EncodedConversation(ids, targets, 5),))
     return items
 
 
@@ -107,9 +110,7 @@ def test_a_run_lowers_the_loss_of_held_out_answers(settings: dict[str, Any], tmp
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     directory = tmp_path / "run" / "model"
     tokenizer = Tokenizer.load(directory)
-    from persimmon.train.finetune import encode_conversation
-
-    items = [encode_conversation(tokenizer, c, 128) for c in held]
+    items = [encode_conversation(tokenizer, c.messages, 128) for c in held]
     scores = [
         answer_bits_per_byte(hub.load_model(path, dtype=torch.float32, device=torch.device("cpu")), items)
         for path in (Path(settings["model"]), directory)

@@ -20,7 +20,7 @@ from typing import Any
 
 from persimmon.checkpoints import shards
 from persimmon.checkpoints.names import row
-from persimmon.checkpoints.releases import CARD_FILE, by_name, licence_of
+from persimmon.checkpoints.releases import by_name, write_derived_card
 from persimmon.checkpoints.staging import CONFIG_FILE as MODEL_CONFIG_FILE
 from persimmon.checkpoints.staging import staged
 from persimmon.checkpoints.tensors import StoredTensor, TensorData, describe
@@ -264,25 +264,5 @@ def write_adapter(
     with staged(directory) as partial:
         shards.write_file(partial / WEIGHTS_FILE, list(tensors.values()), lambda count: None)
         (partial / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
-        (partial / CARD_FILE).write_text(_card(document["base_model_name_or_path"], base_directory, settings))
-
-
-def _card(base: Any, base_directory: Path, settings: LoraSettings) -> str:
-    licence = licence_of(base_directory)
-    lines = ["---", "library_name: peft", f"base_model: {json.dumps(base)}"]
-    lines += [f"license: {licence.lower()}"] if licence else []
-    lines += ["---", "", f"# Adapter of {base}", ""]
-    lines += [f"LoRA of rank {settings.rank}, alpha {settings.alpha:g}, on {', '.join(settings.targets)}."]
-    notice = derived_notice(base_directory)
-    return "\n".join(lines + ([notice] if notice else [])) + "\n"
-
-
-def derived_notice(base_directory: Path) -> str | None:
-    """One line on the licence of what is trained from a model, where its card states a restrictive one."""
-    licence = licence_of(base_directory)
-    if licence is None or "-NC" not in licence.upper():
-        return None
-    return (
-        f"The base model's licence is {licence}: what is trained from it or merged with it is for "
-        "non-commercial use only, too."
-    )
+        what = f"LoRA of rank {settings.rank}, alpha {settings.alpha:g}, on {', '.join(settings.targets)}."
+        write_derived_card(partial, base, base_directory, what, library="peft")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,12 +94,14 @@ def save_model(
     *,
     config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
+    extra: Callable[[Path], None] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: ProgressReport = no_progress,
 ) -> None:
     """Write a model directory: configuration, weights, tokenizer, generation settings, checksums.
 
-    `model` may be tensors by our names, with their `config`. `dtype` converts on the way. The directory appears
+    `model` may be tensors by our names, with their `config`. `dtype` converts on the way. `extra` as in
+    `write_directory`. The directory appears
     whole or not at all; an existing one gets its model replaced and keeps other files.
     """
     if isinstance(model, PersimmonModel):
@@ -111,7 +113,9 @@ def save_model(
     data = {
         name: _MemoryTensor(name, tensor, _stored_type(name, dtype or tensor.dtype)) for name, tensor in tensors.items()
     }
-    write_directory(Path(directory), config, data, tokenizer, max_shard_bytes=max_shard_bytes, progress=progress)
+    write_directory(
+        Path(directory), config, data, tokenizer, extra=extra, max_shard_bytes=max_shard_bytes, progress=progress
+    )
 
 
 def as_tensor_data(name: str, tensor: Tensor) -> TensorData:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from persimmon.checkpoints.adapters import Adapter, derived_notice, open_adapter
+from persimmon.checkpoints.adapters import Adapter, open_adapter
 from persimmon.checkpoints.convert import write_copy
 from persimmon.checkpoints.directory import open_directory
 from persimmon.checkpoints.hub import converted, map_tensor
+from persimmon.checkpoints.releases import derived_notice
 from persimmon.checkpoints.shards import DEFAULT_SHARD_BYTES, ProgressReport, no_progress
 from persimmon.checkpoints.staging import check_apart
 from persimmon.checkpoints.tensors import WEIGHT_TYPES, StoredTensor, TensorData

@@ -22,5 +22,5 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(FinetuneRecipe, args.recipe, args.overrides)
     finetune(recipe, resume=args.resume, report=ConsoleReport(quiet=args.quiet))
-    draw_curves(recipe.output, args.plot)
+    draw_curves(recipe.output, args.plot, "adapter" if recipe.trains_adapters else "model")
     return 0

@@ -1,31 +1,59 @@
-"""`persimmon finetune RECIPE`: supervised fine-tuning on conversations, loss on the assistant's answers only."""
+"""`persimmon finetune RECIPE`: supervised fine-tuning or preferences; the whole model, or adapters on a frozen one.
+
+What a recipe asks for follows from what is in it: `lora` trains adapters, on a quantized model's packed weights as
+well (QLoRA); `preference` learns from pairs of answers instead of answers. The result is `output`/model or, for
+adapters, `output`/adapter in PEFT's form.
+"""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from persimmon import chat
+from persimmon import lora
 from persimmon.checkpoints import hub
+from persimmon.checkpoints.adapters import LoraSettings, open_adapter, write_adapter
+from persimmon.checkpoints.releases import derived_notice, write_derived_card
 from persimmon.data.conversations import Conversation, read_conversations
 from persimmon.data.documents import find_files
 from persimmon.data.packing import PackedRows, Row
+from persimmon.data.preferences import Preference, read_preferences
 from persimmon.data.prepare import is_held_out
 from persimmon.data.tokens import TokenStore, read_manifest
-from persimmon.errors import ConfigError, DataError
+from persimmon.errors import ConfigError
+from persimmon.fast.cpu.packed import is_packed
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
+from persimmon.train.conversation_rows import (
+    ConversationRows,
+    EncodedConversation,
+    Item,
+    encode_conversation,
+    row_seeds,
+)
 from persimmon.train.loop import Batch, LoopRecipe, Trainer
-from persimmon.train.loss import IGNORE, chunked_cross_entropy
+from persimmon.train.objective import AnswerLoss, Objective, cross_entropy
 from persimmon.train.parallel import World, run_processes
+from persimmon.train.preference import (
+    PreferenceLoss,
+    PreferenceRecipe,
+    PreferenceSource,
+    encode_pair,
+    preference_scores,
+    reference_margins,
+)
 from persimmon.train.pretrain import Report, process_restored, refuse_overwriting, set_up_process, stack_rows
+
+_EVALUATED = 200
+"""Most held-out conversations, or pairs, that an evaluation reads."""
+
+Record = TypeVar("Record", Conversation, Preference)
 
 
 @dataclass(frozen=True)
@@ -50,11 +78,19 @@ class FinetuneRecipe:
     """Everything about a fine-tuning run."""
 
     model: str
-    """Directory or name of the model to start from."""
+    """Directory or name of the model to start from; a quantized one (q8, q4) for QLoRA."""
     root: str
     """Folder of the conversation files."""
     output: str
     sources: dict[str, ChatFiles]
+    lora: LoraSettings | None = None
+    """Train adapters of this shape and freeze the model."""
+    adapter: str | None = None
+    """Go on with the adapter in this directory instead of a fresh one."""
+    preference: PreferenceRecipe | None = None
+    """Learn from preferences: the sources hold a prompt, a chosen and a rejected answer."""
+    neftune_alpha: float = 0.0
+    """Noise on the embeddings while training (NEFTune; 5 is usual), 0 for none."""
     epochs: float = 2.0
     row_length: int = 1024
     batch_tokens: int = 8192
@@ -70,82 +106,29 @@ class FinetuneRecipe:
             raise ConfigError(f"batch_tokens {self.batch_tokens} must be a multiple of row_length {self.row_length}")
         if self.epochs <= 0:
             raise ConfigError(f"epochs must be positive, got {self.epochs}")
+        if not self.neftune_alpha >= 0:
+            raise ConfigError(f"neftune_alpha must not be negative, got {self.neftune_alpha}")
+        if self.lora is not None and self.adapter is not None:
+            raise ConfigError("lora and adapter exclude each other: an adapter that goes on has its shape already")
+        if self.trains_adapters and self.loop.optimizer.matrices == "muon":
+            raise ConfigError("adapters train with adamw: set loop.optimizer.matrices")
+        if self.preference is not None and (self.replay is not None or self.neftune_alpha):
+            raise ConfigError("preference goes with neither replay nor neftune_alpha")
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether the model itself stays frozen."""
+        return self.lora is not None or self.adapter is not None
 
 
-@dataclass(frozen=True)
-class EncodedConversation:
-    """Inputs and targets of one conversation; targets outside the answers are IGNORE."""
-
-    token_ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    answer_bytes: int
-
-
-def encode_conversation(tokenizer: Tokenizer, conversation: Conversation, limit: int) -> EncodedConversation:
-    """Tokenize for training, cut behind `limit` positions."""
-    ids, mask = chat.encode_for_training(tokenizer, conversation.messages)
-    inputs = np.asarray(ids[:-1][:limit], dtype=np.int64)
-    targets = np.where(mask[1:], ids[1:], IGNORE)[:limit].astype(np.int64)
-    size = sum(len(tokenizer.piece_bytes(int(i))) for i in targets if i != IGNORE)
-    return EncodedConversation(inputs, targets, size)
-
-
-def first_fit(sizes: Sequence[int], length: int, open_rows: int = 64) -> list[list[int]]:
-    """Put items of the given sizes into rows of `length`, each whole, keeping roughly their order.
-
-    First fit over the newest `open_rows` unfinished rows: deterministic, a few per cent of padding.
-    """
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (row, free places) of the open rows
-    for item, size in enumerate(sizes):
-        for slot, (row, free) in enumerate(room):
-            if size <= free:
-                rows[row].append(item)
-                room[slot] = (row, free - size)
-                break
-        else:
-            rows.append([item])
-            room = [*room[-(open_rows - 1) :], (len(rows) - 1, length - size)]
-    return rows
-
-
-class ConversationRows:
-    """Endless rows of whole conversations, reshuffled and repacked every epoch."""
-
-    def __init__(self, items: Sequence[EncodedConversation], length: int, pad_id: int, seed: int) -> None:
-        if not items:
-            raise DataError("no conversations left for training")
-        self._items, self._length, self._pad, self._seed = items, length, pad_id, seed
-        self._epochs: list[list[list[int]]] = []
-        self.rows_per_epoch = len(self._epoch(0))
-
-    def _epoch(self, number: int) -> list[list[int]]:
-        while len(self._epochs) <= number:
-            seeds = [self._seed, len(self._epochs)]
-            order = np.random.Generator(np.random.PCG64(seeds)).permutation(len(self._items))
-            packed = first_fit([len(self._items[i].token_ids) for i in order], self._length)
-            self._epochs.append([[int(order[i]) for i in row] for row in packed])
-        return self._epochs[number]
-
-    def __getitem__(self, row: int) -> Row:
-        """Row number `row` of the run; padding is a document of its own without targets."""
-        epoch = 0
-        while row >= len(self._epoch(epoch)):
-            row -= len(self._epoch(epoch))
-            epoch += 1
-        items = [self._items[i] for i in self._epoch(epoch)[row]]
-        boundaries = [0, *np.cumsum([len(item.token_ids) for item in items]).tolist()]
-        padding = self._length - boundaries[-1]
-        ids = np.concatenate([*(item.token_ids for item in items), np.full(padding, self._pad)])
-        targets = np.concatenate([*(item.targets for item in items), np.full(padding, IGNORE)])
-        return Row(ids, targets, boundaries + [self._length] * (padding > 0), "chat")
+# -- data ----------------------------------------------------------------------------------------------------
 
 
 class FinetuneSource:
     """The rows of every step: conversations, and some rows of pretraining data."""
 
     def __init__(self, recipe: FinetuneRecipe, conversations: ConversationRows) -> None:
-        self._length = recipe.row_length
+        self._length, self._seed = recipe.row_length, recipe.seed
         self._rows = recipe.batch_tokens // recipe.row_length
         self._chat = conversations
         self._replay = _replay_rows(recipe)
@@ -165,7 +148,8 @@ class FinetuneSource:
 
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
         """Some of the step's rows: the first ones are conversations, the last ones replayed text."""
-        return stack_rows([self._row(step, row) for row in rows])
+        packed = stack_rows([self._row(step, row) for row in rows])
+        return Batch(packed.token_ids, packed.targets, packed.documents, row_seeds(self._seed, step, rows))
 
     def _row(self, step: int, row: int) -> Row:
         if row < self._fresh or self._replay is None:
@@ -185,57 +169,176 @@ def _replay_rows(recipe: FinetuneRecipe) -> PackedRows | None:
 
 def load_conversations(recipe: FinetuneRecipe) -> tuple[list[Conversation], list[Conversation]]:
     """(training, held out) conversations of all sources; held out by the hash of the first user turn."""
-    kept, held = [], []
+    return _load(recipe, read_conversations, lambda conversation: conversation.messages)
+
+
+def load_preferences(recipe: FinetuneRecipe) -> tuple[list[Preference], list[Preference]]:
+    """(training, held out) preferences of all sources; held out by the hash of the first user turn."""
+    return _load(recipe, read_preferences, lambda preference: preference.chosen)
+
+
+def _load(recipe: FinetuneRecipe, read: Callable[[Path], Any], messages: Callable[[Record], Any]) -> tuple[Any, Any]:
+    kept: list[Record] = []
+    held: list[Record] = []
     for source in recipe.sources.values():
         for path in find_files(Path(recipe.root), source.files):
-            for conversation in read_conversations(path):
-                first = next(m["content"] for m in conversation.messages if m["role"] == "user")
+            for record in read(path):
+                first = next(m["content"] for m in messages(record) if m["role"] == "user")
                 if is_held_out(first, recipe.held_out):
-                    held.append(conversation)
+                    held.append(record)
                 else:
-                    kept += [conversation] * source.repeat
+                    kept += [record] * source.repeat
     return kept, held
+
+
+def _encoded(recipe: FinetuneRecipe, tokenizer: Tokenizer, found: Sequence[Conversation]) -> list[EncodedConversation]:
+    """The conversations that teach something; those whose answers lie beyond a row are counted and left out."""
+    items = [encode_conversation(tokenizer, c.messages, recipe.row_length) for c in found]
+    kept = [item for item in items if item.teaches]
+    if len(kept) < len(items):
+        lost = len(items) - len(kept)
+        warnings.warn(
+            f"{lost} of {len(items)} conversations have no answer within {recipe.row_length} tokens: left out",
+            stacklevel=2,
+        )
+    return kept
+
+
+def _encoded_pairs(recipe: FinetuneRecipe, tokenizer: Tokenizer, found: Sequence[Preference]) -> list[Item]:
+    """The pairs that fit into a row; the others are counted and left out."""
+    pairs = [encode_pair(tokenizer, preference, recipe.row_length) for preference in found]
+    kept = [pair for pair in pairs if pair is not None]
+    if len(kept) < len(pairs):
+        lost = len(pairs) - len(kept)
+        warnings.warn(
+            f"{lost} of {len(pairs)} pairs are longer than a row of {recipe.row_length} tokens: left out", stacklevel=2
+        )
+    return kept
+
+
+# -- the model -----------------------------------------------------------------------------------------------
+
+
+def load_for_training(recipe: FinetuneRecipe, directory: Path) -> tuple[PersimmonModel, LoraSettings | None]:
+    """The model with what the recipe trains on it, and the shape of its adapters if it has some.
+
+    A frozen base is held in the type of the matrix products, a model that trains in float32.
+    """
+    compute = torch.float32 if recipe.loop.dtype == "float32" else torch.bfloat16
+    if is_packed(directory):
+        if not recipe.trains_adapters:
+            raise ConfigError(f"{recipe.model} is quantized: its weights cannot train, adapters on it can (lora)")
+        from persimmon.train.qlora import load_packed_model
+
+        model = load_packed_model(directory, dtype=compute)
+    else:
+        model = hub.load_model(directory, dtype=compute if recipe.trains_adapters else torch.float32)
+    if recipe.lora is not None:
+        lora.attach(model, recipe.lora, seed=recipe.seed)
+        return model, recipe.lora
+    if recipe.adapter is not None:
+        return model, lora.load_adapter(model, Path(recipe.adapter)).settings
+    return model, None
 
 
 @torch.inference_mode()
 def answer_bits_per_byte(model: PersimmonModel, items: Sequence[EncodedConversation]) -> float:
     """Bits per UTF-8 byte of the assistant's answers (end-of-text included in the bits)."""
+    model.eval()
     nats, size = 0.0, 0
     for item in items:
         hidden = model.features(torch.from_numpy(item.token_ids)[None])[0]
-        targets = torch.from_numpy(item.targets)
-        nats += float(chunked_cross_entropy(hidden, model.lm_head.weight, targets, scale=1.0))
+        nats += float(cross_entropy(model, hidden, torch.from_numpy(item.targets), 1.0))
         size += item.answer_bytes
-    return nats / float(np.log(2)) / max(1, size)
+    return nats / float(torch.log(torch.tensor(2.0))) / max(1, size)
+
+
+def save_result(
+    recipe: FinetuneRecipe, model: PersimmonModel, settings: LoraSettings | None, tokenizer: Tokenizer, base: Path
+) -> Path:
+    """Write what the run made, with a card that states the base and its licence: adapters, or the model in bfloat16."""
+    output = Path(recipe.output)
+    if settings is not None:
+        tensors = {name: hub.as_tensor_data(name, tensor) for name, tensor in lora.adapter_tensors(model).items()}
+        write_adapter(output / "adapter", settings, tensors, recipe.model, base)
+        return output / "adapter"
+    what = "Fine-tuned as a whole" + (" on preferences." if recipe.preference else " on conversations.")
+    hub.save_model(
+        model, tokenizer, output / "model", dtype=torch.bfloat16,
+        extra=lambda partial: write_derived_card(partial, recipe.model, base, what),
+    )  # fmt: skip
+    return output / "model"
+
+
+# -- the run -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a run learns from, what it minimises, and how it is judged."""
+
+    source: Any
+    num_steps: int
+    objective: Objective
+    evaluate: Callable[[PersimmonModel], dict[str, Any]] | None
+
+
+def _answers(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> _Task:
+    kept, held = load_conversations(recipe)
+    items = [(item,) for item in _encoded(recipe, tokenizer, kept)]
+    rows = ConversationRows(items, recipe.row_length, tokenizer.eos_id, recipe.seed)
+    source = FinetuneSource(recipe, rows)
+    sample = _encoded(recipe, tokenizer, held[:_EVALUATED])
+    evaluate: Callable[[PersimmonModel], dict[str, Any]] | None = None
+    if sample:
+        evaluate = lambda model: {"answers": round(answer_bits_per_byte(model, sample), 4)}  # noqa: E731
+    return _Task(source, source.num_steps, AnswerLoss(recipe.neftune_alpha), evaluate)
+
+
+def _preferences(recipe: FinetuneRecipe, tokenizer: Tokenizer, model: PersimmonModel) -> _Task:
+    assert recipe.preference is not None
+    settings = recipe.preference
+    kept, held = load_preferences(recipe)
+    items, sample = (_encoded_pairs(recipe, tokenizer, found) for found in (kept, held[:_EVALUATED]))
+    rows = ConversationRows(items, recipe.row_length, tokenizer.eos_id, recipe.seed)
+    per_step = recipe.batch_tokens // recipe.row_length
+    reference = reference_margins(model, items, lambda done: None)
+    source = PreferenceSource(items, reference, rows, per_step, recipe.row_length, recipe.seed)
+    evaluate: Callable[[PersimmonModel], dict[str, Any]] | None = None
+    if sample:
+        known = reference_margins(model, sample, lambda done: None)
+        evaluate = lambda model: preference_scores(model, sample, known, settings)  # noqa: E731
+    steps = max(1, round(recipe.epochs * rows.rows_per_epoch / per_step))
+    return _Task(source, steps, PreferenceLoss(settings), evaluate)
 
 
 def _run(world: World, recipe: FinetuneRecipe, resume: bool, report: Report) -> None:
     set_up_process(recipe.threads)
     directory = hub.resolve(recipe.model)
     tokenizer = Tokenizer.load(directory)
-    model = hub.load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
-    kept, held = load_conversations(recipe)
-    encoded = [encode_conversation(tokenizer, c, recipe.row_length) for c in kept]
-    rows = ConversationRows(encoded, recipe.row_length, tokenizer.eos_id, recipe.seed)
-    source = FinetuneSource(recipe, rows)
-    sample = [encode_conversation(tokenizer, c, recipe.row_length) for c in held[:200]]
-    evaluate: Callable[[PersimmonModel], dict[str, Any]] | None = None
-    if sample:
-        evaluate = lambda m: {"answers": round(answer_bits_per_byte(m, sample), 4)}  # noqa: E731
+    model, settings = load_for_training(recipe, directory)
+    task = _preferences(recipe, tokenizer, model) if recipe.preference else _answers(recipe, tokenizer)
     trainer = Trainer(
-        model, source, source.num_steps, recipe.loop, Path(recipe.output), world,
-        evaluate, report if world.is_main else lambda row: None,
+        model, task.source, task.num_steps, recipe.loop, Path(recipe.output), world,
+        task.evaluate, report if world.is_main else lambda row: None, task.objective,
     )  # fmt: skip
     if resume:
         trainer.resume()
     trainer.run()
     if world.is_main:
-        hub.save_model(model, tokenizer, Path(recipe.output) / "model", dtype=torch.bfloat16)
+        save_result(recipe, model, settings, tokenizer, directory)
 
 
 def finetune(recipe: FinetuneRecipe, *, resume: bool, report: Report) -> None:
-    """Run (or go on with) a recipe; the result is a model directory at `output`/model."""
+    """Run (or go on with) a recipe; the result is a directory at `output`/model or `output`/adapter."""
     refuse_overwriting(recipe.output, resume)
+    notice = derived_notice(hub.resolve(recipe.model))
+    if notice is not None:
+        warnings.warn(notice, stacklevel=2)
+    if recipe.adapter is not None:  # a wrong one shows before any process starts
+        from persimmon.checkpoints.directory import read_config
+
+        open_adapter(Path(recipe.adapter), read_config(hub.resolve(recipe.model)))
     os.environ.setdefault("OMP_NUM_THREADS", str(recipe.threads or os.cpu_count() or 1))
     with process_restored():
         run_processes(recipe.processes, _run, recipe, resume, report)

@@ -135,10 +135,12 @@ class OptimizerRecipe:
 def build_optimizers(
     model: PersimmonModel, recipe: OptimizerRecipe, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model; each group remembers its top rate as `top_lr`."""
+    """The optimizers of what trains in a model; each group remembers its top rate as `top_lr`."""
     config = model.config
     matrices, vectors = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.dim() == 2 and name.startswith("layers."):
             fused = (config.num_heads, config.head_dim) if "query_key_value" in name else None
             matrices.append(MatrixParameter(parameter, fused))
