@@ -71,7 +71,7 @@ def test_a_packed_model_is_the_model_of_its_floats(places: dict[str, Path], form
             original = plain.get_submodule(name)
             assert isinstance(original, nn.Linear)
             error = (floats(module) - original.weight).norm() / original.weight.norm()
-            # Normal weights rounded in groups of 32: a step is about 2.1 sigma / 127, or / 7, and errors are even in it.
+            # Normal weights in groups of 32: a step is about 2.1 sigma / 127, or / 7, and errors are even in it.
             assert error < (0.007 if module.kind != "q4" else 0.12), name
             original.weight.data = floats(module).contiguous()
     ids = tiny_ids(plain.config, 2, 20)

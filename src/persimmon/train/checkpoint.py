@@ -1,8 +1,8 @@
 """Training checkpoints that are whole or absent.
 
 `checkpoints/step-00001234/` holds `model.safetensors` (the parameters that train), `optimizer.safetensors` and
-`state.json`, whose hashes cover the other two. The folder is written under a temporary name, flushed to disk and renamed, so an interrupted save leaves
-the older ones untouched.
+`state.json`, whose hashes cover the other two. The folder is written under a temporary name, flushed to disk and
+renamed, so an interrupted save leaves the older ones untouched.
 """
 
 from __future__ import annotations

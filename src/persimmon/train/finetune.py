@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from persimmon import lora
+from persimmon.chat import Message
 from persimmon.checkpoints import hub
 from persimmon.checkpoints.adapters import LoraSettings, open_adapter, write_adapter
 from persimmon.checkpoints.releases import derived_notice, write_derived_card
@@ -52,8 +53,6 @@ from persimmon.train.pretrain import Report, process_restored, refuse_overwritin
 
 _EVALUATED = 200
 """Most held-out conversations, or pairs, that an evaluation reads."""
-
-Record = TypeVar("Record", Conversation, Preference)
 
 
 @dataclass(frozen=True)
@@ -169,26 +168,38 @@ def _replay_rows(recipe: FinetuneRecipe) -> PackedRows | None:
 
 def load_conversations(recipe: FinetuneRecipe) -> tuple[list[Conversation], list[Conversation]]:
     """(training, held out) conversations of all sources; held out by the hash of the first user turn."""
-    return _load(recipe, read_conversations, lambda conversation: conversation.messages)
+    kept: list[Conversation] = []
+    held: list[Conversation] = []
+    for source, path in _files(recipe):
+        for conversation in read_conversations(path):
+            if _is_held_out(conversation.messages, recipe):
+                held.append(conversation)
+            else:
+                kept += [conversation] * source.repeat
+    return kept, held
 
 
 def load_preferences(recipe: FinetuneRecipe) -> tuple[list[Preference], list[Preference]]:
     """(training, held out) preferences of all sources; held out by the hash of the first user turn."""
-    return _load(recipe, read_preferences, lambda preference: preference.chosen)
+    kept: list[Preference] = []
+    held: list[Preference] = []
+    for source, path in _files(recipe):
+        for preference in read_preferences(path):
+            if _is_held_out(preference.chosen, recipe):
+                held.append(preference)
+            else:
+                kept += [preference] * source.repeat
+    return kept, held
 
 
-def _load(recipe: FinetuneRecipe, read: Callable[[Path], Any], messages: Callable[[Record], Any]) -> tuple[Any, Any]:
-    kept: list[Record] = []
-    held: list[Record] = []
+def _files(recipe: FinetuneRecipe) -> Iterator[tuple[ChatFiles, Path]]:
     for source in recipe.sources.values():
         for path in find_files(Path(recipe.root), source.files):
-            for record in read(path):
-                first = next(m["content"] for m in messages(record) if m["role"] == "user")
-                if is_held_out(first, recipe.held_out):
-                    held.append(record)
-                else:
-                    kept += [record] * source.repeat
-    return kept, held
+            yield source, path
+
+
+def _is_held_out(messages: Sequence[Message], recipe: FinetuneRecipe) -> bool:
+    return is_held_out(next(m["content"] for m in messages if m["role"] == "user"), recipe.held_out)
 
 
 def _encoded(recipe: FinetuneRecipe, tokenizer: Tokenizer, found: Sequence[Conversation]) -> list[EncodedConversation]:

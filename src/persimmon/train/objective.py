@@ -67,9 +67,10 @@ def _log_probabilities(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 def cross_entropy(model: PersimmonModel, hidden: Tensor, targets: Tensor, scale: float) -> Tensor:
     """`scale` times the summed cross-entropy of hidden [M, H] under the model's head."""
-    if isinstance(model.lm_head, nn.Linear):
-        return chunked_cross_entropy(hidden, model.lm_head.weight, targets, scale=scale)
-    return -scale * token_log_probabilities(model.lm_head, hidden, targets).sum()
+    head: nn.Module = model.lm_head
+    if isinstance(head, nn.Linear):
+        return chunked_cross_entropy(hidden, head.weight, targets, scale=scale)
+    return -scale * token_log_probabilities(head, hidden, targets).sum()  # a packed one (qlora.py)
 
 
 class TokenLoss:

@@ -143,7 +143,8 @@ class PreferenceSource:
         numbers = [step * self._rows + row for row in rows]
         packed = stack_rows([self._packed[number] for number in numbers])
         items = [self._packed.items(number) for number in numbers]
-        chosen, first = [], 0
+        chosen: list[int] = []
+        first = 0
         for number, inside in zip(numbers, items, strict=True):
             chosen += range(first, first + 2 * len(inside), 2)
             first += len(self._packed[number].boundaries) - 1  # padding is a document, too

@@ -9,7 +9,7 @@ Everything here is plain torch, so it runs wherever torch does. Only inputs have
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,12 @@ def unpack_planes(high: Tensor, low: Tensor) -> Tensor:
     return _scaled(codes, blocks[..., 128:])
 
 
-_READERS = {"q8": unpack_q8, "q4": unpack_q4, "int8": unpack_int8, "planes": unpack_planes}
+_READERS: dict[str, Callable[..., Tensor]] = {
+    "q8": unpack_q8,
+    "q4": unpack_q4,
+    "int8": unpack_int8,
+    "planes": unpack_planes,
+}
 
 
 # -- products ------------------------------------------------------------------------------------------------
@@ -122,8 +127,8 @@ class PackedLinear(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         out: Tensor = _PackedProduct.apply(x.flatten(0, -2), self)
-        bias: Tensor | None = self.bias
-        out = out if bias is None else out + bias.to(out.dtype)
+        if isinstance(self.bias, Tensor):
+            out = out + self.bias.to(out.dtype)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -142,7 +147,7 @@ class _PackedProduct(torch.autograd.Function):
 
 
 def _product(x: Tensor, matrix: PackedLinear, *, along_rows: bool) -> Tensor:
-    """x times the stored matrix S [rows, columns]: x S^T (one output per row), or x S (one per column)."""
+    """Multiply by the stored matrix S [rows, columns]: x S^T (one output per row), or x S (one per column)."""
     rows = matrix.out_features if not matrix.by_inputs else matrix.in_features
     columns = matrix.in_features if not matrix.by_inputs else matrix.out_features
     if along_rows:
