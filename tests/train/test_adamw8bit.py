@@ -156,5 +156,5 @@ def test_a_resumed_run_repeats_the_losses(tmp_path: Path) -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.state must be float32 or int8"):
         OptimizerRecipe(matrices="adamw", state="int4")
-    with pytest.raises(ConfigError, match="int8 needs optimizer.matrices adamw"):
+    with pytest.raises(ConfigError, match=r"int8 needs optimizer\.matrices adamw"):
         OptimizerRecipe(state="int8")
