@@ -136,6 +136,19 @@ def test_an_adapter_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
     assert shapes[0] == shapes[1]
 
 
+def test_the_push_towards_zeros_leaves_a_frozen_model_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The penalty reaches the adapters; the lift of biases, which is no gradient, must not reach the base."""
+    settings["lora"] = {"rank": 4, "targets": ["query_key_value", "dense"]}
+    settings["loop"] |= {"sparsity_penalty": 1.0, "sparsity_target": 0.5}
+    recipe = load_recipe(FinetuneRecipe, write_recipe(settings | {"epochs": 1}, tmp_path / "recipe.yaml"))
+    finetune(recipe, resume=False, report=lambda row: None)
+    model, _ = load_for_training(recipe, BASE)
+    from persimmon.train.sparsity import up_biases
+
+    assert up_biases(model) == []
+    assert up_biases(hub.load_model(BASE, dtype=torch.float32))
+
+
 def test_noise_and_dropout_change_training_only(settings: dict[str, Any], tmp_path: Path) -> None:
     losses = {}
     for name, changes in (
