@@ -33,10 +33,14 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [.., in] to [.., out], in the base's type."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast:  # once, so that base and adapter keep the same tensor for the backward pass
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         out: Tensor = self.base(x)
         if not self.enabled:
             return out
-        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
+        x = F.dropout(x, self.dropout, self.training)
+        x = x if autocast else x.to(self.lora_A.dtype)
         low = F.linear(x, self.lora_A)  # [.., r]
         return out + (F.linear(low, self.lora_B) * self.scale).to(out.dtype)
 

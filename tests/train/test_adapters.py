@@ -24,13 +24,9 @@ from persimmon.errors import CheckpointError, ConfigError
 from persimmon.fast.cpu.quantize import quantize
 from persimmon.tokenizer import Tokenizer
 from persimmon.train.conversation_rows import EncodedConversation, encode_conversation
-from persimmon.train.finetune import (
-    FinetuneRecipe,
-    answer_bits_per_byte,
-    finetune,
-    load_conversations,
-    load_for_training,
-)
+from persimmon.train.finetune import answer_bits_per_byte, finetune, load_for_training
+from persimmon.train.finetune_data import load_conversations
+from persimmon.train.finetune_recipe import FinetuneRecipe
 from persimmon.train.recipe import load_recipe
 
 BASE = hub.resolve("mini-base")
@@ -202,7 +198,8 @@ def test_an_adapter_of_another_model_is_refused_before_training(settings: dict[s
 
 _PROGRAM = """
 import sys
-from persimmon.train.finetune import FinetuneRecipe, finetune
+from persimmon.train.finetune import finetune
+from persimmon.train.finetune_recipe import FinetuneRecipe
 from persimmon.train.recipe import load_recipe
 
 def report(row):

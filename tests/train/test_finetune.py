@@ -24,13 +24,9 @@ from persimmon.train.conversation_rows import (
     encode_conversation,
     first_fit,
 )
-from persimmon.train.finetune import (
-    FinetuneRecipe,
-    FinetuneSource,
-    answer_bits_per_byte,
-    finetune,
-    load_conversations,
-)
+from persimmon.train.finetune import answer_bits_per_byte, finetune
+from persimmon.train.finetune_data import FinetuneSource, load_conversations
+from persimmon.train.finetune_recipe import FinetuneRecipe
 from persimmon.train.loss import IGNORE
 from persimmon.train.recipe import load_recipe
 

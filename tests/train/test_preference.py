@@ -19,7 +19,9 @@ from persimmon.data.preferences import Preference
 from persimmon.errors import ConfigError, DataError
 from persimmon.model import PersimmonModel
 from persimmon.train.conversation_rows import ConversationRows
-from persimmon.train.finetune import FinetuneRecipe, finetune, load_preferences
+from persimmon.train.finetune import finetune
+from persimmon.train.finetune_data import load_preferences
+from persimmon.train.finetune_recipe import FinetuneRecipe
 from persimmon.train.loss import IGNORE
 from persimmon.train.objective import token_log_probabilities
 from persimmon.train.preference import (

@@ -101,15 +101,15 @@ class AnswerLoss(TokenLoss):
 
 @contextlib.contextmanager
 def training(model: PersimmonModel, batch: Batch) -> Iterator[None]:
-    """Training mode inside the block, its random numbers seeded by the batch; evaluation mode outside."""
+    """Training mode, which stays on for the backward pass, and random numbers seeded by the batch inside the block.
+
+    Whoever evaluates turns it off: `model.eval()`.
+    """
     model.train()
     devices = [batch.token_ids.device] if batch.token_ids.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(batch.seeds[0] if batch.seeds else 0)
-            yield
-    finally:
-        model.eval()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(batch.seeds[0] if batch.seeds else 0)
+        yield
 
 
 @contextlib.contextmanager
