@@ -31,6 +31,7 @@ SMALLER = {
     **{
         f"persimmon finetune configs/{name}.yaml --set root": [
             "--set", "row_length=128", "--set", "batch_tokens=512", "--set", "epochs=1", "--set", "held_out=0.1",
+            "--set", "threads=1",  # two wait for each other where others use the cores as well
         ]
         for name in ("sft", "lora", "qlora", "dpo")
     },
@@ -105,6 +106,7 @@ def run(words: list[str], place: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # a page starts about ten programs, and a busy machine takes its time for each
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/finetuning.md"])
 def test_documented_commands_run(page: str, workplace: Path, request: pytest.FixtureRequest) -> None:
     found = commands(page)
