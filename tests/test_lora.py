@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,19 @@ def test_a_loaded_model_generates_with_its_adapter(tmp_path: Path) -> None:
     ]
     assert texts[0].token_ids != texts[1].token_ids
     assert hub.load_model(base).config == persimmon.load(base, device="cpu").config
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_the_engine_of_the_server_runs_an_adapter(tmp_path: Path, engine: str) -> None:
+    """A file of prompts goes through the server's engine, over a paged cache: the text is that of `load`."""
+    from persimmon.cli.main import main
+
+    base = write_tiny_directory(tmp_path / "base", dtype=torch.float32)
+    write_random_adapter(base, tmp_path / "adapter")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the light"}\n')
+    files = ["--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
+    options = ["--adapter", str(tmp_path / "adapter"), "--engine", engine, "--device", "cpu"]
+    assert main(["generate", str(base), *files, *options, "--temperature", "0", "--max-tokens", "8"]) == 0
+    answer = json.loads((tmp_path / "answers.jsonl").read_text())
+    loaded = persimmon.load(base, engine=engine, device="cpu", adapter=tmp_path / "adapter")
+    assert answer["text"] == loaded.generate("the light", max_tokens=8, temperature=0).text

@@ -129,3 +129,49 @@ def test_replay_that_leaves_no_room_is_refused(settings: dict[str, Any], tmp_pat
     recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / "recipe.yaml"))
     with pytest.raises(ConfigError, match=r"replay\.share"):
         FinetuneSource(recipe, ConversationRows(made_items(30), 128, 1, 0))
+
+
+def losses(settings: dict[str, Any], tmp_path: Path, name: str, **changes: Any) -> list[float]:
+    settings = settings | {"output": str(tmp_path / name), "epochs": 2, "replay": None} | changes
+    rows: list[dict[str, Any]] = []
+    recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / f"{name}.yaml"))
+    finetune(recipe, resume=False, report=rows.append)
+    return [row["loss"] for row in rows]
+
+
+def test_recomputing_blocks_changes_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    kept = losses(settings, tmp_path, "kept")
+    assert losses(settings, tmp_path, "recomputed", recompute=True) == kept
+
+
+def test_bfloat16_weights_with_one_byte_moments_train_as_float32_ones(settings: dict[str, Any], tmp_path: Path) -> None:
+    optimizer = {"matrices": "adamw", "matrix_lr": 0.01, "vector_lr": 0.01}
+    loop = {"evaluate_every": 0, "dtype": "bfloat16", "optimizer": optimizer}
+    exact = losses(settings, tmp_path, "float32", loop=loop)
+    small = {**loop, "optimizer": {**optimizer, "state": "int8"}}
+    rounded = losses(settings, tmp_path, "bfloat16", loop=small, weights="bfloat16")
+    assert exact[-1] < 0.8 * exact[0]
+    assert rounded[-1] == pytest.approx(exact[-1], rel=0.05)
+
+
+def test_bfloat16_weights_without_rounding_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="weights bfloat16 need"):
+        losses(settings, tmp_path, "refused", weights="bfloat16")
+    with pytest.raises(ConfigError, match="weights must be float32 or bfloat16"):
+        losses(settings, tmp_path, "refused", weights="q4")
+
+
+def test_conversations_without_an_answer_in_the_row_are_counted(settings: dict[str, Any], tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "x"}]}
+    with (tmp_path / "chat.jsonl").open("a") as stream:
+        stream.write(json.dumps(long) + "\n")
+    with pytest.warns(UserWarning, match=r"1 of \d+ conversations have no answer within 128 tokens: left out"):
+        losses(settings, tmp_path, "long")
+
+
+def test_the_card_of_a_result_states_base_and_licence(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    with pytest.warns(UserWarning, match="non-commercial use only, too"):
+        losses(settings, tmp_path, "carded")
+    card = (tmp_path / "carded" / "model" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card and "non-commercial use only, too" in card and "Fine-tuned" in card
