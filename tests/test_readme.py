@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/training.md runs, at small size where it would take long."""
+"""Every command of README.md, docs/training.md and docs/finetuning.md runs, at small size where it would take long."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ SMALLER = {
     "persimmon finetune configs/mini-chat.yaml": [
         "--set", "epochs=0.2", "--set", "processes=1", "--set", "loop.dtype=float32",
     ],
+    **{
+        f"persimmon finetune configs/{name}.yaml --set root": [
+            "--set", "row_length=128", "--set", "batch_tokens=512", "--set", "epochs=1", "--set", "held_out=0.1",
+            "--set", "threads=1",  # two wait for each other where others use the cores as well
+        ]
+        for name in ("sft", "lora", "qlora", "dpo")
+    },
 }  # fmt: skip
 ONLY_PARSED = {
     "pip install -e . -c constraints.txt": "this is how the environment of the tests was made",
@@ -60,6 +67,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps(record).replace("{}", str(i)) for i in range(40)]
     for name in ("sgd", "p3_sample", "gsm8k_train", "dolly", "oasst", "self_instruct"):
         (data / "chat" / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (data / "preferences").mkdir()
+    pair = {"prompt": "Hi {}", "chosen": "Hello.", "rejected": "Go away."}
+    lines = [json.dumps(pair).replace("{}", str(i)) for i in range(40)]
+    (data / "preferences" / "made.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     (data / "eval").mkdir()
     arc = [{"id": f"a{i}", "query": f"Question: {i}?", "choices": ["x", "y", "z"], "gold": i % 3} for i in range(20)]
     blanks = [
@@ -95,7 +106,8 @@ def run(words: list[str], place: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+@pytest.mark.timeout(600)  # a page starts about ten programs, and a busy machine takes its time for each
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/finetuning.md"])
 def test_documented_commands_run(page: str, workplace: Path, request: pytest.FixtureRequest) -> None:
     found = commands(page)
     assert found

@@ -19,7 +19,7 @@ from persimmon.checkpoints.directory import open_directory
 from persimmon.checkpoints.download import resolve
 from persimmon.config import ModelConfig
 from persimmon.engines import ENGINES, check_options, choose_device, choose_dtype, choose_engine
-from persimmon.errors import InputError
+from persimmon.errors import InputError, UnavailableError
 from persimmon.fast.cpu.packed import is_packed, open_packed
 from persimmon.infer.completion import Generation
 from persimmon.infer.decoder import Chunk, Decoder
@@ -158,6 +158,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     rotary_precision: str = "checkpoint",
+    adapter: str | os.PathLike[str] | None = None,
     **engine_options: Any,
 ) -> Persimmon:
     """Load a model.
@@ -172,6 +173,7 @@ def load(
         threads: CPU threads of the engine and of this process's PyTorch; None is the engine's choice.
         context: longest sequence in tokens; None is the model's.
         rotary_precision: checkpoint (what its config.json says), float32 or bfloat16.
+        adapter: directory of a LoRA adapter (PEFT's form) to run the model with; not for quantized weights.
         engine_options: options that only some engines have.
 
     Raises NotFoundError, CheckpointError, InputError for a value that cannot be, UnavailableError for something that
@@ -179,7 +181,7 @@ def load(
     """
     decoder, path, choices = load_decoder(
         model, device=device, engine=engine, dtype=dtype, threads=threads, rotary_precision=rotary_precision,
-        **engine_options,
+        adapter=adapter, **engine_options,
     )  # fmt: skip
     return Persimmon(decoder, Tokenizer.load(path), context=context, choices=choices)
 
@@ -192,6 +194,7 @@ def load_decoder(
     dtype: str = "auto",
     threads: int | None = None,
     rotary_precision: str = "checkpoint",
+    adapter: str | os.PathLike[str] | None = None,
     **engine_options: Any,
 ) -> tuple[Decoder, Path, list[str]]:
     """The decoder alone, for models without a tokenizer as `synthesize` writes them; the arguments of `load`.
@@ -206,6 +209,10 @@ def load_decoder(
     path = resolve(model)
     packed = is_packed(path)
     config, stored = _describe(path, packed)
+    if adapter is not None:
+        if packed:
+            raise UnavailableError(f"{path} is quantized and takes no adapter: `persimmon merge` first, then quantize")
+        engine_options["adapter"] = Path(adapter)
     by = choose_engine(engine, on.value, packed, config)
     check_options(by.value, engine_options)
     if threads is not None and "threads" in ENGINES[by.value].options:
@@ -218,6 +225,8 @@ def load_decoder(
         f"{name} {choice.value} ({choice.reason})"
         for name, choice in (("device", on), ("engine", by), ("dtype", precision))
     ]
+    if adapter is not None:
+        choices.append(f"adapter {adapter}")
     return decoder, path, choices
 
 

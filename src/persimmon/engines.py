@@ -62,7 +62,9 @@ class Engine:
         return self.why_unavailable() or (self.why_unfit(config) if config is not None else None)
 
 
-def _load_reference(directory: Path, config: ModelConfig, device: str, dtype: str) -> Decoder:
+def _load_reference(
+    directory: Path, config: ModelConfig, device: str, dtype: str, adapter: Path | None = None
+) -> Decoder:
     import torch
 
     from persimmon.checkpoints import hub
@@ -70,6 +72,10 @@ def _load_reference(directory: Path, config: ModelConfig, device: str, dtype: st
 
     model = hub.load_model(directory, dtype=getattr(torch, dtype), device=device)
     model.config = config
+    if adapter is not None:
+        from persimmon.lora import load_adapter
+
+        load_adapter(model, adapter)
     return ReferenceDecoder(model)
 
 
@@ -97,12 +103,14 @@ ENGINES: dict[str, Engine] = {
         "C++ kernels that skip the MLP's zeros, plain or quantized weights",
         ("cpu",),
         _load_cpu,
-        frozenset({"threads", "kv_dtype", "sparsity_margin", "audit_every", "isa", "verify", "progress"}),
+        frozenset({"threads", "kv_dtype", "sparsity_margin", "audit_every", "isa", "verify", "progress", "adapter"}),
         packed=True,
         why_unavailable=_why_no_cpu,
         why_unfit=_why_not_on_cpu,
     ),
-    "reference": Engine("reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference),
+    "reference": Engine(
+        "reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference, frozenset({"adapter"})
+    ),
 }
 
 

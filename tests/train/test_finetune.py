@@ -18,16 +18,15 @@ from persimmon.config import preset
 from persimmon.errors import ConfigError, DataError
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
-from persimmon.train.finetune import (
+from persimmon.train.conversation_rows import (
     ConversationRows,
     EncodedConversation,
-    FinetuneRecipe,
-    FinetuneSource,
-    answer_bits_per_byte,
-    finetune,
+    encode_conversation,
     first_fit,
-    load_conversations,
 )
+from persimmon.train.finetune import answer_bits_per_byte, finetune
+from persimmon.train.finetune_data import FinetuneSource, load_conversations
+from persimmon.train.finetune_recipe import FinetuneRecipe
 from persimmon.train.loss import IGNORE
 from persimmon.train.recipe import load_recipe
 
@@ -39,12 +38,12 @@ def test_first_fit_places_every_item_once_and_whole(sizes: list[int], open_rows:
     assert all(sum(sizes[item] for item in row) <= 50 for row in rows)
 
 
-def made_items(count: int) -> list[EncodedConversation]:
+def made_items(count: int) -> list[tuple[EncodedConversation]]:
     items = []
     for index in range(count):
         ids = np.full(3 + index % 7, index + 2)
         targets = np.where(np.arange(len(ids)) < 2, IGNORE, ids)
-        items.append(EncodedConversation(ids, targets, 5))
+        items.append((EncodedConversation(ids, targets, 5),))
     return items
 
 
@@ -107,9 +106,7 @@ def test_a_run_lowers_the_loss_of_held_out_answers(settings: dict[str, Any], tmp
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     directory = tmp_path / "run" / "model"
     tokenizer = Tokenizer.load(directory)
-    from persimmon.train.finetune import encode_conversation
-
-    items = [encode_conversation(tokenizer, c, 128) for c in held]
+    items = [encode_conversation(tokenizer, c.messages, 128) for c in held]
     scores = [
         answer_bits_per_byte(hub.load_model(path, dtype=torch.float32, device=torch.device("cpu")), items)
         for path in (Path(settings["model"]), directory)
@@ -132,3 +129,49 @@ def test_replay_that_leaves_no_room_is_refused(settings: dict[str, Any], tmp_pat
     recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / "recipe.yaml"))
     with pytest.raises(ConfigError, match=r"replay\.share"):
         FinetuneSource(recipe, ConversationRows(made_items(30), 128, 1, 0))
+
+
+def losses(settings: dict[str, Any], tmp_path: Path, name: str, **changes: Any) -> list[float]:
+    settings = settings | {"output": str(tmp_path / name), "epochs": 2, "replay": None} | changes
+    rows: list[dict[str, Any]] = []
+    recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / f"{name}.yaml"))
+    finetune(recipe, resume=False, report=rows.append)
+    return [row["loss"] for row in rows]
+
+
+def test_recomputing_blocks_changes_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    kept = losses(settings, tmp_path, "kept")
+    assert losses(settings, tmp_path, "recomputed", recompute=True) == kept
+
+
+def test_bfloat16_weights_with_one_byte_moments_train_as_float32_ones(settings: dict[str, Any], tmp_path: Path) -> None:
+    optimizer = {"matrices": "adamw", "matrix_lr": 0.01, "vector_lr": 0.01}
+    loop = {"evaluate_every": 0, "dtype": "bfloat16", "optimizer": optimizer}
+    exact = losses(settings, tmp_path, "float32", loop=loop)
+    small = {**loop, "optimizer": {**optimizer, "state": "int8"}}
+    rounded = losses(settings, tmp_path, "bfloat16", loop=small, weights="bfloat16")
+    assert exact[-1] < 0.8 * exact[0]
+    assert rounded[-1] == pytest.approx(exact[-1], rel=0.05)
+
+
+def test_bfloat16_weights_without_rounding_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="weights bfloat16 need"):
+        losses(settings, tmp_path, "refused", weights="bfloat16")
+    with pytest.raises(ConfigError, match="weights must be float32 or bfloat16"):
+        losses(settings, tmp_path, "refused", weights="q4")
+
+
+def test_conversations_without_an_answer_in_the_row_are_counted(settings: dict[str, Any], tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "x"}]}
+    with (tmp_path / "chat.jsonl").open("a") as stream:
+        stream.write(json.dumps(long) + "\n")
+    with pytest.warns(UserWarning, match=r"1 of \d+ conversations have no answer within 128 tokens: left out"):
+        losses(settings, tmp_path, "long")
+
+
+def test_the_card_of_a_result_states_base_and_licence(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    with pytest.warns(UserWarning, match="non-commercial use only, too"):
+        losses(settings, tmp_path, "carded")
+    card = (tmp_path / "carded" / "model" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card and "non-commercial use only, too" in card and "Fine-tuned" in card

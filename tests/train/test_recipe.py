@@ -137,7 +137,7 @@ def test_overrides_that_cannot_be(tmp_path: Path, override: str, message: str) -
 @pytest.mark.parametrize("name", ["mini", "mini-data", "mini-chat"])
 def test_the_recipes_of_the_repository_can_be_read(name: str) -> None:
     from persimmon.data.prepare import DataRecipe
-    from persimmon.train.finetune import FinetuneRecipe
+    from persimmon.train.finetune_recipe import FinetuneRecipe
     from persimmon.train.pretrain import PretrainRecipe
 
     kinds: dict[str, type] = {"mini": PretrainRecipe, "mini-data": DataRecipe, "mini-chat": FinetuneRecipe}

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from persimmon.checkpoints.adept import AdeptCheckpoint
 from persimmon.checkpoints.directory import ModelDirectory, copy_card, read_generation, write_directory
-from persimmon.checkpoints.releases import Release, write_card
+from persimmon.checkpoints.releases import CARD_FILE, Release, write_card
 from persimmon.checkpoints.shards import DEFAULT_SHARD_BYTES, ProgressReport, no_progress
 from persimmon.checkpoints.staging import check_apart
-from persimmon.checkpoints.tensors import StoredTensor, TensorData, num_bytes
+from persimmon.checkpoints.tensors import TensorData, num_bytes
 from persimmon.checkpoints.vocabulary import copy_map
 from persimmon.errors import NotFoundError
 from persimmon.tokenizer import Tokenizer
@@ -43,12 +43,15 @@ def write_copy(
     target: Path,
     *,
     dtype: torch.dtype | None = None,
+    changed: Mapping[str, TensorData] | None = None,
+    card_note: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: ProgressReport = no_progress,
 ) -> tuple[dict[str, TensorData], list[str]]:
     """Write a model directory afresh, in our layout: the tensors as written, by our names, and notes for a person.
 
-    The end-of-text ids come from the vocabulary, because configurations on the hub have wrong ones.
+    The end-of-text ids come from the vocabulary, because configurations on the hub have wrong ones. `changed`: tensors
+    that take the place of the source's. `card_note`: a paragraph for the end of the model card.
     """
     check_apart(source.path, target)
     notes = []
@@ -64,8 +67,11 @@ def write_copy(
     def extra(partial: Path) -> None:
         copy_card(source.path, partial)
         copy_map(source.path, partial, with_rows=dtype is None)
+        if card_note is not None:
+            with (partial / CARD_FILE).open("a") as card:
+                card.write(f"\n{card_note}\n")
 
-    tensors = _as_type(source.tensors, dtype)
+    tensors = _as_type({**source.tensors, **(changed or {})}, dtype)
     write_directory(
         target, config, tensors, tokenizer, generation=read_generation(source.path), extra=extra,
         max_shard_bytes=max_shard_bytes, progress=progress,
@@ -80,7 +86,7 @@ def _tokenizer(directory: Path) -> Tokenizer | None:
         return None
 
 
-def _as_type(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, TensorData]:
+def _as_type(tensors: Mapping[str, TensorData], dtype: torch.dtype | None) -> dict[str, TensorData]:
     if dtype is None:
         return dict(tensors)
     from persimmon.checkpoints.hub import converted

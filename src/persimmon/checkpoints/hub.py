@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from persimmon.errors import CheckpointError, InputError
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
 
-__all__ = ["converted", "load_model", "map_tensor", "resolve", "save_model"]
+__all__ = ["as_tensor_data", "converted", "load_model", "map_tensor", "resolve", "save_model"]
 
 _TORCH_TYPES: dict[str, torch.dtype] = {name: getattr(torch, word) for name, word in WEIGHT_TYPES.items()}
 _STORED_TYPES = {dtype: name for name, dtype in _TORCH_TYPES.items()}
+_MAPPED_TYPES = {**_TORCH_TYPES, "U8": torch.uint8, "I32": torch.int32}  # packed weights as well
 
 _NO_FLOAT16 = "relu(x)^2 leaves the range of float16 once x passes 255.9"
 
@@ -71,7 +72,7 @@ def _compute_type(opened: ModelDirectory, dtype: torch.dtype | None) -> torch.dt
 
 def map_tensor(stored: StoredTensor) -> Tensor:
     """The tensor without reading it: pages come from the file when they are touched; writing changes only memory."""
-    size, dtype = num_bytes(stored), _TORCH_TYPES[stored.dtype]
+    size, dtype = num_bytes(stored), _MAPPED_TYPES[stored.dtype]
     if size == 0:
         return torch.empty(stored.shape, dtype=dtype)
     inside = stored.offset % mmap.ALLOCATIONGRANULARITY
@@ -93,12 +94,14 @@ def save_model(
     *,
     config: ModelConfig | None = None,
     dtype: torch.dtype | None = None,
+    extra: Callable[[Path], None] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: ProgressReport = no_progress,
 ) -> None:
     """Write a model directory: configuration, weights, tokenizer, generation settings, checksums.
 
-    `model` may be tensors by our names, with their `config`. `dtype` converts on the way. The directory appears
+    `model` may be tensors by our names, with their `config`. `dtype` converts on the way. `extra` as in
+    `write_directory`. The directory appears
     whole or not at all; an existing one gets its model replaced and keeps other files.
     """
     if isinstance(model, PersimmonModel):
@@ -110,7 +113,14 @@ def save_model(
     data = {
         name: _MemoryTensor(name, tensor, _stored_type(name, dtype or tensor.dtype)) for name, tensor in tensors.items()
     }
-    write_directory(Path(directory), config, data, tokenizer, max_shard_bytes=max_shard_bytes, progress=progress)
+    write_directory(
+        Path(directory), config, data, tokenizer, extra=extra, max_shard_bytes=max_shard_bytes, progress=progress
+    )
+
+
+def as_tensor_data(name: str, tensor: Tensor) -> TensorData:
+    """A tensor in memory in the form that files are written from."""
+    return _MemoryTensor(name, tensor, _stored_type(name, tensor.dtype))
 
 
 def _stored_type(name: str, dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,3 +73,31 @@ def write_card(release: Release, directory: Path) -> None:
         f"# {release.name}\n\nConverted from `{release.tar}` (MD5 {release.tar_md5}), published by Adept AI Labs.\n"
         f"Licence: {release.licence}, {release.note}.\n"
     )
+
+
+def derived_notice(directory: Path) -> str | None:
+    """One line on the licence of what is made from a model, where its card states a non-commercial one."""
+    licence = licence_of(directory)
+    if licence is None or "-NC" not in licence.upper():
+        return None
+    return (
+        f"The base model's licence is {licence}: what is trained from it or merged with it is for "
+        "non-commercial use only, too."
+    )
+
+
+def write_derived_card(
+    directory: Path, base: str, base_directory: Path, what: str, *, library: str | None = None
+) -> None:
+    """A model card for what was trained from a model: its base, its licence and one sentence on what it is.
+
+    base: as the user named it. library: the one that others load it with.
+    """
+    release, licence = by_name(base), licence_of(base_directory)
+    shown = release.hub_id if release else base
+    lines = ["---", f"base_model: {json.dumps(shown)}"]
+    lines += [f"library_name: {library}"] if library else []
+    lines += [f"license: {licence.lower()}"] if licence else []
+    lines += ["---", "", f"# Trained from {shown}", "", what]
+    notice = derived_notice(base_directory)
+    (directory / CARD_FILE).write_text("\n".join([*lines, *([notice] if notice else [])]) + "\n")

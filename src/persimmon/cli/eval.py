@@ -220,7 +220,7 @@ def _model(args: argparse.Namespace, options: Mapping[str, Any]) -> LanguageMode
     given = {
         "device": args.device, "engine": args.engine, "dtype": args.dtype, "threads": args.threads,
         "context": args.context, "rotary_precision": args.rotary_precision,
-    } | dict(options)  # fmt: skip
+    } | ({"adapter": args.adapter} if args.adapter else {}) | dict(options)  # fmt: skip
     name = given.pop("model", None) or model_name(args)
     return load_language_model(
         str(name), bos=not args.no_bos, lanes=args.lanes, cache_tokens=args.cache_tokens, seed=args.seed, options=given

@@ -45,6 +45,7 @@ VERB_GROUPS: dict[str, dict[str, str]] = {
         "data": "persimmon.cli.data",
         "pretrain": "persimmon.cli.pretrain",
         "finetune": "persimmon.cli.finetune",
+        "merge": "persimmon.cli.merge",
     },
     "This machine": {
         "doctor": "persimmon.cli.doctor",

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
 
 
-def draw_curves(output: str, picture: str | None) -> None:
-    """Plot the finished run when matplotlib is there, and say where the results are."""
+def draw_curves(output: str, picture: str | None, result: str = "model") -> None:
+    """Plot the finished run when matplotlib is there, and say where the result is: OUTPUT/`result`."""
     import sys
     from pathlib import Path
 
@@ -40,7 +40,7 @@ def draw_curves(output: str, picture: str | None) -> None:
         if picture:
             raise
         print(f"no plot: {error}", file=sys.stderr)
-    print(f"model: {Path(output) / 'model'}", file=sys.stderr)
+    print(f"{result}: {Path(output) / result}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -49,14 +49,11 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 
     Raises NotFoundError, or DataError naming file and line of the first record that is wrong.
     """
-    if not path.name.endswith(_SUFFIXES):
-        raise DataError(f"{path.name}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
-    if not path.is_file():
-        raise NotFoundError(f"no conversations at {path}")
+    check_file(path, "conversations")
     for origin, record in read_json_lines(path):
         try:
             messages = _messages(record)
-            _check(messages)
+            check_conversation(messages)
         except InputError as error:
             raise DataError(f"{origin}: {error}") from None
         yield Conversation(messages, origin)
@@ -69,8 +66,16 @@ def _messages(record: dict[str, Any]) -> list[Message]:
     raise DataError(f"no conversation in it: none of the keys {', '.join(_FORMS)} is there")
 
 
-def _check(messages: list[Message]) -> None:
-    """Whatever the training would refuse, and answers that teach nothing."""
+def check_file(path: Path, what: str) -> None:
+    """Raise DataError or NotFoundError unless it is a file of JSON Lines; `what` it should hold."""
+    if not path.name.endswith(_SUFFIXES):
+        raise DataError(f"{path.name}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise NotFoundError(f"no {what} at {path}")
+
+
+def check_conversation(messages: list[Message]) -> None:
+    """Raise InputError for whatever the training would refuse, and for answers that teach nothing."""
     text = chat.render(messages, add_generation_prompt=False)
     if messages[-1]["role"] != "assistant":
         raise DataError(f"message {len(messages) - 1}: the last message must be the assistant's")

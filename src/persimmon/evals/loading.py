@@ -40,6 +40,8 @@ def load_language_model(
         },
         "context": loaded.context,
     }
+    if identity.get("adapter"):
+        identity["adapter"] = weights_fingerprint(Path(identity["adapter"]))
     return DecoderLanguageModel(
         loaded.decoder,
         loaded.tokenizer,

@@ -1,8 +1,8 @@
 """Training checkpoints that are whole or absent.
 
-`checkpoints/step-00001234/` holds `model.safetensors`, `optimizer.safetensors` and `state.json`, whose hashes cover
-the other two. The folder is written under a temporary name, flushed to disk and renamed, so an interrupted save leaves
-the older ones untouched.
+`checkpoints/step-00001234/` holds `model.safetensors` (the parameters that train), `optimizer.safetensors` and
+`state.json`, whose hashes cover the other two. The folder is written under a temporary name, flushed to disk and
+renamed, so an interrupted save leaves the older ones untouched.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / _MODEL)
+        save_file({k: v.detach().contiguous() for k, v in _trained(model).items()}, partial / _MODEL)
         save_file(_optimizer_tensors(optimizers), partial / _OPTIMIZER)
         hashes = {name: _hash_and_flush(partial / name) for name in (_MODEL, _OPTIMIZER)}
         (partial / _STATE).write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=2))
@@ -64,12 +64,30 @@ def load_newest(
         state = _verified_state(candidate)
         if state is None:
             continue
-        model.load_state_dict(load_file(candidate / _MODEL))
+        _restore_model(candidate / _MODEL, model)
         _restore_optimizers(optimizers, load_file(candidate / _OPTIMIZER))
         return state
     if found:
         raise CheckpointError(f"every checkpoint in {directory} is damaged: {', '.join(p.name for p in found)}")
     return None
+
+
+def _trained(model: PersimmonModel) -> dict[str, torch.nn.Parameter]:
+    """What a run changes; the frozen rest comes from the base again."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def _restore_model(file: Path, model: PersimmonModel) -> None:
+    trained, saved = _trained(model), load_file(file)
+    differing = sorted(trained.keys() ^ saved.keys())
+    if differing:
+        raise CheckpointError(f"{file}: the run trains other parameters: {differing[0]} is only in one of them")
+    for name, parameter in trained.items():
+        if parameter.shape != saved[name].shape:
+            shapes = f"{list(saved[name].shape)}, the model has {list(parameter.shape)}"
+            raise CheckpointError(f"{file}: {name} is {shapes}")
+        parameter.copy_(saved[name])
 
 
 def _verified_state(candidate: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ class ConsoleReport:
         """Show one step."""
         if "held_out" in row:
             scores = ", ".join(f"{name} {value}" for name, value in row["held_out"].items())
-            self._print(f"step {row['step']}: held-out bits per byte: {scores}")
+            self._print(f"step {row['step']}: held out: {scores}")
         if self.quiet:
             return
         if sys.stderr.isatty():

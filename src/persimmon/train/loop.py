@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from persimmon.errors import ConfigError, PersimmonError
-from persimmon.model import PersimmonModel, document_positions
+from persimmon.model import PersimmonModel
 from persimmon.train.checkpoint import load_newest, save_checkpoint
-from persimmon.train.loss import IGNORE, chunked_cross_entropy
+from persimmon.train.objective import Objective, TokenLoss
 from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
 from persimmon.train.parallel import World
 from persimmon.train.schedule import cosine, warmup_stable_decay
@@ -36,6 +36,8 @@ class Batch:
     token_ids: Tensor
     targets: Tensor
     documents: list[int]
+    seeds: tuple[int, ...] = ()
+    """One per row where the objective draws random numbers."""
 
 
 class BatchSource(Protocol):
@@ -121,10 +123,12 @@ class Trainer:
         world: World,
         evaluate: Callable[[PersimmonModel], dict[str, Any]] | None = None,
         report: Callable[[dict[str, Any]], None] = lambda row: None,
+        objective: Objective | None = None,
     ) -> None:
         self.model, self.source, self.num_steps = model, source, num_steps
         self.recipe, self.directory, self.world = recipe, directory, world
         self._evaluate, self._report = evaluate, report
+        self._objective = objective or TokenLoss()
         self._dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
         self.optimizers = build_optimizers(model, recipe.optimizer, self._dtype)
         self._tokens_total = sum(source.rows(s) * source.row_length(s) for s in range(num_steps))
@@ -144,23 +148,16 @@ class Trainer:
             yield self.source.batch(self.step, mine[start : start + size])
 
     def _forward_backward(self) -> tuple[float, Tensor]:
-        """Gradients of the whole step in every process; (mean loss in nats per target, counts of active neurons)."""
+        """Gradients of the whole step in every process; (the objective's mean loss, counts of active neurons)."""
         batches = list(self._micro_batches())
-        counts = torch.tensor([float(sum(int((b.targets != IGNORE).sum()) for b in batches)), float(len(batches))])
-        targets, passes = self.world.sum(counts).tolist()
+        counts = torch.tensor([float(sum(self._objective.count(b) for b in batches)), float(len(batches))])
+        terms, passes = self.world.sum(counts).tolist()
         statistics = LayerStatistics(self.model.config.num_layers, self.recipe.sparsity_target)
         total = torch.zeros(())
         for batch in batches:
             with self._autocast():
                 statistics.penalties.clear()
-                # Documents count from 0: it matters where positions are rounded (rotary_precision bfloat16).
-                positions = document_positions(batch.documents, *batch.token_ids.shape)
-                hidden = self.model.features(
-                    batch.token_ids, positions=positions, documents=batch.documents, observe=statistics
-                )
-                loss = chunked_cross_entropy(
-                    hidden.flatten(0, 1), self.model.lm_head.weight, batch.targets.flatten(), scale=1 / targets
-                )
+                loss = self._objective.loss(self.model, batch, 1 / terms, statistics)
                 total += loss.detach()
                 if self.recipe.sparsity_penalty:
                     loss = loss + self.recipe.sparsity_penalty / passes * statistics.penalty()
@@ -185,7 +182,8 @@ class Trainer:
         recipe = self.recipe
         if recipe.sparsity_penalty and recipe.sparsity_lift and recipe.sparsity_target < 1:
             rate = recipe.sparsity_lift * recipe.optimizer.vector_lr * factor
-            lift_biases(up_biases(self.model), active, recipe.sparsity_target, rate)
+            if biases := up_biases(self.model):
+                lift_biases(biases, active, recipe.sparsity_target, rate)
         return float(norm)
 
     def train_step(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
+from persimmon.train.adamw8bit import AdamW8bit
 
 # Quintic iteration coefficients of the Muon reference: fast, to a singular value of about 0.7-1.2.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -118,10 +119,16 @@ class OptimizerRecipe:
     momentum: float = 0.95
     clip: float = 1.0
     """Largest norm of the whole gradient."""
+    state: str = "float32"
+    """Moments in `float32`, or in `int8` (AdamW only): a quarter of the memory (adamw8bit.py)."""
 
     def __post_init__(self) -> None:
         if self.matrices not in ("muon", "adamw"):
             raise ConfigError(f"optimizer.matrices must be muon or adamw, got {self.matrices!r}")
+        if self.state not in ("float32", "int8"):
+            raise ConfigError(f"optimizer.state must be float32 or int8, got {self.state!r}")
+        if self.state == "int8" and self.matrices != "adamw":
+            raise ConfigError("optimizer.state int8 needs optimizer.matrices adamw")
         for name in ("matrix_lr", "vector_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"optimizer.{name} must be positive, got {getattr(self, name)}")
@@ -135,10 +142,12 @@ class OptimizerRecipe:
 def build_optimizers(
     model: PersimmonModel, recipe: OptimizerRecipe, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model; each group remembers its top rate as `top_lr`."""
+    """The optimizers of what trains in a model; each group remembers its top rate as `top_lr`."""
     config = model.config
     matrices, vectors = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.dim() == 2 and name.startswith("layers."):
             fused = (config.num_heads, config.head_dim) if "query_key_value" in name else None
             matrices.append(MatrixParameter(parameter, fused))
@@ -160,7 +169,10 @@ def build_optimizers(
     else:
         parameters = [matrix.parameter for matrix in matrices]
         groups.append({"params": parameters, "lr": recipe.matrix_lr, "weight_decay": recipe.weight_decay})
-    optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=True))
+    if recipe.state == "int8":
+        optimizers.append(AdamW8bit(groups, betas=betas))
+    else:
+        optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["top_lr"] = group["lr"]

@@ -44,7 +44,7 @@ def plot_run(metrics: Path, picture: Path) -> None:
     for name in scored[0]["held_out"] if scored else []:
         points = [(row["tokens"] / 1e6, row["held_out"][name]) for row in scored]
         middle.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    middle.set(title="held-out bits per byte", xlabel="million tokens")
+    middle.set(title="held out", xlabel="million tokens")
     counted = [row for row in rows if "zeros" in row]
     for layer in range(len(counted[0]["zeros"]) if counted else 0):
         shares = smooth([row["zeros"][layer] for row in counted], 0.8)

@@ -58,8 +58,9 @@ def silent_neurons(counts: Tensor) -> list[int]:
 
 
 def up_biases(model: PersimmonModel) -> list[nn.Parameter]:
-    """Biases [F] of the up projections, layer by layer."""
-    return [p for name, p in model.named_parameters() if name.endswith("mlp.dense_h_to_4h.bias")]
+    """Biases [F] of the up projections, layer by layer; none where the model is frozen."""
+    named = model.named_parameters()
+    return [p for name, p in named if p.requires_grad and name.endswith("mlp.dense_h_to_4h.bias")]
 
 
 @torch.no_grad()

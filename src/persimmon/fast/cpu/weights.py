@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from persimmon.checkpoints.adapters import Adapter
 from persimmon.checkpoints.directory import ModelDirectory
 from persimmon.config import ModelConfig
 from persimmon.fast.cpu.formats import FORMATS, SUPERBLOCK, Format, embedding_tensors, head_tensors, layer_tensors
@@ -30,19 +31,29 @@ def float_format(directory: ModelDirectory, dtype: str) -> Format:
     return FORMATS["bfloat16" if "bfloat16" in (dtype, directory.dtype) else "float32"]
 
 
-def float_arrays(directory: ModelDirectory, form: Format) -> Arrays:
-    """The arrays of an unpacked checkpoint."""
+def float_arrays(directory: ModelDirectory, form: Format, adapter: Adapter | None = None) -> Arrays:
+    """The arrays of an unpacked checkpoint, merged with an adapter: added in float32, rounded once in bfloat16."""
     stored_type = "BF16" if form.name == "bfloat16" else "F32"
 
     def read(name: str) -> Array:
         stored = directory.tensors[name]
         values = map_array(stored)
+        module = name.removesuffix(".weight")
+        if adapter is not None and module in adapter.pairs:
+            merged = to_float32(values, stored.dtype) + low_rank_update(adapter, module)
+            return merged if form.name == "float32" else to_bfloat16(merged)
         if stored.dtype == stored_type and values.ctypes.data % values.itemsize == 0:
             return values
         floats = to_float32(values, stored.dtype)
         return floats if form.name == "float32" or floats.ndim == 1 else to_bfloat16(floats)
 
     return arrange(directory.config, form, read)
+
+
+def low_rank_update(adapter: Adapter, module: str) -> NDArray[np.float32]:
+    """The update [out, in] of an adapted matrix: scale * B A."""
+    a, b = (to_float32(map_array(tensor), tensor.dtype) for tensor in adapter.pairs[module])
+    return np.float32(adapter.settings.scale) * (b @ a)
 
 
 def arrange(config: ModelConfig, form: Format, read: Read) -> Arrays:

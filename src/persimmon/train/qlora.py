@@ -1,0 +1,223 @@
+"""QLoRA (Dettmers et al. 2023) on the engine's own formats: a frozen base that stays packed in `q8` or `q4`.
+
+A packed matrix is turned into floats a slice of rows at a time, in the forward pass and again in the backward pass;
+nothing but the packed bytes is kept between the two. So the base costs what its files cost (formats.py), and at most
+SLICE_BYTES of it exist as floats. The embedding stays as it was, looked up row by row; the head is packed too.
+
+Everything here is plain torch, so it runs wherever torch does. Only inputs have gradients: the base is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from persimmon.checkpoints.hub import map_tensor
+from persimmon.errors import InputError
+from persimmon.fast.cpu.formats import GROUP, SUPERBLOCK
+from persimmon.fast.cpu.packed import PackedDirectory, open_packed
+from persimmon.model import PersimmonModel
+
+FORMATS = ("q8", "q4")
+"""The packed formats that can be trained on; p44's MLP planes have no reader here."""
+
+SLICE_BYTES = 64 << 20
+"""Most float32 bytes of a matrix that exist at a time."""
+
+_LANES = (SUPERBLOCK // GROUP, SUPERBLOCK // GROUP, 4)  # vectors, groups, bytes: native/layout.h
+
+
+# -- reading superblocks -------------------------------------------------------------------------------------
+
+
+def _lane_order(codes: Tensor) -> Tensor:
+    """Codes [R, S, 256] in lane order -> [R, S, groups, 32] in plain order."""
+    rows, blocks = codes.shape[:2]
+    return codes.view(rows, blocks, *_LANES).transpose(2, 3).reshape(rows, blocks, SUPERBLOCK // GROUP, GROUP)
+
+
+def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes [R, S, groups, 32] times their groups' float16 scales, given as bytes [R, S, 16] -> float32 [R, 256 S]."""
+    halves = scales.contiguous().view(torch.float16).float()
+    return (codes.float() * halves[..., None]).flatten(1)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Bytes [R, S, 128] -> codes [R, S, groups, 32] from 0 to 15."""
+    return _lane_order(torch.cat((packed & 15, packed >> 4), -1))
+
+
+def _superblocks(rows: Tensor, size: int) -> Tensor:
+    return rows.view(len(rows), -1, size)
+
+
+def unpack_q8(rows: Tensor) -> Tensor:
+    """Rows of q8 superblocks [R, bytes] -> float32 [R, 256 S]."""
+    blocks = _superblocks(rows, 272)
+    return _scaled(_lane_order(blocks[..., :256].contiguous().view(torch.int8)), blocks[..., 256:])
+
+
+def unpack_q4(rows: Tensor) -> Tensor:
+    """Rows of q4 superblocks [R, bytes] -> float32 [R, 256 S]."""
+    blocks = _superblocks(rows, 144)
+    return _scaled(_nibbles(blocks[..., :128]).to(torch.int8) - 8, blocks[..., 128:])
+
+
+def unpack_int8(rows: Tensor) -> Tensor:
+    """Rows of int8 superblocks in plain order [R, bytes] -> float32 [R, 256 S]."""
+    blocks = _superblocks(rows, 272)
+    codes = blocks[..., :256].contiguous().view(torch.int8)
+    return _scaled(codes.view(*codes.shape[:2], SUPERBLOCK // GROUP, GROUP), blocks[..., 256:])
+
+
+def unpack_planes(high: Tensor, low: Tensor) -> Tensor:
+    """Rows of the two 4-bit planes of int8 weights -> float32 [R, 256 S]."""
+    blocks = _superblocks(high, 144)
+    codes = 16 * _nibbles(blocks[..., :128]).to(torch.int16) + _nibbles(_superblocks(low, 128)) - 128
+    return _scaled(codes, blocks[..., 128:])
+
+
+_READERS: dict[str, Callable[..., Tensor]] = {
+    "q8": unpack_q8,
+    "q4": unpack_q4,
+    "int8": unpack_int8,
+    "planes": unpack_planes,
+}
+
+
+# -- products ------------------------------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with a packed, frozen W."""
+
+    def __init__(
+        self, kind: str, planes: tuple[Tensor, ...], columns: int, bias: Tensor | None, *, by_inputs: bool = False
+    ) -> None:
+        """`planes`: bytes [rows, ..] that `kind` reads together, `columns` floats a row; the rest is padding.
+
+        by_inputs: the rows are W's columns, as the down projection of q8 is stored.
+        """
+        super().__init__()
+        self.kind, self.by_inputs = kind, by_inputs
+        for number, plane in enumerate(planes):
+            self.register_buffer(f"plane{number}", plane, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self._planes, self._columns = len(planes), columns
+        rows = len(planes[0])
+        self.in_features, self.out_features = (rows, columns) if by_inputs else (columns, rows)
+
+    def slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their floats [rows, columns]) of the stored matrix, a few rows at a time."""
+        planes: list[Tensor] = [getattr(self, f"plane{number}") for number in range(self._planes)]
+        step = max(1, SLICE_BYTES // (4 * self._columns))
+        for start in range(0, len(planes[0]), step):
+            rows = slice(start, min(start + step, len(planes[0])))
+            floats = _READERS[self.kind](*(plane[rows] for plane in planes))
+            yield rows, floats[:, : self._columns].to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [.., in] to [.., out], in autocast's type where it is on."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        out: Tensor = _PackedProduct.apply(x.flatten(0, -2), self)
+        if isinstance(self.bias, Tensor):
+            out = out + self.bias.to(out.dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """x W^T for x [M, in]; the gradient of x is computed from the packed bytes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: PackedLinear) -> Tensor:
+        ctx.matrix = matrix
+        return _product(x, matrix, along_rows=not matrix.by_inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _product(grad, ctx.matrix, along_rows=ctx.matrix.by_inputs), None
+
+
+def _product(x: Tensor, matrix: PackedLinear, *, along_rows: bool) -> Tensor:
+    """Multiply by the stored matrix S [rows, columns]: x S^T (one output per row), or x S (one per column)."""
+    rows = matrix.out_features if not matrix.by_inputs else matrix.in_features
+    columns = matrix.in_features if not matrix.by_inputs else matrix.out_features
+    if along_rows:
+        out = x.new_empty(len(x), rows)
+        for part, floats in matrix.slices(x.dtype):
+            out[:, part] = x @ floats.t()
+        return out
+    out = x.new_zeros(len(x), columns)
+    for part, floats in matrix.slices(x.dtype):
+        out.addmm_(x[:, part], floats)
+    return out
+
+
+class FrozenEmbedding(nn.Module):
+    """Looks ids up in a table of its own type and returns the rows in `dtype`."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self._dtype = dtype
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids [..] -> [.., H]."""
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        return F.embedding(token_ids, weight).to(self._dtype)
+
+
+# -- the model -----------------------------------------------------------------------------------------------
+
+
+def load_packed_model(directory: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PersimmonModel:
+    """The model of a packed directory for training adapters on it: every weight frozen, every matrix packed.
+
+    `dtype`: that of activations. On the CPU the packed bytes stay memory-mapped.
+    Raises InputError for a format without a reader here, else as `open_packed`.
+    """
+    opened = open_packed(directory)
+    if opened.form.name not in FORMATS:
+        raise InputError(
+            f"{directory} is {opened.form.name}; adapters train on {' or '.join(FORMATS)} (persimmon quantize)"
+        )
+    with torch.device("meta"):
+        model = PersimmonModel(opened.config)
+
+    def read(name: str) -> Tensor:
+        return map_tensor(opened.tensors[name]).to(device)
+
+    for name in [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _packed(name, opened, read))
+    model.embed_tokens = FrozenEmbedding(read("embed_tokens.weight"), dtype)  # type: ignore[assignment]
+    norms = {name: read(name) for name, _ in model.named_parameters()}
+    model.load_state_dict(norms, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _packed(name: str, opened: PackedDirectory, read: Any) -> PackedLinear:
+    """One packed matrix of the model, by the name of its module."""
+    config, form = opened.config, opened.form
+    if name == "lm_head":
+        return PackedLinear("planes", (read("lm_head.high"), read("lm_head.low")), config.hidden_size, None)
+    bias = read(f"{name}.bias")
+    if f"{name}.neurons" in opened.tensors:
+        return PackedLinear("int8", (read(f"{name}.neurons"),), config.hidden_size, bias, by_inputs=True)
+    kind = form.attention if ".self_attn." in name else form.mlp
+    columns = config.intermediate_size if name.endswith("dense_4h_to_h") else config.hidden_size
+    return PackedLinear(kind, (read(f"{name}.weight"),), columns, bias)
+
+
+def packed_bytes(model: PersimmonModel) -> int:
+    """Bytes of everything frozen: packed matrices, embedding, biases and norms."""
+    tensors = [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
