@@ -50,7 +50,8 @@ def test_an_epoch_holds_every_token_exactly_once(counts: list[int], length: int,
     ids = np.concatenate([rows[row].token_ids for row in range(first, last)])
     targets = np.concatenate([rows[row].targets for row in range(first, last)])
     window = slice(begin - first * length, end - first * length)
-    expected = Counter(zip(store.tokens[:-1].tolist(), store.tokens[1:].tolist(), strict=True))
+    tokens = store.shards[0].tokens
+    expected = Counter(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
     assert Counter(zip(ids[window].tolist(), targets[window].tolist(), strict=True)) == expected
 
 

@@ -118,7 +118,8 @@ class PackedRows:
             stop = min(start + needed, store.num_tokens)
             parts += self._epoch(name, epoch).slices(start, stop)
             position, needed = position + stop - start, needed - (stop - start)
-        ids = np.concatenate([store.tokens[a:b] for a, b in parts]).astype(np.int64)
-        targets = np.concatenate([store.tokens[a + 1 : b + 1] for a, b in parts]).astype(np.int64)
+        pieces = [store.read(a, b + 1) for a, b in parts]
+        ids = np.concatenate([piece[:-1] for piece in pieces]).astype(np.int64)
+        targets = np.concatenate([piece[1:] for piece in pieces]).astype(np.int64)
         boundaries = [0, *np.cumsum([b - a for a, b in parts]).tolist()]
         return Row(ids, targets, boundaries, name)
