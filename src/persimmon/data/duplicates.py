@@ -1,8 +1,8 @@
 """Duplicates: equal texts by their hash, similar ones by MinHash and banding (Broder 1997; Leskovec et al., ch. 3).
 
 A text is the set of its runs of `shingle` words. For each of `bands * rows` seeded hash functions its signature keeps
-the smallest value over the set; two texts agree in one place with a probability equal to their Jaccard similarity s. Texts
-that agree in all `rows` places of some band are called similar: probability 1 - (1 - s^rows)^bands, with 14 bands
+the smallest value over the set; two texts agree in one place with a probability equal to their Jaccard similarity s.
+Texts that agree in all `rows` places of some band are called similar: probability 1 - (1 - s^rows)^bands, with 14 bands
 of 8 rows is one half at s = 0.69 and 92 % at 0.8. Similar texts are joined into groups; the first of a group stays.
 """
 

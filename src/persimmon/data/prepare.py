@@ -123,9 +123,9 @@ def _finish(job: Job, _: int) -> dict[str, Any]:
         "fingerprint": _fingerprint_of(job),
         "sources": sources,
     }
-    write_atomically(output / "manifest.json", json.dumps(manifest, indent=2).encode())
-    for leftover in old - _files_of(output):
+    for leftover in old - _files_named(sources):
         (output / leftover).unlink(missing_ok=True)
+    write_atomically(output / "manifest.json", json.dumps(manifest, indent=2).encode())
     return {}
 
 
@@ -150,11 +150,14 @@ def _source_facts(job: Job, name: str) -> dict[str, Any]:
 
 
 def _files_of(output: Path) -> set[str]:
-    """Shards and reports that the manifest at `output` names."""
+    """Shards and reports of the data that is at `output`."""
     try:
-        sources = read_manifest(output)["sources"]
+        return _files_named(read_manifest(output)["sources"])
     except PersimmonError:
         return set()
+
+
+def _files_named(sources: dict[str, Any]) -> set[str]:
     names = set()
     for name, facts in sources.items():
         names |= {f"held_out.{name}.jsonl.gz", f"dropped.{name}.jsonl.gz"}
