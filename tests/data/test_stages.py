@@ -43,7 +43,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(5):
         texts = [made_text(10 * number + i, 40 + i) for i in range(8)]
         write_lines(root / f"text{number}.jsonl", [*texts, texts[0], noisy(texts[1], number), ""])
-    write_lines(root / "text5.jsonl", [f"As they ask: {question} And more. " + made_text(901, 12), made_text(1, 41), made_text(77, 4)])
+    write_lines(
+        root / "text5.jsonl",
+        [f"As they ask: {question} And more. " + made_text(901, 12), made_text(1, 41), made_text(77, 4)],
+    )
     for number in range(2):
         write_lines(root / f"code{number}.jsonl", [made_code(100 * number + i, 5 + i) for i in range(12)])
     (root / "eval").mkdir()
