@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from made_corpus import made_code, made_text
 from persimmon.data import stages
@@ -20,7 +21,7 @@ from persimmon.data.recipe import DataRecipe, ExecutorRecipe, SourceRecipe, Voca
 from persimmon.data.tokens import TokenStore, check_vocabulary, read_manifest
 from persimmon.errors import ConfigError, DataError, UnavailableError
 from persimmon.tokenizer import Tokenizer
-from persimmon.train.recipe import from_mapping
+from persimmon.train.recipe import from_mapping, load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -323,5 +324,30 @@ def test_another_vocabulary_is_refused(prepared: Path, tmp_path: Path) -> None:
         check_vocabulary(prepared, b"another")
 
 
-def test_executor_recipe_defaults() -> None:
+def test_the_large_recipe_of_the_repository_can_be_read() -> None:
+    large = load_recipe(DataRecipe, ROOT / "configs/large-data.yaml")
+    assert large.executor.kind == "slurm" and large.weights == {"text": 0.75, "code": 0.25}
     assert ExecutorRecipe().kind == "in_process" and VocabularyRecipe().size == 8192
+
+
+def test_the_large_recipe_runs_small(root: Path, tmp_path: Path) -> None:
+    """On made files in its folders, in this process; nothing else of it is changed."""
+    for name, field in (("text", "text"), ("code", "content")):
+        (tmp_path / name).mkdir()
+        make = made_text if name == "text" else made_code
+        lines = "\n".join(json.dumps({field: make(i, 40)}) for i in range(20)).encode()
+        (tmp_path / name / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    import pyarrow
+
+    content = gzip.decompress((tmp_path / "text/a.jsonl.gz").read_bytes())
+    (tmp_path / "text/a.jsonl.zst").write_bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    parquet.write_table(
+        pyarrow.table({"text": [made_text(200 + i, 40) for i in range(9)]}), tmp_path / "text/b.parquet"
+    )
+    overrides = [
+        f"root={tmp_path}", f"output={tmp_path}/out", "vocabulary.size=330", "executor.kind=in_process",
+        "executor.options={}", f"decontaminate.directory={root}/eval", "filters.max_compression=30.0",
+    ]  # fmt: skip
+    prepare(load_recipe(DataRecipe, ROOT / "configs/large-data.yaml", overrides))
+    facts = read_manifest(tmp_path / "out")["sources"]
+    assert facts["text"]["documents"] + facts["text"]["held_out"] == 29
