@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Commands that are not run as they stand: what is run instead, and why.
 SMALLER = {
     "persimmon data prepare configs/mini-data.yaml": ["--set", "vocabulary.size=330", "--set", "held_out=0.1"],
+    "persimmon tokenizer train --recipe configs/mini-data.yaml": ["--set", "vocabulary.size=330"],
     "persimmon pretrain configs/mini.yaml": [
         "--set", "tokens=65536", "--set", "model.preset=test", "--set", "processes=1",
         "--set", "loop.dtype=float32", "--set", "loop.evaluate_every=0",

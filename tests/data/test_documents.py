@@ -103,7 +103,9 @@ def test_damaged_gzip_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl.bz2", "a.gz", "a"])
 def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(GOOD)
-    with pytest.raises(DataError, match=rf"{name}: unknown kind of file; expected one of \.jsonl, \.jsonl\.gz, \.txt"):
+    with pytest.raises(
+        DataError, match=rf"{name}: unknown kind of file; expected one of \.jsonl, \.jsonl\.gz, \.jsonl\.zst, \.txt"
+    ):
         texts_of(tmp_path / name)
 
 

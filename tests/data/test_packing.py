@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from made_stores import END, write_stores
-from persimmon.data.packing import PackedRows, Row
+from persimmon.data.packing import IGNORE, PackedRows, Row
 from persimmon.data.tokens import TokenStore
 from persimmon.errors import DataError
 from persimmon.model import check_boundaries
+from persimmon.train import loss
 
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -50,7 +51,8 @@ def test_an_epoch_holds_every_token_exactly_once(counts: list[int], length: int,
     ids = np.concatenate([rows[row].token_ids for row in range(first, last)])
     targets = np.concatenate([rows[row].targets for row in range(first, last)])
     window = slice(begin - first * length, end - first * length)
-    expected = Counter(zip(store.tokens[:-1].tolist(), store.tokens[1:].tolist(), strict=True))
+    tokens = store.shards[0].tokens
+    expected = Counter(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
     assert Counter(zip(ids[window].tolist(), targets[window].tolist(), strict=True)) == expected
 
 
@@ -167,3 +169,82 @@ def test_empty_sources_and_negative_rows_are_refused(tmp_path: Path) -> None:
     rows, _ = packed([3], 2)
     with pytest.raises(IndexError, match="rows count from 0, got -1"):
         rows[-1]
+
+
+def two_sources(counts: list[int]) -> dict[str, TokenStore]:
+    with tempfile.TemporaryDirectory() as directory:
+        return write_stores(Path(directory), {"text": numbered(counts), "code": numbered([7, 3, 50], 20_000)})
+
+
+@settings(max_examples=40)
+@given(counts=sizes, length=st.integers(1, 30), whole=st.booleans(), resumed=st.integers(0, 23))
+def test_any_number_of_ranks_sees_the_same_rows_also_after_resuming(
+    counts: list[int], length: int, whole: bool, resumed: int
+) -> None:
+    """Rank r of n takes rows r, r + n, ... of every step, as the training loop does; the state is one number."""
+    stores, weights, rows_per_step, steps = two_sources(counts), {"text": 0.75, "code": 0.25}, 8, 3
+    run = PackedRows(stores, weights, length, 3, whole=whole)
+    expected = [run[row] for row in range(rows_per_step * steps)]
+    for size in (1, 2, 4, 8):
+        # Every rank has an object of its own, made anew where the run was resumed.
+        ranks = [PackedRows(stores, weights, length, 3, whole=whole) for _ in range(size)]
+        for step in range(resumed // rows_per_step, steps):
+            first = step * rows_per_step
+            seen = {
+                first + row: ranks[rank][first + row]
+                for rank in range(size)
+                for row in range(rank, rows_per_step, size)
+            }
+            assert sorted(seen) == list(range(first, first + rows_per_step))
+            assert all(same(row, expected[number]) for number, row in seen.items())
+
+
+@settings(max_examples=60)
+@given(counts=sizes, length=st.integers(1, 30), seed=st.integers(0, 5))
+def test_whole_documents_are_cut_only_where_they_must_be(counts: list[int], length: int, seed: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        store = write_stores(Path(directory), {"text": numbered(counts)})["text"]
+    rows = PackedRows({"text": store}, {"text": 1.0}, length, seed, whole=True)
+    rows[0]
+    (epoch,) = rows._packed["text"]
+    spans = [span for row in epoch for span in row]
+    bounds = store.offsets.astype(int).tolist()
+    expected = []
+    for begin, end in pairwise(bounds):  # whole rows from the start, the rest at the end
+        expected += [(at, min(at + length, end)) for at in range(begin, end, length)]
+    assert sorted(spans) == expected
+    place = {span: number for number, row in enumerate(epoch) for span in row}
+    for begin, end in pairwise(bounds):
+        pieces = [place[at, min(at + length, end)] for at in range(begin, end, length)]
+        assert pieces == list(range(pieces[0], pieces[0] + len(pieces))), "consecutive rows, in order"
+    for number in range(len(epoch)):
+        row = rows[number]
+        check_boundaries(row.boundaries, 1, length)
+        used = sum(b - a for a, b in epoch[number])
+        assert (row.targets[:used] != IGNORE).all() and (row.targets[used:] == IGNORE).all()
+        assert (row.token_ids[used:] == END).all()
+
+
+def test_documents_up_to_16k_are_whole_and_longer_ones_in_order(tmp_path: Path) -> None:
+    length, counts = 16_384, [16_383, 9_000, 40_000, 7_000, 16_382]
+    documents = [[2 + i % 60_000 for i in range(count)] for count in counts]
+    store = write_stores(tmp_path, {"text": documents})["text"]
+    rows = PackedRows({"text": store}, {"text": 1.0}, length, 0, whole=True)
+    rows[0]
+    (epoch,) = rows._packed["text"]
+    assert {span for row in epoch for span in row} >= {(0, 16_384), (16_384, 25_385)}
+    long = [span for row in epoch for span in row if 25_385 <= span[0] < 65_386]
+    assert long == [(25_385, 41_769), (41_769, 58_153), (58_153, 65_386)]
+    assert len(epoch) == 6  # 9,001 and 7,001 tokens share a row, 7,233 and 16,383 do not
+
+
+def test_whole_rows_never_change(tmp_path: Path) -> None:
+    stores = write_stores(tmp_path, {"text": numbered([5, 9, 2, 1, 3])})
+    rows = PackedRows(stores, {"text": 1.0}, 8, seed=0, whole=True)
+    assert [rows[row].token_ids.tolist() for row in range(4)] == [
+        [1, 2, 3, 4, 5, 6, 1, 18],
+        [1, 19, 20, 21, 1, 16, 17, 1],
+        [1, 7, 8, 9, 10, 11, 12, 13],
+        [14, 15, 1, 1, 1, 1, 1, 1],
+    ]
+    assert IGNORE == loss.IGNORE

@@ -52,7 +52,7 @@ def prepared(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stored_texts(directory: Path, name: str) -> list[str]:
     store, tokenizer = TokenStore(directory, name), Tokenizer.load(directory)
-    return [tokenizer.decode(store.tokens[a + 1 : b].tolist()) for a, b in pairwise(store.offsets.astype(int).tolist())]
+    return [tokenizer.decode(store.read(a, b)[1:].tolist()) for a, b in pairwise(store.offsets.astype(int).tolist())]
 
 
 def held_out_texts(directory: Path, name: str) -> list[str]:
@@ -92,15 +92,20 @@ def test_a_second_run_writes_the_same_bytes(prepared: Path, root: Path, tmp_path
     lines: list[str] = []
     prepare(recipe(root, tmp_path), lines.append)
     assert digests(tmp_path) == digests(prepared)
-    assert [line.split(":")[0] for line in lines] == ["text", "code", "vocabulary", "text", "code"]
-    prepare(recipe(root, tmp_path))  # and so does a run over its own output
+    assert [line.split(":")[0] for line in lines] == ["text"] * 2 + ["code", "vocabulary", "text", "code"]
+    assert "text: dropped 4 duplicate" in lines
+    prepare(recipe(root, tmp_path), lines.append)  # a finished run is recognised
+    assert lines[-1].endswith("holds this recipe's data already")
+    prepare(recipe(root, tmp_path, seed=1))  # another recipe's output gives way
+    prepare(recipe(root, tmp_path))
     assert digests(tmp_path) == digests(prepared)
 
 
 def test_a_given_vocabulary_is_used(prepared: Path, root: Path, tmp_path: Path) -> None:
     vocabulary = VocabularyRecipe(path=str(prepared / "tokenizer.model"))
     prepare(recipe(root, tmp_path, vocabulary=vocabulary))
-    assert digests(tmp_path) == digests(prepared)
+    assert digests(tmp_path) | {"manifest.json": ""} == digests(prepared) | {"manifest.json": ""}
+    assert read_manifest(tmp_path)["sources"] == read_manifest(prepared)["sources"]
 
 
 def test_prepared_data_packs_into_rows(prepared: Path) -> None:

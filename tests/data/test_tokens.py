@@ -23,9 +23,9 @@ documents = st.lists(st.lists(st.integers(2, 65_535), max_size=30), max_size=8)
 def test_documents_come_back(documents: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("store")
     store = write_stores(directory, {"text": documents})["text"]
-    found = [store.tokens[a:b].tolist() for a, b in pairwise(store.offsets.astype(int))]
+    found = [store.read(a, b).tolist() for a, b in pairwise(store.offsets.astype(int))]
     assert found == [[END, *document] for document in documents]
-    assert int(store.tokens[-1]) == END
+    assert int(store.shards[-1].tokens[-1]) == END
     assert store.num_tokens == sum(len(document) + 1 for document in documents)
     assert store.num_bytes == sum(2 * len(document) for document in documents)
     store.verify()
@@ -33,9 +33,9 @@ def test_documents_come_back(documents: list[list[int]], tmp_path_factory: pytes
 
 def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     write_stores(tmp_path, {"text": [[5, 6], [7]]})
-    assert np.fromfile(tmp_path / "text.bin", "<u2").tolist() == [1, 5, 6, 1, 7, 1]
-    assert np.fromfile(tmp_path / "text.idx", "<u8").tolist() == [0, 3, 5]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "text.bin", "text.idx"]
+    assert np.fromfile(tmp_path / "text-000.bin", "<u2").tolist() == [1, 5, 6, 1, 7, 1]
+    assert np.fromfile(tmp_path / "text-000.idx", "<u8").tolist() == [0, 3, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "text-000.bin", "text-000.idx"]
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
@@ -43,12 +43,12 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     writer.add([262_143, 2], 9)
     facts = {"dtype": "<u4", "vocab_size": 262_144, "sources": {"text": {**writer.finish(), "weight": 1.0}}}
     (tmp_path / "manifest.json").write_text(json.dumps(facts))
-    assert TokenStore(tmp_path, "text").tokens.tolist() == [71_013, 262_143, 2, 71_013]
+    assert TokenStore(tmp_path, "text").shards[0].tokens.tolist() == [71_013, 262_143, 2, 71_013]
 
 
 def test_nothing_is_in_place_before_finish(tmp_path: Path) -> None:
     TokenStoreWriter(tmp_path, "text", "<u2", END).add([4, 5], 2)
-    assert not (tmp_path / "text.bin").exists() and not (tmp_path / "text.idx").exists()
+    assert not (tmp_path / "text-000.bin").exists() and not (tmp_path / "text-000.idx").exists()
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["text.bin", "text.idx"])
+@pytest.mark.parametrize("name", ["text-000.bin", "text-000.idx"])
 @pytest.mark.parametrize("change", [-16, -2, -1, 1, 8])
 def test_files_of_another_size_are_refused(directory: Path, name: str, change: int) -> None:
     content = (directory / name).read_bytes()
@@ -66,7 +66,7 @@ def test_files_of_another_size_are_refused(directory: Path, name: str, change: i
         TokenStore(directory, "text")
 
 
-@pytest.mark.parametrize("name", ["text.bin", "text.idx"])
+@pytest.mark.parametrize("name", ["text-000.bin", "text-000.idx"])
 def test_a_missing_file_is_named(directory: Path, name: str) -> None:
     (directory / name).unlink()
     with pytest.raises(NotFoundError, match=rf"{name} is missing; prepare the data again"):
@@ -77,24 +77,24 @@ def test_a_missing_file_is_named(directory: Path, name: str) -> None:
     "offsets", [[1, 39, 42, 44], [0, 39, 39, 44], [0, 42, 39, 44], [0, 38, 42, 44], [0, 39, 42, 43]]
 )
 def test_an_index_that_does_not_fit_is_refused(directory: Path, offsets: list[int]) -> None:
-    assert np.fromfile(directory / "text.idx", "<u8").tolist() == [0, 39, 42, 44]
-    np.asarray(offsets, "<u8").tofile(directory / "text.idx")
-    with pytest.raises(DataError, match=r"text\.idx does not fit text\.bin"):
+    assert np.fromfile(directory / "text-000.idx", "<u8").tolist() == [0, 39, 42, 44]
+    np.asarray(offsets, "<u8").tofile(directory / "text-000.idx")
+    with pytest.raises(DataError, match=r"text-000\.idx does not fit text-000\.bin"):
         TokenStore(directory, "text")
 
 
 def test_a_huge_offset_is_refused(directory: Path) -> None:
-    np.asarray([0, 39, 2**63 + 5, 44], "<u8").tofile(directory / "text.idx")
+    np.asarray([0, 39, 2**63 + 5, 44], "<u8").tofile(directory / "text-000.idx")
     with pytest.raises(DataError, match="does not fit"):
         TokenStore(directory, "text")
 
 
 def test_verify_finds_a_single_changed_bit(directory: Path) -> None:
-    content = bytearray((directory / "text.bin").read_bytes())
+    content = bytearray((directory / "text-000.bin").read_bytes())
     content[20] ^= 4
-    (directory / "text.bin").write_bytes(content)
+    (directory / "text-000.bin").write_bytes(content)
     store = TokenStore(directory, "text")
-    with pytest.raises(DataError, match=r"text\.bin: SHA-256 is \w{64}, manifest\.json says \w{64}"):
+    with pytest.raises(DataError, match=r"text-000\.bin: SHA-256 is \w{64}, manifest\.json says \w{64}"):
         store.verify()
 
 

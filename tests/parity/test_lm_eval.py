@@ -153,3 +153,20 @@ def test_arguments_that_are_not_offered_are_refused(ours: PersimmonLM) -> None:
 
     with pytest.raises(InputError, match="num_beams"):
         ours.generate_until(instances("generate_until", [("a", {"until": [], "num_beams": 4})]))
+
+
+@pytest.mark.slow
+def test_rolling_log_likelihood_over_the_whole_context(tmp_path: Path) -> None:
+    """A text longer than 16,384 positions: one whole window and a rest, measured as lm-eval with transformers does."""
+    directory, tokenizer = tmp_path / "long", tiny_tokenizer()
+    hub.save_model(tiny_model(max_positions=16_384), tokenizer, directory)
+    mine = PersimmonLM(str(directory), dtype="float32", lanes=1)
+    theirs = HFLM(
+        pretrained=str(directory), device="cpu", dtype="float32", batch_size=1, max_length=16_384, add_bos_token=False
+    )
+    text = "the story of light\n"
+    text *= 17_000 * 100 // len(tokenizer.encode(text * 100))
+    assert 16_384 < len(tokenizer.encode(text)) < 18_000
+    requests = instances("loglikelihood_rolling", [(text,)])
+    (found,), (expected,) = mine.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests)
+    assert abs(found - expected) < 1e-5 * len(text)  # a sum over thousands of tokens also sums their rounding

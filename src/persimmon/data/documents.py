@@ -1,18 +1,30 @@
-"""Documents from files: JSON Lines with a `text` per line (plain or gzip), or a plain text file as one document."""
+"""Documents from files: JSON Lines or Parquet with a text per record, or a plain text file as one document.
+
+JSON Lines and text may be compressed (`.gz`, `.zst`). A record that is wrong raises DataError with file and line, or
+goes to `on_bad`, after which reading goes on with the next record; behind a damaged place of a compressed file or of a
+Parquet file nothing more can be read, which is reported the same way.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from persimmon.errors import DataError, NotFoundError
+from persimmon.data.files import CorpusFile, find_files, local_file
+from persimmon.errors import DataError, UnavailableError
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+__all__ = ["Document", "OnBad", "find_files", "read_documents", "read_json_lines", "read_records"]
+
+_KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
+_BATCH_ROWS = 1_024  # of a Parquet file at a time
+
+OnBad = Callable[[DataError], None]
+"""Gets what is wrong with a record that is left out."""
 
 
 @dataclass(frozen=True)
@@ -23,39 +35,31 @@ class Document:
     origin: str
 
 
-def find_files(root: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files under `root` that match any of the glob patterns, sorted; a leading `!` leaves matches out."""
-    chosen: set[Path] = set()
-    for pattern in patterns:
-        if not pattern.removeprefix("!") or Path(pattern.removeprefix("!")).is_absolute():
-            raise DataError(f"file pattern {pattern!r} must be a path relative to {root}")
-        matches = {p for p in root.glob(pattern.removeprefix("!")) if p.is_file()}
-        if pattern.startswith("!"):
-            chosen -= matches
-        elif not matches:
-            raise NotFoundError(f"no file matches {root / pattern}")
-        else:
-            chosen |= matches
-    return sorted(chosen)
+def stop(error: DataError) -> None:
+    """The `on_bad` that goes no further."""
+    raise error
 
 
-def _open(path: Path) -> BinaryIO:
-    if not path.is_file():
-        raise NotFoundError(f"no file at {path}")
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(origin, record) of every non-empty line; DataError names the first broken one."""
+def read_json_lines(path: Path | CorpusFile, on_bad: OnBad = stop) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, record) of every non-empty line; what is broken goes to `on_bad`."""
+    file = local_file(path) if isinstance(path, Path) else path
     number = 0
     try:
-        with _open(path) as stream:
+        with file.open_text() as stream:
             for number, line in enumerate(stream, 1):
-                if line.strip():
-                    origin = f"{path.name}:{number}"
-                    yield origin, _json_object(line, origin)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path.name}: damaged file after line {number} ({error})") from None
+                if not line.strip():
+                    continue
+                origin = f"{file.name}:{number}"
+                try:
+                    record = _json_object(line, origin)
+                except DataError as error:
+                    on_bad(error)
+                else:
+                    yield origin, record
+    except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        on_bad(DataError(f"{file.name}: damaged file after line {number} ({error})"))
 
 
 def _json_object(line: bytes, origin: str) -> dict[str, Any]:
@@ -70,38 +74,77 @@ def _json_object(line: bytes, origin: str) -> dict[str, Any]:
     return record
 
 
-def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of one file. A record without a string `text` is an error, an empty one is skipped."""
-    if not path.name.endswith(_SUFFIXES):
-        raise DataError(f"{path.name}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
-    if path.suffix == ".txt":
-        yield from _plain_text(path)
+def read_documents(path: Path | CorpusFile, field: str = "text", on_bad: OnBad = stop) -> Iterator[Document]:
+    """The documents of one file. A record without a string `field` is an error, an empty one is skipped."""
+    return (document for document in read_records(path, field, on_bad) if document.text)
+
+
+def read_records(path: Path | CorpusFile, field: str = "text", on_bad: OnBad = stop) -> Iterator[Document]:
+    """As `read_documents`, with the empty ones."""
+    file = local_file(path) if isinstance(path, Path) else path
+    kind = "".join(file.suffixes)
+    if kind not in _KINDS:
+        raise DataError(f"{file.name}: unknown kind of file; expected one of {', '.join(_KINDS)}")
+    if file.suffixes[0] == ".txt":
+        yield from _plain_text(file, on_bad)
         return
-    for origin, record in read_json_lines(path):
-        text = record.get("text")
+    records = _parquet(file, field, on_bad) if kind == ".parquet" else read_json_lines(file, on_bad)
+    for origin, record in records:
+        text = record.get(field)
         if not isinstance(text, str):
-            raise DataError(f"{origin}: `text` must be a string, got {type(text).__name__}")
-        if not text.isascii():
-            _refuse_surrogates(text, origin)
-        if text:
+            on_bad(DataError(f"{origin}: `{field}` must be a string, got {type(text).__name__}"))
+        elif (place := _surrogate(text)) is not None:
+            on_bad(DataError(f"{origin}: `{field}` holds a lone surrogate at character {place}"))
+        else:
             yield Document(text, origin)
 
 
-def _plain_text(path: Path) -> Iterator[Document]:
-    with _open(path) as stream:
-        content = stream.read()
+def _plain_text(file: CorpusFile, on_bad: OnBad) -> Iterator[Document]:
     try:
-        text = content.decode()
+        with file.open_text() as stream:
+            content = stream.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        on_bad(DataError(f"{file.name}: damaged file ({error})"))
+        return
+    try:
+        yield Document(content.decode(), file.name)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path.name}:{line}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    if text:
-        yield Document(text, path.name)
+        on_bad(DataError(f"{file.name}:{line}: not UTF-8 ({error.reason} at byte {error.start})"))
 
 
-def _refuse_surrogates(text: str, origin: str) -> None:
-    """JSON can spell half of a character, which UTF-8 and the tokenizer cannot."""
+def _parquet(file: CorpusFile, field: str, on_bad: OnBad) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise UnavailableError(".parquet files need pyarrow: pip install 'persimmon[data]'") from None
+    number = 0
+    try:
+        with file.open() as stream:
+            table = parquet.ParquetFile(stream)
+            if field not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                on_bad(DataError(f"{file.name}: has no column {field!r}; it has {names}"))
+                return
+            for batch in table.iter_batches(_BATCH_ROWS, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    yield f"{file.name}:{number}", {field: text}
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        on_bad(DataError(f"{file.name}: damaged file after row {number} ({str(error).splitlines()[0]})"))
+
+
+def _surrogate(text: str) -> int | None:
+    """Where half of a character stands, which JSON can spell but UTF-8 and the tokenizer cannot."""
+    if text.isascii():
+        return None
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{origin}: `text` holds a lone surrogate at character {error.start}") from None
+        return error.start
+    return None

@@ -4,10 +4,15 @@ Every source is one endless virtual stream: its documents, cut into pieces of at
 by a seeded permutation and laid end to end. Row k of a source is positions [k * length, (k + 1) * length) of that
 stream; nothing is padded and nothing dropped. Which source feeds row n of the run follows from n and the weights alone.
 So the whole state is the number of rows taken, whatever the number of processes.
+
+With `whole`, no document of up to one row is cut: each goes into the fullest unfinished row that has room for it, and
+what stays free at the end of a row is padding without loss. A longer document fills whole rows, one after the other and
+in order, and its rest begins the next one. The state is the same number.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -61,10 +66,44 @@ def _cut(offsets: NDArray[np.uint64], length: int) -> tuple[NDArray[np.int64], N
     return starts, np.minimum(length, begin[document] + sizes[document] - starts)
 
 
+IGNORE = -100
+"""Target that carries no loss (persimmon.train.loss)."""
+
+_OPEN_ROWS = 1_024  # unfinished rows among which a whole document seeks its place
+
+Spans = list[tuple[int, int]]
+
+
+def pack_whole(offsets: NDArray[np.uint64], order: NDArray[np.int64], length: int) -> list[Spans]:
+    """Rows of document spans of the store, no document of up to `length` tokens cut; best fit in the given order."""
+    rows: list[Spans] = []
+    room: list[tuple[int, int]] = []  # (free places, row), sorted
+    for start, stop in zip(offsets[order].tolist(), offsets[order + 1].tolist(), strict=True):
+        long = stop - start > length
+        while stop - start > length:
+            rows.append([(start, start + length)])
+            start += length
+        place = len(room) if long else bisect_left(room, (stop - start, -1))
+        if place < len(room):
+            free, row = room.pop(place)
+            rows[row].append((start, stop))
+        else:
+            free, row = length, len(rows)
+            rows.append([(start, stop)])
+        if free > stop - start:
+            insort(room, (free - (stop - start), row))
+        if len(room) > _OPEN_ROWS:
+            room.pop(0)  # the fullest one
+    return rows
+
+
 class PackedRows:
     """Rows of one length, mixed from several sources by weight."""
 
-    def __init__(self, stores: Mapping[str, TokenStore], weights: Mapping[str, float], length: int, seed: int) -> None:
+    def __init__(
+        self, stores: Mapping[str, TokenStore], weights: Mapping[str, float], length: int, seed: int,
+        *, whole: bool = False,
+    ) -> None:  # fmt: skip
         if not stores or set(stores) != set(weights):
             raise DataError(f"weights {sorted(weights)} must name the sources {sorted(stores)}")
         if any(not weight > 0 for weight in weights.values()):
@@ -75,7 +114,8 @@ class PackedRows:
             if not store.num_tokens:
                 raise DataError(f"source {name!r} holds no documents")
         total = sum(weights.values())
-        self.length, self._seed = length, seed
+        self.length, self._seed, self._whole = length, seed, whole
+        self._packed: dict[str, list[list[Spans]]] = {name: [] for name in stores}  # by source and epoch
         self._stores = dict(stores)
         # Differences of the running sum, as every run so far: they decide ties between sources.
         self._shares = np.diff(np.cumsum([weights[name] / total for name in stores]), prepend=0.0)
@@ -111,14 +151,35 @@ class PackedRows:
             raise IndexError(f"rows count from 0, got {row}")
         name, ordinal = self._choose(row)
         store = self._stores[name]
+        parts = self._whole_row(name, ordinal) if self._whole else self._stream_row(name, ordinal)
+        pieces = [store.read(a, b + 1) for a, b in parts]
+        ids = np.concatenate([piece[:-1] for piece in pieces]).astype(np.int64)
+        targets = np.concatenate([piece[1:] for piece in pieces]).astype(np.int64)
+        boundaries = [0, *np.cumsum([b - a for a, b in parts]).tolist()]
+        if padding := self.length - boundaries[-1]:  # a document of its own, of end-of-text pieces without targets
+            ids = np.concatenate([ids, np.full(padding, int(store.read(0, 1)[0]))])
+            targets = np.concatenate([targets, np.full(padding, IGNORE)])
+            boundaries.append(self.length)
+        return Row(ids, targets, boundaries, name)
+
+    def _stream_row(self, name: str, ordinal: int) -> Spans:
+        total = self._stores[name].num_tokens
         position, needed = ordinal * self.length, self.length
-        parts: list[tuple[int, int]] = []
+        parts: Spans = []
         while needed:
-            epoch, start = divmod(position, store.num_tokens)
-            stop = min(start + needed, store.num_tokens)
+            epoch, start = divmod(position, total)
+            stop = min(start + needed, total)
             parts += self._epoch(name, epoch).slices(start, stop)
             position, needed = position + stop - start, needed - (stop - start)
-        ids = np.concatenate([store.tokens[a:b] for a, b in parts]).astype(np.int64)
-        targets = np.concatenate([store.tokens[a + 1 : b + 1] for a, b in parts]).astype(np.int64)
-        boundaries = [0, *np.cumsum([b - a for a, b in parts]).tolist()]
-        return Row(ids, targets, boundaries, name)
+        return parts
+
+    def _whole_row(self, name: str, ordinal: int) -> Spans:
+        epochs, number = self._packed[name], 0
+        while True:
+            if number == len(epochs):
+                offsets = self._stores[name].offsets
+                random = np.random.Generator(np.random.PCG64([self._seed, self.length, number]))
+                epochs.append(pack_whole(offsets, random.permutation(len(offsets) - 1), self.length))
+            if ordinal < len(epochs[number]):
+                return epochs[number][ordinal]
+            ordinal, number = ordinal - len(epochs[number]), number + 1

@@ -2,140 +2,211 @@
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from persimmon.data.documents import Document, find_files, read_documents
-from persimmon.data.tokens import TokenStoreWriter
-from persimmon.data.vocabulary import sample_texts, train_vocabulary
-from persimmon.errors import ConfigError, DataError
-from persimmon.tokenizer import Tokenizer
+from persimmon.data.executors import execute
+from persimmon.data.files import CorpusFile, find_corpus_files
+from persimmon.data.recipe import DataRecipe, SourceRecipe, VocabularyRecipe, is_held_out
+from persimmon.data.stages import STAGES, Job, Part, Stage, result, token_dtype, write_atomically
+from persimmon.data.tokens import TokenStore, read_manifest
+from persimmon.errors import PersimmonError
+
+__all__ = ["DataRecipe", "SourceRecipe", "VocabularyRecipe", "is_held_out", "prepare"]
+
+_LAYOUT = 2
+"""Raised when the same recipe and files would give other bytes."""
 
 
-@dataclass(frozen=True)
-class SourceRecipe:
-    """Files of one source and its share of the training tokens."""
+def prepare(recipe: DataRecipe, report: Callable[[str], None] = lambda line: None) -> dict[str, Any] | None:
+    """Run the recipe; returns the manifest it wrote, or None where the work was handed to a queue.
 
-    files: tuple[str, ...]
-    """Glob patterns below the root; a leading `!` leaves matches out."""
-    weight: float
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"weight must be positive, got {self.weight}")
-
-
-@dataclass(frozen=True)
-class VocabularyRecipe:
-    """A vocabulary to train, or the `path` of one to use."""
-
-    size: int = 8192
-    """Pieces, with the 256 bytes and `|ENDOFTEXT|`."""
-    characters: int = 12_000_000
-    """Size of the sample it is trained on."""
-    path: str | None = None
+    An interrupted run goes on where it was; a finished one is recognised. `report` gets one line per finished part.
+    """
+    output = Path(recipe.output)
+    job = plan_job(recipe)
+    if (finished := _finished(output, _fingerprint_of(job))) is not None:
+        report(f"{output} holds this recipe's data already")
+        shutil.rmtree(job.work.parent, ignore_errors=True)
+        return finished
+    if not execute(job, ALL_STAGES, lambda stage, done: _report(job, stage, done, report)):
+        report(f"submitted; `persimmon data inspect {output}` shows the result when the last job is done")
+        return None
+    shutil.rmtree(job.work.parent, ignore_errors=True)
+    return read_manifest(output)
 
 
-@dataclass(frozen=True)
-class DataRecipe:
-    """What to read, how to tokenize it and where to put it."""
-
-    root: str
-    output: str
-    sources: dict[str, SourceRecipe]
-    vocabulary: VocabularyRecipe = field(default_factory=VocabularyRecipe)
-    held_out: float = 0.015
-    """Share of the documents kept out of training, chosen by the hash of their text."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.held_out < 0.5:
-            raise ConfigError(f"held_out must be in [0, 0.5), got {self.held_out}")
-        if not self.sources:
-            raise ConfigError("a data recipe needs at least one source")
-        for name in self.sources:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise ConfigError(
-                    f"source names become file names and hold letters, digits, _ and - only, got {name!r}"
-                )
+def plan_job(recipe: DataRecipe) -> Job:
+    """The parts of a recipe and its directory for what is not finished, which holds nothing of other recipes."""
+    files = {name: find_corpus_files(Path(recipe.root), source.files) for name, source in recipe.sources.items()}
+    output = Path(recipe.output).resolve()
+    work = output / ".work" / _fingerprint(recipe, files)[:16]
+    for other in work.parent.glob("*"):
+        if other != work:  # of another recipe or of other files
+            shutil.rmtree(other)
+    work.mkdir(parents=True, exist_ok=True)
+    return Job(dataclasses.replace(recipe, output=str(output)), _plan(recipe, files), work)
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Decides by the text alone, so that the same document is held out in every recipe."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
+def _fingerprint(recipe: DataRecipe, files: dict[str, list[CorpusFile]]) -> str:
+    """Of everything that decides about the result, wherever the files lie and whoever does the work."""
+    settings = dataclasses.asdict(recipe)
+    for name in ("root", "output", "executor"):
+        del settings[name]
+    places = []
+    if recipe.vocabulary.path is not None:
+        path = Path(recipe.vocabulary.path)
+        places += [path / "tokenizer.model" if path.is_dir() else path]
+        settings["vocabulary"] = None
+    if recipe.decontaminate is not None:
+        places += sorted(Path(recipe.decontaminate.directory).glob("*.jsonl*"))
+        settings["decontaminate"]["directory"] = None
+    prints = {name: [file.fingerprint() for file in found] for name, found in files.items()}
+    extra = [CorpusFile(place.name, str(place)).fingerprint() for place in places if place.is_file()]
+    return hashlib.sha256(json.dumps([_LAYOUT, settings, prints, extra], sort_keys=True).encode()).hexdigest()
 
 
-def prepare(recipe: DataRecipe, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Run the recipe; returns the manifest it wrote. `report` gets one line per finished part."""
-    root, output = Path(recipe.root), Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
-    documents = {name: list(_documents(root, source)) for name, source in recipe.sources.items()}
-    kept, held = {}, {}
-    for name, items in documents.items():
-        held[name] = [d for d in items if is_held_out(d.text, recipe.held_out)]
-        kept[name] = [d for d in items if not is_held_out(d.text, recipe.held_out)]
-        if not kept[name]:
-            raise DataError(f"source {name!r} has no documents for training ({len(held[name])} held out)")
-        report(f"{name}: {len(kept[name])} documents for training, {len(held[name])} held out")
-    tokenizer = _vocabulary(recipe, kept, output)
-    report(f"vocabulary: {tokenizer.vocab_size} pieces")
-    dtype = "<u2" if tokenizer.vocab_size <= 65_536 else "<u4"
-    facts = {}
-    for name, items in kept.items():
-        writer = TokenStoreWriter(output, name, dtype, tokenizer.eos_id)
-        for document in items:
-            writer.add(tokenizer.encode(document.text), len(document.text.encode()))
-        facts[name] = {**writer.finish(), "weight": recipe.sources[name].weight}
-        ratio = facts[name]["bytes"] / facts[name]["tokens"]
-        report(f"{name}: {facts[name]['tokens']:,} tokens, {ratio:.2f} bytes each")
-        _write_held_out(output / f"held_out.{name}.jsonl.gz", held[name])
-    manifest = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, "sources": facts}
-    _write_atomically(output / "manifest.json", json.dumps(manifest, indent=2).encode())
+def _finished(output: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The manifest at `output` if it is of this recipe and its stores can be opened."""
+    try:
+        manifest = read_manifest(output)
+        if manifest.get("fingerprint") != fingerprint:
+            return None
+        for name in manifest["sources"]:
+            TokenStore(output, name)
+    except PersimmonError:
+        return None
     return manifest
 
 
-def _documents(root: Path, source: SourceRecipe) -> Iterator[Document]:
-    """All documents of a source, exact duplicates left out."""
-    seen: set[bytes] = set()
-    for path in find_files(root, source.files):
-        for document in read_documents(path):
-            digest = hashlib.sha256(document.text.encode()).digest()
-            if digest not in seen:
-                seen.add(digest)
-                yield document
+def _plan(recipe: DataRecipe, files: dict[str, list[CorpusFile]]) -> tuple[Part, ...]:
+    """Consecutive files of a source as one part, up to `part_bytes`."""
+    parts: list[Part] = []
+    for name, found in files.items():
+        groups: list[list[CorpusFile]] = [[]]
+        size = 0
+        for file in found:
+            if groups[-1] and size + file.size > recipe.part_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(file)
+            size += file.size
+        parts += [Part(name, number, tuple(group)) for number, group in enumerate(groups)]
+    return tuple(parts)
 
 
-def _vocabulary(recipe: DataRecipe, kept: dict[str, list[Document]], output: Path) -> Tokenizer:
-    target = output / "tokenizer.model"
-    if recipe.vocabulary.path is not None:
-        tokenizer = Tokenizer.load(recipe.vocabulary.path)
-        _write_atomically(target, tokenizer.serialized)
-        return tokenizer
-    weights = {name: source.weight for name, source in recipe.sources.items()}
-    total = sum(weights.values())
-    texts = sample_texts(
-        {name: (d.text for d in items) for name, items in kept.items()},
-        {name: weight / total for name, weight in weights.items()},
-        recipe.vocabulary.characters,
-        recipe.seed,
-    )
-    _write_atomically(target, train_vocabulary(texts, recipe.vocabulary.size))
-    return Tokenizer.load(target)
+def _finish(job: Job, _: int) -> dict[str, Any]:
+    """Put shards, vocabulary and reports in place, the manifest last."""
+    output, old = Path(job.recipe.output), _files_of(Path(job.recipe.output))
+    vocabulary = result(job, "learn", 0)
+    sources = {name: _source_facts(job, name) for name in job.recipe.sources}
+    (output / "manifest.json").unlink(missing_ok=True)  # from here on until the end there is no data here
+    for facts in sources.values():
+        for shard in facts["shards"]:
+            for ending in (".bin", ".idx"):
+                _move(job.work / "tokenize" / f"{shard['file']}{ending}", output / f"{shard['file']}{ending}")
+    _move(job.work / "learn" / "tokenizer.model", output / "tokenizer.model")
+    for name in job.recipe.sources:
+        _concatenate(job, name, ("tokenize",), "held_out")
+        _concatenate(job, name, ("read", "tokenize"), "dropped")
+    manifest = {
+        "dtype": token_dtype(vocabulary["vocab_size"]),
+        "vocab_size": vocabulary["vocab_size"],
+        "tokenizer_sha256": vocabulary["sha256"],
+        "fingerprint": _fingerprint_of(job),
+        "sources": sources,
+    }
+    for leftover in old - _files_named(sources):
+        (output / leftover).unlink(missing_ok=True)
+    write_atomically(output / "manifest.json", json.dumps(manifest, indent=2).encode())
+    return {}
 
 
-def _write_held_out(path: Path, documents: list[Document]) -> None:
-    lines = "".join(json.dumps({"text": d.text, "source": d.origin}, ensure_ascii=False) + "\n" for d in documents)
-    _write_atomically(path, gzip.compress(lines.encode(), mtime=0))
+def _fingerprint_of(job: Job) -> str:
+    files = {name: [f for part in job.parts if part.source == name for f in part.files] for name in job.recipe.sources}
+    return _fingerprint(job.recipe, files)
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+def _source_facts(job: Job, name: str) -> dict[str, Any]:
+    """The entry of one source in the manifest."""
+    numbers = [number for number, part in enumerate(job.parts) if part.source == name]
+    tokens = [result(job, "tokenize", number) for number in numbers]
+    reads = [result(job, "read", number) for number in numbers]
+    return {
+        **{key: sum(entry[key] for entry in tokens) for key in ("documents", "characters", "tokens", "bytes")},
+        "weight": job.recipe.weights[name],
+        "read": {key: sum(entry["read"].get(key, 0) for entry in reads) for key in ("documents", "characters")},
+        "held_out": result(job, "choose", 0)[name]["held_out"],
+        "dropped": _source_drops(job, name),
+        "shards": [shard for entry in tokens for shard in entry["shards"] if shard["tokens"] or len(tokens) == 1],
+    }
+
+
+def _files_of(output: Path) -> set[str]:
+    """Shards and reports of the data that is at `output`."""
+    try:
+        return _files_named(read_manifest(output)["sources"])
+    except PersimmonError:
+        return set()
+
+
+def _files_named(sources: dict[str, Any]) -> set[str]:
+    names = set()
+    for name, facts in sources.items():
+        names |= {f"held_out.{name}.jsonl.gz", f"dropped.{name}.jsonl.gz"}
+        files = [shard["file"] for shard in facts["shards"]] if "shards" in facts else [name]
+        names |= {f"{file}{ending}" for file in files for ending in (".bin", ".idx")}
+    return names
+
+
+def _move(source: Path, target: Path) -> None:
+    """Once: a run that was killed while moving finds some files in their place already."""
+    if source.is_file():
+        os.replace(source, target)
+
+
+def _concatenate(job: Job, name: str, stages: tuple[str, ...], kind: str) -> None:
+    """One file of all parts: gzip files laid end to end are a gzip file."""
+    target = Path(job.recipe.output) / f"{kind}.{name}.jsonl.gz"
+    partial = target.with_name(f"{target.name}.partial")
+    with partial.open("wb") as stream:
+        for stage in stages:
+            for part in job.parts:
+                if part.source == name:
+                    with (job.work / stage / f"{part.name}.{kind}.gz").open("rb") as piece:
+                        shutil.copyfileobj(piece, stream)
+    os.replace(partial, target)
+
+
+ALL_STAGES = (*STAGES, Stage("finish", lambda job: 1, _finish))
+
+
+def _report(job: Job, stage: str, done: bool, report: Callable[[str], None]) -> None:
+    if stage == "choose" and done:
+        for name, counts in result(job, "choose", 0).items():
+            report(f"{name}: {counts['kept']:,} documents for training, {counts['held_out']:,} held out")
+            dropped = _source_drops(job, name)
+            if dropped:
+                report(f"{name}: dropped " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+    elif stage == "learn" and done:
+        report(f"vocabulary: {result(job, 'learn', 0)['vocab_size']:,} pieces")
+    elif stage == "finish" and done:
+        for name, facts in read_manifest(Path(job.recipe.output))["sources"].items():
+            report(f"{name}: {facts['tokens']:,} tokens, {facts['bytes'] / facts['tokens']:.2f} bytes each")
+
+
+def _source_drops(job: Job, name: str) -> dict[str, int]:
+    drops: Counter[str] = Counter()
+    for number, part in enumerate(job.parts):
+        if part.source == name:
+            drops.update(result(job, "read", number)["drops"])
+    chosen = result(job, "choose", 0)[name]
+    drops.update({reason: chosen[reason] for reason in ("duplicate", "similar") if chosen[reason]})
+    return dict(sorted(drops.items()))

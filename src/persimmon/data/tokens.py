@@ -1,9 +1,10 @@
-"""Token stores: the documents of one source, tokenized, in one memory-mapped file.
+"""Token stores: the documents of one source, tokenized, in memory-mapped shards.
 
-Layout of `NAME.bin`: little-endian uint16 (vocabularies up to 65,536) or uint32 ids, `E d0 E d1 E ... E` with E the
-end-of-text piece. `NAME.idx`: uint64 offsets of every E. So document i with its opening E is
+Layout of a shard `SHARD.bin`: little-endian uint16 (vocabularies up to 65,536) or uint32 ids, `E d0 E d1 E ... E`
+with E the end-of-text piece. `SHARD.idx`: uint64 offsets of every E. So document i with its opening E is
 `[offset[i], offset[i + 1])`, and the target of position p is always the id at p + 1: the last piece of a document
-learns to predict its end.
+learns to predict its end. Laid end to end, the last E of a shard being the first of the next, the shards of a source
+are one store: how many there are changes nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,41 @@ from numpy.typing import NDArray
 
 from persimmon.errors import DataError, NotFoundError
 
+_LARGEST_SHARD = 1_000_000_000  # tokens: 2 or 4 GB per file
+
+
+class TokenShard:
+    """One pair of files, memory-mapped. `facts` is its entry in the manifest."""
+
+    def __init__(self, directory: Path, facts: dict[str, Any], dtype: np.dtype[Any]) -> None:
+        self.path, self.index = directory / f"{facts['file']}.bin", directory / f"{facts['file']}.idx"
+        self._digests = {self.path: facts["sha256"], self.index: facts.get("index_sha256")}
+        _check_size(self.path, (facts["tokens"] + 1) * dtype.itemsize)
+        _check_size(self.index, (facts["documents"] + 1) * 8)
+        self.tokens: NDArray[Any] = np.memmap(self.path, dtype=dtype, mode="r")
+        self.offsets: NDArray[np.uint64] = np.fromfile(self.index, dtype="<u8")
+        self._check_offsets()
+
+    def _check_offsets(self) -> None:
+        """Documents must cover the tokens, and each must open with the one end-of-text piece."""
+        offsets = self.offsets
+        covers = offsets[0] == 0 and offsets[-1] == len(self.tokens) - 1 and bool(np.all(offsets[1:] > offsets[:-1]))
+        if not covers or np.any(self.tokens[offsets] != self.tokens[0]):
+            raise DataError(f"{self.index} does not fit {self.path.name}; prepare the data again")
+
+    def verify(self) -> None:
+        """Read both files and raise DataError unless they are the ones that were written."""
+        for path, expected in self._digests.items():
+            if expected is None:  # of an index written before it had a checksum
+                continue
+            with path.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != expected:
+                raise DataError(f"{path}: SHA-256 is {found}, manifest.json says {expected}")
+
 
 class TokenStore:
-    """The tokens and document offsets of one source, memory-mapped."""
+    """The tokens and document offsets of one source."""
 
     def __init__(self, directory: Path, name: str) -> None:
         manifest = read_manifest(directory)
@@ -31,33 +64,39 @@ class TokenStore:
         facts = manifest["sources"][name]
         self.name = name
         self.num_bytes: int = facts["bytes"]
-        self._path, self._digest = directory / f"{name}.bin", facts["sha256"]
         dtype = np.dtype(manifest["dtype"])
-        index = directory / f"{name}.idx"
-        _check_size(self._path, (facts["tokens"] + 1) * dtype.itemsize)
-        _check_size(index, (facts["documents"] + 1) * 8)
-        self.tokens: NDArray[Any] = np.memmap(self._path, dtype=dtype, mode="r")
-        self.offsets: NDArray[np.uint64] = np.fromfile(index, dtype="<u8")
-        self._check_offsets(index)
-
-    def _check_offsets(self, index: Path) -> None:
-        """Documents must cover the tokens, and each must open with the one end-of-text piece."""
-        offsets = self.offsets
-        covers = offsets[0] == 0 and offsets[-1] == self.num_tokens and bool(np.all(offsets[1:] > offsets[:-1]))
-        if not covers or np.any(self.tokens[offsets] != self.tokens[0]):
-            raise DataError(f"{index} does not fit {self._path.name}; prepare the data again")
+        # A manifest without shards is of the first layout: one shard named as the source.
+        shards = facts.get("shards", [{**facts, "file": name}])
+        self.shards = [TokenShard(directory, shard, dtype) for shard in shards]
+        if not self.shards:
+            raise DataError(f"source {name!r} of {directory} has no shards")
+        sizes = [len(shard.tokens) - 1 for shard in self.shards]
+        self._starts = np.cumsum([0, *sizes])
+        whole = [shard.offsets[:-1] + np.uint64(start) for shard, start in zip(self.shards, self._starts, strict=False)]
+        self.offsets: NDArray[np.uint64] = np.concatenate([*whole, np.array([self._starts[-1]], dtype=np.uint64)])
 
     @property
     def num_tokens(self) -> int:
         """Positions that have a target."""
-        return len(self.tokens) - 1
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """The ids at [start, stop) of one document, where `stop` may take in the end-of-text behind it."""
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = min(shard, len(self.shards) - 1)
+        begin = int(self._starts[shard])
+        return self.shards[shard].tokens[start - begin : stop - begin]
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, its opening end-of-text counted."""
+        offsets = self.offsets.astype(np.int64)
+        lengths: NDArray[np.int64] = offsets[1:] - offsets[:-1]
+        return lengths
 
     def verify(self) -> None:
-        """Read all tokens and raise DataError unless they are the ones that were written."""
-        with self._path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != self._digest:
-            raise DataError(f"{self._path}: SHA-256 is {found}, manifest.json says {self._digest}")
+        """Read all files and raise DataError unless they are the ones that were written."""
+        for shard in self.shards:
+            shard.verify()
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -86,24 +125,49 @@ def _is_manifest(data: Any) -> bool:
     def has(entry: Any, *keys: str) -> bool:
         return isinstance(entry, dict) and all(key in entry for key in keys)
 
+    def is_source(facts: Any) -> bool:
+        if not has(facts, "documents", "tokens", "bytes", "weight"):
+            return False
+        shards = facts.get("shards", [{**facts, "file": ""}])
+        keys = ("file", "documents", "tokens", "sha256")
+        return isinstance(shards, list) and all(has(shard, *keys) for shard in shards)
+
     return (
         has(data, "dtype", "vocab_size", "sources")
         and has(data["sources"])
-        and all(has(facts, "documents", "tokens", "bytes", "sha256", "weight") for facts in data["sources"].values())
+        and all(is_source(facts) for facts in data["sources"].values())
     )
 
 
-class TokenStoreWriter:
-    """Writes one source; `finish` returns its entry of the manifest."""
+def check_vocabulary(directory: Path, serialized: bytes) -> None:
+    """Raise DataError unless the data at `directory` was tokenized with the vocabulary `serialized`."""
+    manifest = read_manifest(directory)
+    expected = manifest.get("tokenizer_sha256")
+    found = hashlib.sha256(serialized).hexdigest()
+    if expected is not None and found != expected:
+        raise DataError(
+            f"{directory} was tokenized with another vocabulary (SHA-256 {expected[:12]}..., this one is "
+            f"{found[:12]}...); prepare the data with `vocabulary.path` of this one"
+        )
 
-    def __init__(self, directory: Path, name: str, dtype: str, end_of_text: int) -> None:
-        self._paths = [directory / f"{name}.bin", directory / f"{name}.idx"]
-        self._stream = (directory / f"{name}.bin.partial").open("wb")
+
+class TokenStoreWriter:
+    """Writes shards `NAME-000`, `NAME-001`, ... of a source; `finish` returns its entry of the manifest."""
+
+    def __init__(
+        self, directory: Path, name: str, dtype: str, end_of_text: int, shard_tokens: int = _LARGEST_SHARD
+    ) -> None:
+        self._directory, self._name, self._limit = directory, name, shard_tokens
         self._dtype, self._end = dtype, end_of_text
-        self._offsets: list[int] = [0]
         self._bytes = 0
-        self._digest = hashlib.sha256()
-        self._write([end_of_text])
+        self._shards: list[dict[str, Any]] = []
+        self._open()
+
+    def _open(self) -> None:
+        self._file = f"{self._name}-{len(self._shards):03d}"
+        self._stream = (self._directory / f"{self._file}.bin.partial").open("wb")
+        self._offsets, self._digest = [0], hashlib.sha256()
+        self._write([self._end])
 
     def _write(self, ids: Iterable[int]) -> None:
         raw = np.asarray(ids, dtype=self._dtype).tobytes()
@@ -112,21 +176,37 @@ class TokenStoreWriter:
 
     def add(self, ids: list[int], num_bytes: int) -> None:
         """Append one document's ids (without end-of-text)."""
+        if self._offsets[-1] and self._offsets[-1] + len(ids) + 1 > self._limit:
+            self._close()
+            self._open()
         self._write([*ids, self._end])
         self._offsets.append(self._offsets[-1] + len(ids) + 1)
         self._bytes += num_bytes
 
-    def finish(self) -> dict[str, Any]:
-        """Put the files in place."""
+    def _close(self) -> None:
         self._stream.close()
-        tokens, index = self._paths
+        tokens, index = (self._directory / f"{self._file}{ending}" for ending in (".bin", ".idx"))
         os.replace(self._stream.name, tokens)
+        raw = np.asarray(self._offsets, dtype="<u8").tobytes()
         partial = index.with_name(index.name + ".partial")
-        np.asarray(self._offsets, dtype="<u8").tofile(partial)
+        partial.write_bytes(raw)
         os.replace(partial, index)
+        self._shards.append(
+            {
+                "file": self._file,
+                "documents": len(self._offsets) - 1,
+                "tokens": self._offsets[-1],
+                "sha256": self._digest.hexdigest(),
+                "index_sha256": hashlib.sha256(raw).hexdigest(),
+            }
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Put the last files in place."""
+        self._close()
         return {
-            "documents": len(self._offsets) - 1,
-            "tokens": self._offsets[-1],
+            "documents": sum(shard["documents"] for shard in self._shards),
+            "tokens": sum(shard["tokens"] for shard in self._shards),
             "bytes": self._bytes,
-            "sha256": self._digest.hexdigest(),
+            "shards": self._shards,
         }

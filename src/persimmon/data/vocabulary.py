@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import re
-import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from persimmon.data.documents import Document, read_documents
-from persimmon.errors import DataError, InputError, NotFoundError
+from persimmon.errors import DataError
 from persimmon.tokenizer import END_OF_TEXT, META_SPACE, Tokenizer
 
 # Line breaks with their indentation as one piece: a quarter of the training tokens is code.
@@ -50,24 +46,39 @@ _TRAINER_SETTINGS: dict[str, Any] = {
 
 
 def sample_texts(
-    sources: Mapping[str, Iterable[str]], weights: Mapping[str, float], characters: int, seed: int
-) -> list[str]:
-    """A seeded sample of about `characters` characters with each source's share as in `weights`."""
-    chosen: list[str] = []
-    for name, texts in sources.items():
-        pieces = [
-            text[start : start + _PIECE_CHARACTERS]
-            for text in texts
-            for start in range(0, len(text), _PIECE_CHARACTERS)
-        ]
-        random.Random(f"{seed}:{name}").shuffle(pieces)
-        budget = characters * weights[name]
-        for piece in pieces:
-            if budget <= 0:
-                break
-            chosen.append(piece)
-            budget -= len(piece)
-    return chosen
+    sources: Mapping[str, Callable[[], Iterable[str]]], weights: Mapping[str, float], characters: int, seed: int
+) -> dict[str, list[str]]:
+    """A seeded sample of about `characters` characters, with each source's share as in `weights`, which add up to 1.
+
+    Every source is read twice (called twice), so that only the sample and four bytes per 16,384 characters are held.
+    """
+    return {
+        name: _sample(texts, characters * weights[name], random.Random(f"{seed}:{name}"))
+        for name, texts in sources.items()
+    }
+
+
+def _sample(texts: Callable[[], Iterable[str]], characters: float, rng: random.Random) -> list[str]:
+    sizes = array("I", (len(piece) for piece in _pieces(texts())))
+    order = array("I", range(len(sizes)))
+    rng.shuffle(order)
+    chosen: dict[int, int] = {}  # number of a piece -> its place in the sample
+    for number in order:
+        if characters <= 0:
+            break
+        chosen[number] = len(chosen)
+        characters -= sizes[number]
+    sample = [""] * len(chosen)
+    for number, piece in enumerate(_pieces(texts())):
+        if number in chosen:
+            sample[chosen[number]] = piece
+    return sample
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            yield text[start : start + _PIECE_CHARACTERS]
 
 
 def train_vocabulary(texts: Sequence[str], vocab_size: int, *, threads: int = 2) -> bytes:
@@ -106,61 +117,3 @@ def _reason(message: str) -> str:
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"the bytes and the characters of this text need at least {limit[1]}"
     return message
-
-
-@dataclass(frozen=True)
-class VocabularyReport:
-    """What a trained vocabulary does on the text that it was trained on."""
-
-    vocab_size: int
-    documents: int
-    characters: int
-    """Characters of the sample."""
-    bytes_per_token: float
-    """UTF-8 bytes of the sample by its tokens."""
-    single_byte_share: float
-    """Share of the tokens that spell one byte of a character without a piece."""
-    seconds: float
-
-
-def train_from_files(
-    files: Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str],
-    *,
-    vocab_size: int,
-    characters: int,
-    seed: int = 0,
-    threads: int = 2,
-    report: Callable[[str], None] = lambda line: None,
-) -> VocabularyReport:
-    """Train on a sample of all documents of `files` and write the tokenizer's files to `output`.
-
-    `report` gets a line before each step. Raises NotFoundError, DataError (file and line), InputError.
-    """
-    for name, value in (("vocab_size", vocab_size), ("characters", characters), ("threads", threads)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    start = time.monotonic()
-    documents = [document.text for file in files for document in _read(Path(file))]
-    report(f"documents: {len(documents):,}, characters: {sum(map(len, documents)):,}")
-    sample = sample_texts({"documents": documents}, {"documents": 1.0}, characters, seed)
-    size = sum(map(len, sample))
-    report(f"training {vocab_size:,} pieces on {size:,} characters")
-    tokenizer = Tokenizer(train_vocabulary(sample, vocab_size, threads=threads))
-    tokenizer.save(output)
-    ids = [token_id for text in sample for token_id in tokenizer.encode(text)]
-    spelled = sum(tokenizer.piece(token_id).startswith("<0x") for token_id in ids)
-    return VocabularyReport(
-        vocab_size=tokenizer.vocab_size,
-        documents=len(documents),
-        characters=size,
-        bytes_per_token=sum(len(text.encode()) for text in sample) / len(ids),
-        single_byte_share=spelled / len(ids),
-        seconds=time.monotonic() - start,
-    )
-
-
-def _read(file: Path) -> Iterator[Document]:
-    if not file.is_file():
-        raise NotFoundError(f"no documents at {file}")
-    yield from read_documents(file)

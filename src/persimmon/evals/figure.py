@@ -51,10 +51,12 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> None:
 def _panel(axis: Any, runs: Sequence[Run], style: str, tasks: Sequence[str]) -> None:
     """Bars of one style: ours with intervals, then the published ones where there are any."""
     models = [m for m in published.MODELS if any(published.find(task, m, style) for task in tasks)]
-    count = len(runs) + len(models)
+    ours = [(run, _OURS[number % len(_OURS)]) for number, run in enumerate(runs)]  # a run's colour in every panel
+    ours = [(run, colour) for run, colour in ours if any(run.find(task, style) for task in tasks)]
+    count = max(1, len(ours) + len(models))
     width = min(0.18, 0.84 / count)
     middle = (count - 1) * width / 2  # of a group, from its first bar's middle
-    for number, run in enumerate(runs):
+    for number, (run, colour) in enumerate(ours):
         scores = [run.find(task, style) for task in tasks]
         places = [index + number * width for index, score in enumerate(scores) if score]
         known = [score for score in scores if score]
@@ -64,20 +66,20 @@ def _panel(axis: Any, runs: Sequence[Run], style: str, tasks: Sequence[str]) -> 
         ]
         axis.bar(
             places, [score.value for score in known], width * 0.94, yerr=errors, label=run.label,
-            color=_OURS[number % len(_OURS)], error_kw={"elinewidth": 1, "capsize": 2},
+            color=colour, error_kw={"elinewidth": 1, "capsize": 2},
         )  # fmt: skip
         for place, score in zip(places, known, strict=True):
             top = score.value if score.high is None else score.high
             axis.annotate(
                 f"{score.value:.1f}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=8
             )
-    for number, model in enumerate(models, len(runs)):
+    for number, model in enumerate(models, len(ours)):
         about = published.MODELS[model]
         values = [(index + number * width, published.find(task, model, style)) for index, task in enumerate(tasks)]
         axis.bar(
             [place for place, value in values if value], [value.percent for _, value in values if value],
             width * 0.94, label=f"{about.name}, {about.shots}-shot (published)",
-            color=_PUBLISHED[(number - len(runs)) % len(_PUBLISHED)],
+            color=_PUBLISHED[(number - len(ours)) % len(_PUBLISHED)],
         )  # fmt: skip
     for index, task in enumerate(tasks):
         if TASKS[task].chance:

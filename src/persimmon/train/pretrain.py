@@ -63,6 +63,8 @@ class PretrainRecipe:
     phases: tuple[PhaseRecipe, ...]
     model: ModelRecipe = field(default_factory=ModelRecipe)
     loop: LoopRecipe = field(default_factory=LoopRecipe)
+    whole_documents: bool = False
+    """Cut no document that fits into a row; what stays free in a row is padding (data/packing.py)."""
     seed: int = 0
     processes: int = 1
     threads: int = 0
@@ -108,7 +110,7 @@ class PackedSource:
         weights = {name: entry["weight"] for name, entry in facts.items()}
         self._phases = plan_phases(recipe)
         self._rows = {
-            length: PackedRows(stores, weights, length, recipe.seed)
+            length: PackedRows(stores, weights, length, recipe.seed, whole=recipe.whole_documents)
             for length in {phase.row_length for phase in self._phases}
         }
         self.num_steps = sum(phase.num_steps for phase in self._phases)
