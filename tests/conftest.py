@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 from hypothesis import settings
+
+from leftovers import describe, end, remaining_children, remaining_threads
 
 # Deterministic, and no time limit per example: a busy machine is no failure.
 settings.register_profile("persimmon", deadline=None, derandomize=True)
@@ -13,3 +16,16 @@ settings.load_profile("persimmon")
 # A shell's `&` and nohup make their children ignore Ctrl-C, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A child or thread that outlives the tests is a failure of the run, by name; without this the run may never end."""
+    children, threads = remaining_children(), remaining_threads()
+    if not children and not threads:
+        return
+    end(children)
+    names = [describe(child) for child in children] + [f"thread {thread.name}" for thread in threads]
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line("\nleft behind by the tests: " + "; ".join(names), red=True)
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import psutil
 import pytest
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
@@ -132,7 +133,10 @@ def test_a_second_signal_stops_at_once() -> None:
         with server.http.stream("POST", "/v1/chat/completions", json=body | {"logit_bias": {"1": -100}}) as answer:
             lines = answer.iter_lines()  # kept: without a reader the connection is closed
             next(lines)
+            engine = server.service.worker.process_id
+            assert engine is not None
             server.signal(signal.SIGTERM)
             server.signal(signal.SIGTERM)
             server.thread.join(10)
             assert not server.thread.is_alive()
+            assert server.service.worker.process_id is None and not psutil.pid_exists(engine), "nothing is left behind"

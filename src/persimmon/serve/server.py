@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
@@ -52,6 +53,13 @@ class DrainingServer(uvicorn.Server):
             return
         self._service.draining = True
         self._draining = asyncio.get_event_loop().create_task(self._drain())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the connections, then the engine, also where uvicorn in its hurry leaves out the application's end."""
+        try:
+            await super().shutdown(sockets)
+        finally:
+            await self._service.worker.stop()
 
     async def _drain(self) -> None:
         """Wait for the answers that are under way, as long as they may take."""

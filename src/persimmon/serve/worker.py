@@ -10,6 +10,7 @@ now alone, ends with an error, and the others are not lost.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import multiprocessing
 import signal
@@ -199,18 +200,27 @@ class EngineWorker:
     async def start(self) -> None:
         """Start the first process; `ready` is set when it has loaded."""
         self._loop = asyncio.get_running_loop()
+        # An engine that ignores SIGTERM would otherwise be waited for, at the end of the interpreter, for ever.
+        atexit.register(self._kill)
         self._start_process()
         self._run_task(self._watch())
 
     async def stop(self) -> None:
-        """End the process; what is in flight gets no more updates."""
+        """End the process; what is in flight gets no more updates. A second call does nothing."""
         self._stopping = True
         for task in self._tasks:
             task.cancel()
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.kill()  # it holds nothing that could be lost
+        process = self._process
+        self._kill()
+        if process is not None:
             await asyncio.to_thread(process.join, 5)
+        atexit.unregister(self._kill)
+
+    def _kill(self) -> None:
+        """End the process now: it holds nothing that could be lost."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
 
     def submit(self, ticket: Ticket) -> None:
         """Run a request; its updates go to the ticket's queue, an empty one first when it is accepted."""
