@@ -19,7 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A child or thread that outlives the tests is a failure of the run, by name; without this the run may never end."""
+    """What outlives the tests is a failure of the run, by name; without this, the run might never end."""
     children, threads = remaining_children(), remaining_threads()
     if not children and not threads:
         return

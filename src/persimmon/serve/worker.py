@@ -16,13 +16,13 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from persimmon.errors import ContextLengthError, PersimmonError, UnavailableError
 from persimmon.infer.engine import Engine, EngineState, Failure, Request, Update
+from persimmon.serve.submission import Ticket
 
 MAX_DEATHS = 2
 """Processes that may die under a request, without a token in between, before it is given up."""
@@ -96,71 +96,6 @@ def _take_commands(engine: Engine, commands: Connection) -> list[Update]:
                 kind = "engine"
             answers.append(Update(command.id, failure=Failure(str(error), kind)))  # type: ignore[arg-type]
     return answers
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request in flight: its updates as they come."""
-
-    request: Request
-    updates: asyncio.Queue[tuple[int, Update]]
-    index: int
-    """Its place among the requests that share the queue."""
-    sent: bool = False
-    """The present process has it."""
-    deaths: int = 0
-    """Processes that died under it since its last token."""
-    submitted_at: float = field(default_factory=time.monotonic)
-
-
-class Submission:
-    """Requests of one HTTP call: wait for their acceptance, take (index, update) until all have ended, or close."""
-
-    def __init__(self, worker: EngineWorker, requests: Sequence[Request]) -> None:
-        self._worker = worker
-        self._queue: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        self._open = {n: Ticket(request, self._queue, n) for n, request in enumerate(requests)}
-        self._early: deque[tuple[int, Update]] = deque()
-        self.count = len(requests)
-        self.prompt_tokens = len(requests[0].prompt_ids)
-        for ticket in self._open.values():
-            worker.submit(ticket)
-
-    @property
-    def finished(self) -> bool:
-        """All requests have ended, and everything about them was taken."""
-        return not self._open
-
-    async def accepted(self) -> None:
-        """Wait until the engine has taken or refused every request; what comes with it is kept for `next`."""
-        heard: set[int] = set()
-        while len(heard) < self.count:
-            index, update = await self._queue.get()
-            self._early.append((index, update))
-            heard.add(index)
-
-    def refusal(self) -> Failure | None:
-        """The failure of a request that was refused, after `accepted`."""
-        return next((update.failure for _, update in self._early if update.failure is not None), None)
-
-    async def next(self, patience: float | None = None) -> tuple[int, Update] | None:
-        """The next update; None when there is none for `patience` seconds."""
-        if self._early:
-            index, update = self._early.popleft()
-        else:
-            try:
-                index, update = await asyncio.wait_for(self._queue.get(), patience)
-            except TimeoutError:
-                return None
-        if update.finish_reason is not None or update.failure is not None:
-            self._open.pop(index, None)
-        return index, update
-
-    def close(self) -> None:
-        """Cancel what still runs."""
-        for ticket in self._open.values():
-            self._worker.cancel(ticket)
-        self._open = {}
 
 
 class EngineWorker:
