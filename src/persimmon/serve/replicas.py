@@ -64,9 +64,9 @@ class EngineReplica:
         if self._worker.failed is not None:
             raise RuntimeError(f"the model could not be loaded: {self._worker.failed}")
 
-    async def engine_name(self) -> str:
-        """Which engine runs."""
-        return self._worker.engine_name
+    async def describe(self) -> dict[str, Any]:
+        """What answers here."""
+        return {"engine": self._worker.engine_name, "replica": self._name, "process": os.getpid()}
 
     async def generate(self, request: Request) -> AsyncIterator[Report]:
         """Run a request; it stops before the next step when the caller goes away."""
@@ -112,7 +112,7 @@ class ReplicatedEngine:
         self._waiting = asyncio.create_task(self._wait_ready())
 
     async def _wait_ready(self) -> None:
-        self.engine_name = await self._engines.engine_name.remote()
+        self.engine_name = (await self._engines.describe.remote())["engine"]
         self.ready.set()
 
     async def stop(self) -> None:
