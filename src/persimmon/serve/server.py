@@ -46,6 +46,13 @@ class DrainingServer(uvicorn.Server):
         self._service = service
         self._draining: asyncio.Task[None] | None = None
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Run until told to end. A forced end skips the application's shutdown, so the engine is ended here too."""
+        try:
+            await super().serve(sockets)
+        finally:
+            await self._service.worker.stop()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn for SIGINT and SIGTERM."""
         if self._service.draining:
@@ -53,13 +60,6 @@ class DrainingServer(uvicorn.Server):
             return
         self._service.draining = True
         self._draining = asyncio.get_event_loop().create_task(self._drain())
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the connections, then the engine, also where uvicorn in its hurry leaves out the application's end."""
-        try:
-            await super().shutdown(sockets)
-        finally:
-            await self._service.worker.stop()
 
     async def _drain(self) -> None:
         """Wait for the answers that are under way, as long as they may take."""

@@ -135,7 +135,7 @@ class EngineWorker:
     async def start(self) -> None:
         """Start the first process; `ready` is set when it has loaded."""
         self._loop = asyncio.get_running_loop()
-        # An engine that ignores SIGTERM would otherwise be waited for, at the end of the interpreter, for ever.
+        # At exit, multiprocessing sends its children SIGTERM, which this one ignores, and waits for them.
         atexit.register(self._kill)
         self._start_process()
         self._run_task(self._watch())
