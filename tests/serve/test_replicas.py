@@ -45,10 +45,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    """The application of the configuration file, on another port and on the engine that shares prefixes."""
+    """The application of the configuration file, on another port."""
     (application,) = yaml.safe_load(CONFIG.read_text())["applications"]
     module, _, function = application["import_path"].partition(":")
-    args = application["args"] | {"load": {"engine": "reference", "threads": 1}, "cache_tokens": 16_384, "cpus": 0.5}
+    args = application["args"] | {"cache_tokens": 16_384, "cpus": 0.5}
     port = free_port()
     ray.init(
         num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, log_to_driver=False,

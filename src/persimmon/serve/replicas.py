@@ -13,6 +13,7 @@ go on, and Ray starts another one.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import fields
@@ -125,7 +126,10 @@ class ReplicatedEngine:
     def submit(self, ticket: Ticket) -> None:
         """Run a request on the replica of its conversation."""
         self._tickets[ticket.request.id] = ticket
-        self._runs[ticket.request.id] = asyncio.create_task(self._run(ticket))
+        # In a context of its own: Ray would give all calls under one HTTP request the same id, and its router tells
+        # waiting calls apart by that id.
+        run = asyncio.create_task(self._run(ticket), context=contextvars.Context())
+        self._runs[ticket.request.id] = run
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request; nothing happens when it has ended."""
