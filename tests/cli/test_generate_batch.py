@@ -29,7 +29,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     lines: list[dict[str, Any]] = [{"prompt": f"the story {'ab' * number}"} for number in range(LINES - 2)]
-    lines += [{"id": "chat", "messages": [{"role": "user", "content": "light"}]}, {"id": "long", "prompt": "x" * 9_000}]
+    lines += [
+        {"id": "chat", "messages": [{"role": "user", "content": "light"}]},
+        {"id": "long", "prompt": "x" * 90_000},
+    ]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return source
 
@@ -55,10 +58,20 @@ def kill_after(lines: int, arguments: list[str], target: Path) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
-    _, alive = psutil.wait_procs(children, timeout=60)
+    until = time.monotonic() + 60
+    while (alive := [child for child in children if runs(child)]) and time.monotonic() < until:
+        time.sleep(0.1)
     for child in alive:
         child.kill()
-    assert not alive, f"outlived the command: {alive}"
+    engines = [child for child in alive if "MapWorker" in child.name()]
+    assert not engines, f"outlived the command: {engines}"
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def killed_and_resumed(directory: str, prompts: Path, folder: Path, *more: str) -> dict[str, Any]:

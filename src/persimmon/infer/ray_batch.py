@@ -8,6 +8,7 @@ where it was, nothing is answered twice, and the answers are those of one engine
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,5 +104,6 @@ def _import_ray() -> Any:
         import ray.data
     except ImportError as error:
         raise UnavailableError(f"batches on several engines need {error.name}: pip install 'persimmon[ray]'") from None
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the caller shows the progress
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
