@@ -32,7 +32,13 @@ WEB_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript",
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 413, 429, 503)
 }
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENT = {
+    "type": "object",
+    "description": "A server-sent event: its data is the JSON of a chunk or of an error, at the end [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 Answer = ChatAnswer | CompletionAnswer
 T = TypeVar("T")
