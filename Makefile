@@ -40,10 +40,16 @@ $(VENV)/dev.done: $(VENV)/base.done
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
+# For tests/browser; without it, that one test says so and is skipped.
+AXE := build/axe/node_modules/axe-core/axe.min.js
+
+$(AXE):
+	-npm install --silent --no-audit --no-fund --no-save --prefix build/axe axe-core@4.14.1
+
 chat: $(VENV)/base.done
 	$(BIN)/persimmon chat
 
-test: $(VENV)/dev.done
+test: $(VENV)/dev.done $(if $(shell command -v npm),| $(AXE))
 	$(BIN)/python -m pytest
 
 check: $(VENV)/dev.done

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from leftovers import describe, end, remaining_children, remaining_threads
+
 # Deterministic, and no time limit per example: a busy machine is no failure.
 settings.register_profile("persimmon", deadline=None, derandomize=True)
 settings.load_profile("persimmon")
@@ -26,3 +28,16 @@ def no_process_left() -> Iterator[None]:
     for process in left:
         process.kill()
     assert not left, f"processes left behind: {', '.join(f'{p.name} ({p.pid})' for p in left)}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What outlives the tests is a failure of the run, by name; without this, the run might never end."""
+    children, threads = remaining_children(), remaining_threads()
+    if not children and not threads:
+        return
+    end(children)
+    names = [describe(child) for child in children] + [f"thread {thread.name}" for thread in threads]
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line("\nleft behind by the tests: " + "; ".join(names), red=True)
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED

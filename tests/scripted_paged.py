@@ -63,6 +63,6 @@ class ScriptedPaged:
         return [*self._tokenizer.encode(" " + reply), self._tokenizer.eos_id]
 
 
-def build_scripted(replies: Mapping[str, str], seconds: float = 0.005) -> Engine:
+def build_scripted(replies: Mapping[str, str], seconds: float = 0.005, num_blocks: int = 4096) -> Engine:
     """Runs in the engine's process."""
-    return Engine(ScriptedPaged(replies, 4096, 16, seconds), tiny_tokenizer(), max_running=8)
+    return Engine(ScriptedPaged(replies, num_blocks, 16, seconds), tiny_tokenizer(), max_running=8)

@@ -17,6 +17,7 @@ from persimmon.infer.engine import Engine
 from persimmon.serve.server import DrainingServer, build_service
 from persimmon.serve.service import Service
 from persimmon.serve.settings import ServerSettings
+from persimmon.tokenizer import Tokenizer
 from tiny_model import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
@@ -60,13 +61,16 @@ class Server:
         raise AssertionError(f"not idle: {self.service.worker.in_flight} in flight, {self.service.worker.state}")
 
 
-def service_of(build: Callable[[], Engine], context: int = CONTEXT, **settings: Any) -> Service:
+def service_of(
+    build: Callable[[], Engine], context: int = CONTEXT, tokenizer: Tokenizer | None = None, name: str = "tiny",
+    **settings: Any,
+) -> Service:  # fmt: skip
     """A service on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     chosen = ServerSettings(port=port, **{"max_concurrency": 8, "drain_seconds": 5.0, **settings})
-    return build_service(build, tiny_tokenizer(), "tiny", context, chosen)
+    return build_service(build, tokenizer or tiny_tokenizer(), name, context, chosen)
 
 
 @contextlib.contextmanager

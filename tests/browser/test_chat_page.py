@@ -26,6 +26,9 @@ pytestmark = [
 SCREENSHOTS = os.environ.get("PERSIMMON_SCREENSHOTS")
 """Folder for pictures of the page, to be looked at."""
 
+AXE = Path(os.environ.get("PERSIMMON_AXE") or Path(__file__).parents[2] / "build/axe/node_modules/axe-core/axe.min.js")
+"""The accessibility checker; `make` fetches it where npm is there."""
+
 DEMO = """A stack keeps things in order: the **last** one in is the first one out.
 
 1. `push` puts a thing on top
@@ -187,19 +190,36 @@ def test_regenerate_and_edit(page: Page) -> None:
     assert page.page.locator(".message").count() == 2
 
 
-def test_files_are_dropped_into_the_context(page: Page, server: Server) -> None:
-    before = page.page.inner_text("#gauge-text")
+def drop_file(page: Page, name: str, text: str) -> None:
+    """As a person drops it onto the page."""
     drop = """([name, text]) => { const data = new DataTransfer();
         data.items.add(new File([text], name, {type: 'text/plain'}));
         for (const kind of ['dragenter', 'dragover', 'drop'])
           document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true})); }"""
-    page.page.evaluate(drop, ["notes.txt", "hello there " * 8])
-    page.page.wait_for_selector("#files .chip:has-text('notes.txt')")
+    page.page.evaluate(drop, [name, text])
+    page.page.wait_for_selector(f"#files .chip:has-text('{name}')")
+
+
+def test_files_are_dropped_into_the_context(page: Page, server: Server) -> None:
+    before = page.page.inner_text("#gauge-text")
+    drop_file(page, "notes.txt", "hello there " * 8)
     page.page.wait_for_function("old => document.querySelector('#gauge-text').textContent !== old", arg=before)
     page.shoot("file")
     page.ask("what does the file say")
     assert page.answer() == "It says hello."
     assert page.page.locator(".message.user .chip").inner_text().startswith("notes.txt")
+
+
+def test_reading_a_long_prompt_shows_how_far_it_is(page: Page) -> None:
+    page.page.evaluate("""() => { window.seen = [];
+        const look = () => { const bar = document.querySelector('.reading progress');
+          if (bar) window.seen.push([bar.value, bar.max]); };
+        new MutationObserver(look).observe(document.querySelector('#messages'), {childList: true, subtree: true}); }""")
+    drop_file(page, "long.txt", "hello there " * 1_500)
+    page.ask("what does the file say")
+    assert page.answer() == "It says hello."
+    seen = page.page.evaluate("window.seen")
+    assert seen and all(0 < value < most for value, most in seen)
 
 
 def test_reloading_keeps_conversations(page: Page) -> None:
@@ -282,11 +302,10 @@ def test_keyboard_alone_is_enough(page: Page) -> None:
 
 
 def test_accessibility(page: Page) -> None:
-    axe = os.environ.get("PERSIMMON_AXE")
-    if not axe:
-        pytest.skip("PERSIMMON_AXE names no axe.min.js")
+    if not AXE.is_file():
+        pytest.skip("no axe-core: make build/axe/node_modules/axe-core/axe.min.js, or name one by PERSIMMON_AXE")
     page.ask("what is a stack")
-    page.page.evaluate(Path(axe).read_text() + ";void 0")
+    page.page.evaluate(AXE.read_text() + ";void 0")
     found = page.page.evaluate(
         "axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes.map(n => n.html).join(' | ')))"
     )

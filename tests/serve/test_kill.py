@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import psutil
 import pytest
 
 for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
@@ -18,6 +19,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
 
 from deadly_engine import POISON, build_broken, build_deadly  # noqa: E402
 from persimmon.serve.server import serve  # noqa: E402
+from scripted_paged import build_scripted  # noqa: E402
 from served import CONTEXT, Server, build_engine, running, service_of  # noqa: E402
 
 
@@ -102,6 +104,42 @@ def test_requests_for_everything_in_a_full_house() -> None:
         server.wait_idle()
 
 
+def test_one_that_asks_for_all_16k_tokens_in_a_full_house() -> None:
+    """A cache of one whole context: who asks for all of it waits and is served, and so is everyone else."""
+    most = 16_384
+    replies = {"fox": "A fox ran.", "long": "and on " * 300}
+    with running(partial(build_scripted, replies, seconds=0.0, num_blocks=most // 16), context=most) as server:
+        found: dict[str, Any] = {}
+
+        def ask(name: str, words: str, max_tokens: int) -> None:
+            found[name] = server.chat(words, max_tokens=max_tokens).json()
+
+        filler = "hello there " * 700
+        room = most - server.http.post("/tokenize", json={"messages": hello(f"long {filler}")}).json()["count"] + 1
+        asked = [("all", f"long {filler}", room), *((f"fox {n}", f"fox {n} {filler[: 500 * n]}", 30) for n in range(7))]
+        threads = [threading.Thread(target=ask, args=one) for one in asked]
+        for thread in threads:
+            thread.start()
+        over = server.chat(f"long {filler}", max_tokens=room + 1)
+        assert over.status_code == 400 and over.json()["error"]["code"] == "context_length_exceeded"
+        join(threads)
+        texts = {name: answer["choices"][0]["message"]["content"] for name, answer in found.items()}
+        assert texts.pop("all") == replies["long"] and len(texts) == 7
+        assert set(texts.values()) == {replies["fox"]}
+        server.wait_idle()
+
+
+def test_a_cache_that_is_too_small_for_a_request_says_so() -> None:
+    with running(partial(build_engine, num_blocks=8)) as server:
+        refused = server.chat(max_tokens=400)
+        assert refused.status_code == 400 and "the cache holds" in refused.json()["error"]["message"]
+        assert server.chat().status_code == 200
+
+
+def hello(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     said: list[str] = []
     service = service_of(build_broken)
@@ -132,7 +170,10 @@ def test_a_second_signal_stops_at_once() -> None:
         with server.http.stream("POST", "/v1/chat/completions", json=body | {"logit_bias": {"1": -100}}) as answer:
             lines = answer.iter_lines()  # kept: without a reader the connection is closed
             next(lines)
+            engine = server.service.worker.process_id
+            assert engine is not None
             server.signal(signal.SIGTERM)
             server.signal(signal.SIGTERM)
             server.thread.join(10)
             assert not server.thread.is_alive()
+            assert server.service.worker.process_id is None and not psutil.pid_exists(engine), "nothing is left behind"

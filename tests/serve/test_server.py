@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,6 +240,26 @@ def test_metrics_count_what_happened(server: Server, client: Any) -> None:
     assert value("persimmon_time_to_first_token_seconds_count") > 0
     assert 0 < value("persimmon_ffn_active_fraction") < 2
     assert value("persimmon_prefix_cache_hits_total") > 0
+
+
+METRICS = {
+    "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total",
+    "prefix_cache_hits_total", "prompt_tokens_total", "generation_tokens_total", "request_success_total",
+    "request_failure_total", "time_to_first_token_seconds_count", "inter_token_latency_seconds_count",
+    "e2e_request_latency_seconds_count", "request_queue_time_seconds_count", "request_prefill_time_seconds_count",
+    "request_decode_time_seconds_count", "preemptions_total", "computed_tokens_total", "engine_restarts_total",
+    "ffn_active_fraction",
+}  # fmt: skip
+
+
+def test_every_metric_that_is_promised_is_there(server: Server, client: Any) -> None:
+    chat(client)
+    lines = [line for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+    named = {line.partition("{")[0].removeprefix("persimmon_") for line in lines}
+    assert METRICS - {"request_failure_total"} <= named
+    assert all('model_name="tiny"' in line for line in lines)
+    documented = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    assert all(f"`{name.removesuffix('_count')}" in documented for name in METRICS)
 
 
 def test_the_log_names_requests_and_never_prompts(server: Server) -> None:

@@ -38,13 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch = parser.add_argument_group("many prompts")
     batch.add_argument("--input", metavar="FILE", help="JSON Lines, one prompt or conversation per line")
     batch.add_argument("--output", metavar="FILE", help="one line per answer; the lines that are there are kept")
+    batch.add_argument(
+        "--ray", type=int, metavar="N", help="answer with N engines through Ray Data (RAY_ADDRESS: where)"
+    )
     add_sampling_options(parser)
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Execute the verb."""
-    if args.input is not None or args.output is not None:
+    if args.input is not None or args.output is not None or args.ray is not None:
         return answer_prompts(args)
     from persimmon.cli.console import Progress, note, print_json
 
@@ -78,9 +81,17 @@ def answer_prompts(args: argparse.Namespace) -> int:
 
     source, target = _batch_files(args)
     sampling, directory = sampling_from(args), resolve(model_name(args))
-    engine = EngineSettings(str(directory), load_options=load_options(args))()
+    build, tokenizer = EngineSettings(str(directory), load_options=load_options(args)), Tokenizer.load(directory)
     with Progress("answering", quiet=args.quiet) as progress:
-        tally = answer_file(engine, Tokenizer.load(directory), source, target, sampling, progress=progress)
+        if args.ray is not None:
+            from persimmon.infer.ray_batch import answer_file_on_ray
+
+            share = {"cpus": args.threads or 1, "gpus": 1 if args.device.startswith("cuda") else 0}
+            tally = answer_file_on_ray(
+                build, tokenizer, source, target, sampling, engines=args.ray, progress=progress, **share
+            )
+        else:
+            tally = answer_file(build(), tokenizer, source, target, sampling, progress=progress)
     counts = f"{tally.answered} answered, {tally.failed} failed, {tally.skipped} were there already"
     note(f"{target}: {counts}", quiet=args.quiet)
     return 1 if tally.failed else 0

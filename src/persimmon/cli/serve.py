@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed-host", action="append", default=[], metavar="NAME", help="also accept this Host header (repeatable)"
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-concurrency", type=int, default=16, metavar="N", help="requests that run together (16)")
+    # The second names are vLLM's, for people and scripts that come from there.
+    limits.add_argument(
+        "--max-concurrency", "--max-num-seqs", type=int, default=16, metavar="N", help="requests that run together (16)"
+    )
     limits.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait (64)")
     limits.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="largest request (4 MiB)")
     limits.add_argument(
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="most seconds for an answer (3600)")
     limits.add_argument("--drain", type=float, default=30.0, metavar="S", help="seconds for answers at the end (30)")
+    limits.add_argument("--max-model-len", dest="context", type=int, metavar="N", help="the same as --context")
     parser.add_argument("--no-access-log", action="store_true", help="no JSON line per request on stderr")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from persimmon.infer.params import SamplingParams
 from persimmon.tokenizer import Tokenizer
 
 _BASE_KEYS = {"id", "prompt", "messages"}
+
+AHEAD = 64
+"""Jobs in the engine at once: more than run together, so that it never waits for the next."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Tally:
     answered: int = 0
     skipped: int = 0
     failed: int = 0
+    total: int = 0
+    """Lines of the input."""
 
 
 class _Answer:
@@ -71,53 +76,68 @@ def answer_file(
     target: Path,
     sampling: Mapping[str, Any],
     *,
-    ahead: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tally:
     """Answer every line of `source` that `target` does not answer yet; `sampling` are the defaults.
 
-    At most `ahead` requests are handed to the engine at once. progress: called with (lines done, lines in all).
-    Raises DataError for a line that cannot be read, before anything is run.
+    progress: called with (lines done, lines in all). Raises DataError for a line that cannot be read, before anything
+    is run.
     """
+    jobs, tally = open_jobs(source, target, tokenizer, sampling)
+    return write_answers(target, run_jobs(engine, jobs), tally, progress=progress)
+
+
+def open_jobs(source: Path, target: Path, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> tuple[list[Job], Tally]:
+    """The lines that are still to be answered, and a tally of those that need not be. Raises as `answer_file`."""
     jobs = list(read_jobs(source, tokenizer, sampling))
     done = finished_ids(target)
     waiting = [job for job in jobs if job.id not in done]
-    tally = Tally(skipped=len(jobs) - len(waiting))
+    return waiting, Tally(skipped=len(jobs) - len(waiting), total=len(jobs))
+
+
+def run_jobs(engine: Engine, jobs: Iterable[Job]) -> Iterator[dict[str, Any]]:
+    """The lines of the answers, as they are finished; at most AHEAD jobs are in the engine at once."""
+    waiting = iter(jobs)
     answers: dict[str, _Answer] = {}
-    waiting.reverse()
-    with target.open("a", encoding="utf-8") as output:
-        while waiting or engine.busy:
-            while waiting and len(answers) < ahead:
-                job = waiting.pop()
+    more = True
+    while more or engine.busy:
+        while more and len(answers) < AHEAD:
+            job = next(waiting, None)
+            if job is None:
+                more = False
+                break
+            try:
+                engine.submit(job.request)
+            except InputError as error:  # refused: the error is the answer
+                yield {"id": job.id, "error": str(error)}
+            else:
                 answers[job.id] = _Answer()
-                _submit(engine, job, answers, output, tally)
-            for update in engine.step() if engine.busy else ():
-                answers[update.request_id].add(update)
-                if update.finish_reason is not None or update.failure is not None:
-                    _write(output, answers.pop(update.request_id).line(update.request_id, update), tally)
-                    if progress is not None:
-                        progress(tally.skipped + tally.answered + tally.failed, len(jobs))
+        for update in engine.step() if engine.busy else ():
+            answers[update.request_id].add(update)
+            if update.finish_reason is not None or update.failure is not None:
+                yield answers.pop(update.request_id).line(update.request_id, update)
+
+
+def write_answers(
+    target: Path,
+    lines: Iterable[Mapping[str, Any]],
+    tally: Tally,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tally:
+    """Append each line as it comes, whole and on the disk before the next is begun; the tally with what they were."""
+    with target.open("a", encoding="utf-8") as output:
+        for line in lines:
+            output.write(json.dumps(line, ensure_ascii=False) + "\n")
+            output.flush()
+            os.fsync(output.fileno())
+            if "error" in line:
+                tally.failed += 1
+            else:
+                tally.answered += 1
+            if progress is not None:
+                progress(tally.skipped + tally.answered + tally.failed, tally.total)
     return tally
-
-
-def _submit(engine: Engine, job: Job, answers: dict[str, _Answer], output: Any, tally: Tally) -> None:
-    """Hand a job to the engine; one that it refuses is answered with the error."""
-    try:
-        engine.submit(job.request)
-    except InputError as error:
-        del answers[job.id]
-        _write(output, {"id": job.id, "error": str(error)}, tally)
-
-
-def _write(output: Any, line: Mapping[str, Any], tally: Tally) -> None:
-    """One whole line, on the disk before the next is begun."""
-    output.write(json.dumps(line, ensure_ascii=False) + "\n")
-    output.flush()
-    os.fsync(output.fileno())
-    if "error" in line:
-        tally.failed += 1
-    else:
-        tally.answered += 1
 
 
 def read_jobs(source: Path, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> Iterator[Job]:

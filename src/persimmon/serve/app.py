@@ -24,7 +24,7 @@ from persimmon.serve.answers import ChatAnswer, CompletionAnswer, token_text
 from persimmon.serve.metrics import CONTENT_TYPE as METRICS_TYPE
 from persimmon.serve.protocol import ErrorResponse, UnsupportedField, error_body, sse
 from persimmon.serve.service import ApiError, Service, invalid
-from persimmon.serve.worker import Submission
+from persimmon.serve.submission import Submission
 
 WEB = Path(__file__).parent / "web"
 WEB_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -32,7 +32,13 @@ WEB_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript",
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 413, 429, 503)
 }
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENT = {
+    "type": "object",
+    "description": "A server-sent event: its data is the JSON of a chunk or of an error, at the end [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 Answer = ChatAnswer | CompletionAnswer
 T = TypeVar("T")
@@ -105,7 +111,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         service.check_model(body.model)
         requests = await service.chat_requests(body)
-        submission = service.submit(requests)
+        submission = service.submit(requests, body.conversation)
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         answer = ChatAnswer(_new_id("chatcmpl"), service.model, service.tokenizer, requests, with_usage=with_usage)
         return await _respond(service, request, body, submission, answer)
@@ -115,7 +121,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Continue texts or token ids."""
         service.check_model(body.model)
         requests = await service.completion_requests(body)
-        submission = service.submit(requests)
+        submission = service.submit(requests, body.prompt_cache_key)
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         answer = CompletionAnswer(
             _new_id("cmpl"), service.model, service.tokenizer, requests,

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from persimmon.infer.engine import Update
-from persimmon.serve.worker import EngineWorker, Ticket
+from persimmon.serve.submission import Ticket, Worker
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -30,7 +30,7 @@ class _Times:
 class _EngineCollector:
     """Reads the engine's own state when asked."""
 
-    def __init__(self, worker: EngineWorker, model: str) -> None:
+    def __init__(self, worker: Worker, model: str) -> None:
         self._worker, self._model = worker, model
 
     def collect(self) -> Iterable[Metric]:
@@ -67,7 +67,7 @@ class _EngineCollector:
 class Metrics:
     """Counts what the worker reports."""
 
-    def __init__(self, worker: EngineWorker, model: str) -> None:
+    def __init__(self, worker: Worker, model: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(worker, model))
         self._model = model

@@ -6,6 +6,7 @@ shows them. No torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -132,6 +133,9 @@ class Sampling(Body):
         None, min_length=1, max_length=256, description="The answer is one of these."
     )
     user: str | None = Field(None, max_length=256, description="Accepted and not used.")
+    prompt_cache_key: str | None = Field(
+        None, max_length=256, description="Requests with the same key go to the same replica, where there are several."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -207,6 +211,16 @@ class ChatRequest(Sampling):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self
+
+    @property
+    def conversation(self) -> str:
+        """The same for all turns of a conversation: its messages up to the first question."""
+        if self.prompt_cache_key is not None:
+            return self.prompt_cache_key
+        questions = [place for place, message in enumerate(self.messages) if message.role == "user"]
+        head = self.messages[: questions[0] + 1] if questions else self.messages
+        content = json.dumps([[message.role, message.text] for message in head])
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1)]

@@ -14,7 +14,7 @@ from persimmon.infer.engine import Request
 from persimmon.serve.metrics import Metrics
 from persimmon.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Sampling
 from persimmon.serve.settings import ServerSettings
-from persimmon.serve.worker import EngineWorker, Submission
+from persimmon.serve.submission import Submission, Worker
 from persimmon.tokenizer import Tokenizer
 
 
@@ -44,7 +44,7 @@ def unavailable(message: str) -> ApiError:
 class Service:
     """The model behind the routes."""
 
-    worker: EngineWorker
+    worker: Worker
     tokenizer: Tokenizer
     model: str
     """Its name in answers."""
@@ -71,8 +71,8 @@ class Service:
         if not self.worker.ready.is_set() and not self.worker.restarts:
             raise unavailable("the model is loading")
 
-    def submit(self, requests: Sequence[Request]) -> Submission:
-        """Hand requests to the engine; 429 when the queue is full."""
+    def submit(self, requests: Sequence[Request], conversation: str | None = None) -> Submission:
+        """Hand requests to the engine; 429 when the queue is full. `conversation`: see `Ticket`."""
         self.check_ready()
         limit = self.settings.max_concurrency + self.settings.max_queue
         if self.worker.in_flight + len(requests) > limit:
@@ -80,7 +80,7 @@ class Service:
             raise ApiError(
                 429, message, "rate_limit_exceeded", code="rate_limit_exceeded", retry_after=self._retry_after()
             )
-        return Submission(self.worker, requests)
+        return Submission(self.worker, requests, conversation)
 
     async def chat_requests(self, body: ChatRequest) -> list[Request]:
         """One request per choice of a chat."""

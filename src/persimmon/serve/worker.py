@@ -10,19 +10,19 @@ now alone, ends with an error, and the others are not lost.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import multiprocessing
-import multiprocessing.util
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from persimmon.errors import ContextLengthError, PersimmonError, UnavailableError
 from persimmon.infer.engine import Engine, EngineState, Failure, Request, Update
+from persimmon.serve.submission import Ticket
 
 MAX_DEATHS = 2
 """Processes that may die under a request, without a token in between, before it is given up."""
@@ -98,71 +98,6 @@ def _take_commands(engine: Engine, commands: Connection) -> list[Update]:
     return answers
 
 
-@dataclass(eq=False)
-class Ticket:
-    """A request in flight: its updates as they come."""
-
-    request: Request
-    updates: asyncio.Queue[tuple[int, Update]]
-    index: int
-    """Its place among the requests that share the queue."""
-    sent: bool = False
-    """The present process has it."""
-    deaths: int = 0
-    """Processes that died under it since its last token."""
-    submitted_at: float = field(default_factory=time.monotonic)
-
-
-class Submission:
-    """Requests of one HTTP call: wait for their acceptance, take (index, update) until all have ended, or close."""
-
-    def __init__(self, worker: EngineWorker, requests: Sequence[Request]) -> None:
-        self._worker = worker
-        self._queue: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        self._open = {n: Ticket(request, self._queue, n) for n, request in enumerate(requests)}
-        self._early: deque[tuple[int, Update]] = deque()
-        self.count = len(requests)
-        self.prompt_tokens = len(requests[0].prompt_ids)
-        for ticket in self._open.values():
-            worker.submit(ticket)
-
-    @property
-    def finished(self) -> bool:
-        """All requests have ended, and everything about them was taken."""
-        return not self._open
-
-    async def accepted(self) -> None:
-        """Wait until the engine has taken or refused every request; what comes with it is kept for `next`."""
-        heard: set[int] = set()
-        while len(heard) < self.count:
-            index, update = await self._queue.get()
-            self._early.append((index, update))
-            heard.add(index)
-
-    def refusal(self) -> Failure | None:
-        """The failure of a request that was refused, after `accepted`."""
-        return next((update.failure for _, update in self._early if update.failure is not None), None)
-
-    async def next(self, patience: float | None = None) -> tuple[int, Update] | None:
-        """The next update; None when there is none for `patience` seconds."""
-        if self._early:
-            index, update = self._early.popleft()
-        else:
-            try:
-                index, update = await asyncio.wait_for(self._queue.get(), patience)
-            except TimeoutError:
-                return None
-        if update.finish_reason is not None or update.failure is not None:
-            self._open.pop(index, None)
-        return index, update
-
-    def close(self) -> None:
-        """Cancel what still runs."""
-        for ticket in self._open.values():
-            self._worker.cancel(ticket)
-        self._open = {}
-
-
 class EngineWorker:
     """Starts the engine's process, passes requests to it, and replaces it when it dies. One event loop."""
 
@@ -200,18 +135,27 @@ class EngineWorker:
     async def start(self) -> None:
         """Start the first process; `ready` is set when it has loaded."""
         self._loop = asyncio.get_running_loop()
+        # At exit, multiprocessing sends its children SIGTERM, which this one ignores, and waits for them.
+        atexit.register(self._kill)
         self._start_process()
         self._run_task(self._watch())
 
     async def stop(self) -> None:
-        """End the process; what is in flight gets no more updates."""
+        """End the process; what is in flight gets no more updates. A second call does nothing."""
         self._stopping = True
         for task in self._tasks:
             task.cancel()
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.kill()  # it holds nothing that could be lost
+        process = self._process
+        self._kill()
+        if process is not None:
             await asyncio.to_thread(process.join, 5)
+        atexit.unregister(self._kill)
+
+    def _kill(self) -> None:
+        """End the process now: it holds nothing that could be lost."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
 
     def submit(self, ticket: Ticket) -> None:
         """Run a request; its updates go to the ticket's queue, an empty one first when it is accepted."""
@@ -253,8 +197,6 @@ class EngineWorker:
             target=run_worker, args=(self._build, receive_commands, send_events), name="persimmon-engine", daemon=True
         )
         self._process.start()
-        # At exit, multiprocessing sends its children SIGTERM, which this one ignores, and waits for them.
-        multiprocessing.util.Finalize(None, self._process.kill, exitpriority=1)
         receive_commands.close()
         send_events.close()
         threading.Thread(target=self._read, args=(events,), daemon=True).start()
