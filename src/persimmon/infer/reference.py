@@ -63,6 +63,11 @@ class ReferenceDecoder:
         """An empty sequence for up to `capacity` tokens; ContextLengthError beyond max_positions."""
         return KVCache(self.config, capacity, dtype=self._dtype, device=self._device)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token."""
+        return 2 * self.config.num_layers * self.config.hidden_size * self._dtype.itemsize
+
     def paged(self, num_blocks: int, block_size: int) -> PagedReference:
         """The same model over a cache of blocks, for continuous batching (see infer.paged)."""
         return PagedReference(self._model, num_blocks, block_size)
