@@ -27,6 +27,10 @@ class CheckpointError(InputError):
     """A weight file is missing, damaged or not what its configuration says."""
 
 
+class PromptFileError(InputError):
+    """A prompt file is damaged, of another model, or cannot be read or written."""
+
+
 class DataError(InputError):
     """Training or evaluation data that cannot be used; the text names file and line."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from persimmon.fast.cpu.formats import Format, why_unfit
 from persimmon.fast.cpu.memory import GIB, kv_bytes_per_token
 from persimmon.fast.cpu.native_module import native
 from persimmon.infer.decoder import Chunk, Logits, check_token_ids
+from persimmon.infer.identity import fingerprint
 from persimmon.machine import cpu_threads, memory_available
 
 if TYPE_CHECKING:
@@ -61,6 +63,22 @@ class CpuSequence:
         """Give the memory back."""
         self._closed, self._length = True, 0
         self._cache.close()
+
+    def saved(self, layer: int, length: int) -> NDArray[np.uint8]:
+        """The records of the first `length` tokens in a layer (native/kv_cache.h), as bytes."""
+        data: NDArray[np.uint8] = self._cache.save(layer, self._table, length)
+        return data
+
+    def restore(self, length: int, saved_length: int, layers: Iterable[NDArray[np.uint8]]) -> None:
+        """Hold the first `length` tokens of what `saved` gave for `saved_length`, layer by layer."""
+        self.truncate(0)
+        self.check_room(length)
+        expected = self._cache.state_bytes(saved_length)
+        for layer, data in enumerate(layers):
+            if data.nbytes != expected:
+                raise InputError(f"{data.nbytes} bytes are not the keys and values of {saved_length} tokens")
+            self._cache.restore(layer, self._table, length, data[: self._cache.state_bytes(length)])
+        self._length = length
 
     def check_room(self, num_tokens: int) -> None:
         """ContextLengthError unless that many more tokens fit; InputError when closed."""
@@ -113,7 +131,7 @@ class CpuDecoder:
         isa: instruction set, `auto` the best of this processor.
         """
         _check_options(threads, kv_dtype, sparsity_margin, audit_every, isa)
-        self._config, self._form = config, form
+        self._config, self._form, self._arrays = config, form, arrays
         self._kv_dtype = kv_dtype if kv_dtype != "auto" else ("int8" if form.packed else "float32")
         if (reason := why_unfit(config)) is not None:
             raise UnavailableError(reason)
@@ -177,6 +195,19 @@ class CpuDecoder:
             raise ContextLengthError(f"a sequence of {capacity} tokens: the model has 1 to {limit}")
         self._check_memory(capacity)
         return CpuSequence(self._model, capacity, self._kv_dtype == "int8")
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """See infer.decoder. Threads and instruction sets change no bit; the margin decides what an MLP adds."""
+        weights = ((name, array.reshape(-1).view(np.uint8)) for name, array in sorted(self._arrays.items()))
+        facts = {
+            "engine": self.name,
+            "weights": fingerprint(self._config, weights),
+            "format": self._form.name,
+            "rotary_precision": self._config.rotary_precision,
+            "kv_dtype": self._kv_dtype,
+        }
+        return facts | ({"sparsity_margin": repr(self._model.margin)} if self._form.mlp == "planes" else {})
 
     @property
     def token_bytes(self) -> int:

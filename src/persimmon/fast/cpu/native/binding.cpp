@@ -338,6 +338,7 @@ NB_MODULE(_native, m) {
 
   nb::class_<Cache>(m, "Cache", "Keys and values in blocks.")
       .def("copy_block", &Cache::copy_block, "source"_a, "target"_a)
+      .def("state_bytes", [](const Cache& c, int tokens) { return c.open().state_bytes(tokens); }, "tokens"_a)
       .def("save", &Cache::save, "layer"_a, "table"_a, "tokens"_a, "Bytes of the first tokens of a sequence in a layer.")
       .def("restore", &Cache::restore, "layer"_a, "table"_a, "tokens"_a, "state"_a, "What `save` gave, back in place.")
       .def("close", [](Cache& c) { c.kv.reset(); });
