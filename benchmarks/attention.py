@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--heads 64] [--threads N]
 
-One layer with the width of the 8B and next to no MLP and vocabulary, float32 weights. The time at depth 0 is subtracted, so
-that what is left is attention. Prints the bandwidth of a large copy in the same process first, then a JSON object per
-kind of cache and depth: milliseconds, bytes of keys and values, and GB/s at which they were read.
+One layer with the width of the 8B and next to no MLP and vocabulary, float32 weights. The time at depth 0 is
+subtracted, so that what is left is attention. Prints the bandwidth of a large copy in the same process first, then a
+JSON object per kind of cache and depth: milliseconds, bytes of keys and values, and GB/s at which they were read.
 """
 
 from __future__ import annotations

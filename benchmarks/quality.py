@@ -4,12 +4,12 @@
 
 For each MODEL (a directory or a name) the packed forms are made in a temporary directory. A text, cut to N tokens,
 runs through each and through the float32 weights in windows of 512 tokens: perplexity, KL divergence in nats per token,
-share of equal top tokens. `p44`, the one format with a margin, runs at the default margin and at `inf`, which skips only what
-is zero; for the others the margin changes nothing. Keys and values are what the engine takes by default (float32 for
-float32 weights, int8 for packed ones), so their rounding is part of the figures.
+share of equal top tokens. `p44`, the one format with a margin, runs at the default margin and at `inf`, which skips
+only what is zero; for the others the margin changes nothing. Keys and values are what the engine takes by default
+(float32 for float32 weights, int8 for packed ones), so their rounding is part of the figures.
 
 Greedy ids: for each of a few prompts cut from the text, the answer generated token by token at margin `inf` (which
-skips zeros) is compared with the most likely tokens of one dense pass over it (many tokens at once, the whole vocabulary in
+skips zeros) is compared with the most likely tokens of one dense pass over it (many tokens at once, the vocabulary in
 full): they must be equal. The same count at the default margin says how far answers stay the same.
 
 Writes quality-NAME.json beside the other results and prints it; a target that is missed is named in it.

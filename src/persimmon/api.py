@@ -122,7 +122,7 @@ class Persimmon:
         """Read a prompt and keep its keys and values in a file, for `prompt_cache=`; returns its tokens.
 
         The file fits this model, engine and precision alone, and is refused by others. Prompts that begin with the
-        same tokens go on from it. Raises PromptFileError when it cannot be written; an older file then stays.
+        same tokens go on from it. Raises StorageError when it cannot be written; an older file then stays.
         """
         session = self.new_session()
         try:

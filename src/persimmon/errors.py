@@ -28,7 +28,7 @@ class CheckpointError(InputError):
 
 
 class PromptFileError(InputError):
-    """A prompt file is damaged, of another model, or cannot be read or written."""
+    """A prompt file is damaged, of another model, or cannot be read."""
 
 
 class DataError(InputError):
@@ -44,3 +44,10 @@ class NotFoundError(PersimmonError, FileNotFoundError):
 
 class UnavailableError(PersimmonError, RuntimeError):
     """Something this machine or installation does not have; the text says what to install."""
+
+
+class StorageError(PersimmonError, OSError):
+    """A file cannot be written; the text names it and says why."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

@@ -12,7 +12,7 @@ import pytest
 
 from cpu_decoders import cpu_decoder
 from persimmon.api import Persimmon
-from persimmon.errors import InputError, NotFoundError, PersimmonError, PromptFileError
+from persimmon.errors import InputError, NotFoundError, PersimmonError, PromptFileError, StorageError
 from persimmon.infer.decoder import Chunk, Decoder, Logits
 from persimmon.infer.reference import ReferenceDecoder
 from persimmon.infer.session import Session
@@ -166,7 +166,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
         Session(cpu_decoder(MODEL), 512).restore(path, IDS)
     with pytest.raises(NotFoundError, match="no prompt file"):
         Session(cpu_decoder(MODEL), 512).restore(tmp_path / "none", IDS)
-    assert issubclass(PromptFileError, PersimmonError) and issubclass(PromptFileError, InputError)
+    assert issubclass(PromptFileError, InputError) and issubclass(StorageError, PersimmonError)
 
 
 def test_one_changed_weight_is_another_model() -> None:
@@ -186,8 +186,8 @@ def test_a_full_disk_leaves_the_old_file(decoder: Decoder, tmp_path: Path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(PromptFileError, match="cannot be written: No space left"):
+    with pytest.raises(StorageError, match="cannot be written: No space left"):
         saved(decoder, path, IDS[::-1])
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["p"]
-    with pytest.raises(PromptFileError, match="cannot be written: No such file"):
+    with pytest.raises(StorageError, match="cannot be written: No such file"):
         saved(decoder, tmp_path / "nowhere" / "p")

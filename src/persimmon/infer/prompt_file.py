@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from persimmon.errors import NotFoundError, PromptFileError
+from persimmon.errors import NotFoundError, PromptFileError, StorageError
 from persimmon.infer.decoder import CachedSequence, Decoder
 
 _KIND = {"kind": "persimmon prompt", "version": "1"}
@@ -131,7 +131,7 @@ def tensor_names(num_layers: int) -> list[str]:
 def write(path: Path, decoder: Decoder, sequence: CachedSequence, token_ids: Sequence[int]) -> None:
     """Store what the sequence holds of `token_ids`, which are its first tokens.
 
-    Raises PromptFileError when it cannot be written; an older file is then left as it was.
+    Raises StorageError when it cannot be written; an older file is then left as it was.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -144,7 +144,7 @@ def write(path: Path, decoder: Decoder, sequence: CachedSequence, token_ids: Seq
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise PromptFileError(f"prompt file {path} cannot be written: {error.strerror or error}") from None
+        raise StorageError(f"prompt file {path} cannot be written: {error.strerror or error}") from None
 
 
 def _write_tensors(file: BinaryIO, decoder: Decoder, sequence: CachedSequence, token_ids: Sequence[int]) -> None:

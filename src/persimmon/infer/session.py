@@ -100,7 +100,7 @@ class Session:
         return found
 
     def save(self, path: Path) -> None:
-        """Write keys and values of `token_ids` to a prompt file; PromptFileError when it cannot be written."""
+        """Write keys and values of `token_ids` to a prompt file; StorageError when it cannot be written."""
         prompt_file.write(path, self._decoder, self._sequence, self.token_ids)
 
     def close(self) -> None:
