@@ -12,10 +12,11 @@ import pytest
 
 from cpu_decoders import cpu_decoder
 from persimmon.api import Persimmon
-from persimmon.errors import InputError, NotFoundError, PersimmonError, PromptFileError, StorageError
+from persimmon.errors import InputError, NotFoundError, PersimmonError, PromptFileError, StorageError, UnavailableError
 from persimmon.infer.decoder import Chunk, Decoder, Logits
 from persimmon.infer.reference import ReferenceDecoder
 from persimmon.infer.session import Session
+from scripted_decoder import ScriptedDecoder
 from tiny_model import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
@@ -191,3 +192,10 @@ def test_a_full_disk_leaves_the_old_file(decoder: Decoder, tmp_path: Path, monke
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["p"]
     with pytest.raises(StorageError, match="cannot be written: No such file"):
         saved(decoder, tmp_path / "nowhere" / "p")
+
+
+def test_engines_that_cannot_say_so(tmp_path: Path) -> None:
+    session = Session(ScriptedDecoder(lambda ids: 5), 64)
+    session.prefill([1, 2, 3])
+    with pytest.raises(UnavailableError, match="cannot keep prompts"):
+        session.save(tmp_path / "p")

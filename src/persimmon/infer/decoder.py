@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -32,15 +32,6 @@ class CachedSequence(Protocol):
     def close(self) -> None:
         """Give the memory back; the sequence cannot be used afterwards."""
 
-    def saved(self, layer: int, length: int) -> NDArray[np.uint8]:
-        """Keys and values of the first `length` tokens in a layer, as flat bytes in the decoder's own layout."""
-
-    def restore(self, length: int, saved_length: int, layers: Iterable[NDArray[np.uint8]]) -> None:
-        """Hold the first `length` of `saved_length` tokens, whose `saved` bytes come layer by layer; sets `length`.
-
-        Raises ContextLengthError when they do not fit, InputError for bytes of a wrong size.
-        """
-
 
 @dataclass(frozen=True)
 class Chunk:
@@ -61,10 +52,6 @@ class Decoder(Protocol):
     @property
     def config(self) -> ModelConfig:
         """Shape of the model."""
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """What keys and values depend on besides the tokens: those of two decoders fit if and only if this is equal."""
 
     def new_sequence(self, capacity: int) -> CachedSequence:
         """An empty sequence for up to `capacity` tokens (at most max_positions, else ContextLengthError)."""

@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persimmon.errors import NotFoundError, PromptFileError, StorageError
+from persimmon.config import ModelConfig
+from persimmon.errors import NotFoundError, PromptFileError, StorageError, UnavailableError
 from persimmon.infer.decoder import CachedSequence, Decoder
 
 _KIND = {"kind": "persimmon prompt", "version": "1"}
@@ -34,10 +35,39 @@ _WHAT = {
 }
 
 
+class StorableSequence(CachedSequence, Protocol):
+    """A sequence that can be written down."""
+
+    def saved(self, layer: int, length: int) -> NDArray[np.uint8]:
+        """Keys and values of the first `length` tokens in a layer, as flat bytes in the decoder's own layout."""
+
+    def restore(self, length: int, saved_length: int, layers: Iterable[NDArray[np.uint8]]) -> None:
+        """Hold the first `length` of `saved_length` tokens, whose `saved` bytes come layer by layer; sets `length`.
+
+        Raises ContextLengthError when they do not fit, InputError for bytes of a wrong size.
+        """
+
+
+@runtime_checkable
+class StorableDecoder(Protocol):
+    """A decoder whose sequences are StorableSequences."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What keys and values depend on besides the tokens: those of two decoders fit if and only if this is equal."""
+
+    def new_sequence(self, capacity: int) -> StorableSequence:
+        """See infer.decoder."""
+
+
 class PromptFile:
     """An open prompt file whose header fits the decoder."""
 
-    def __init__(self, path: Path, decoder: Decoder) -> None:
+    def __init__(self, path: Path, decoder: StorableDecoder) -> None:
         """Raises NotFoundError without a file, PromptFileError for one that cannot be used."""
         self.path = path
         self._num_layers = decoder.config.num_layers
@@ -57,7 +87,7 @@ class PromptFile:
             self.close()
             raise
 
-    def restore(self, sequence: CachedSequence, length: int) -> None:
+    def restore(self, sequence: StorableSequence, length: int) -> None:
         """Make the sequence hold the first `length` tokens; one that cannot be restored is left empty."""
         sequence.truncate(0)
         sequence.restore(length, len(self.token_ids), self._layers())
@@ -123,12 +153,19 @@ class PromptFile:
         return PromptFileError(f"prompt file {self.path} cannot be used: {reason}")
 
 
+def storable(decoder: Decoder, sequence: CachedSequence) -> tuple[StorableDecoder, StorableSequence]:
+    """The same two, if the engine can write sequences down; else UnavailableError."""
+    if not isinstance(decoder, StorableDecoder):
+        raise UnavailableError(f"the {decoder.name} engine cannot keep prompts in files")
+    return decoder, cast(StorableSequence, sequence)
+
+
 def tensor_names(num_layers: int) -> list[str]:
     """The tensors of a file in their order; the checksums stand last, when they are known."""
     return ["token_ids", *(f"layers.{layer}" for layer in range(num_layers)), "checksums"]
 
 
-def write(path: Path, decoder: Decoder, sequence: CachedSequence, token_ids: Sequence[int]) -> None:
+def write(path: Path, decoder: StorableDecoder, sequence: StorableSequence, token_ids: Sequence[int]) -> None:
     """Store what the sequence holds of `token_ids`, which are its first tokens.
 
     Raises StorageError when it cannot be written; an older file is then left as it was.
@@ -147,7 +184,9 @@ def write(path: Path, decoder: Decoder, sequence: CachedSequence, token_ids: Seq
         raise StorageError(f"prompt file {path} cannot be written: {error.strerror or error}") from None
 
 
-def _write_tensors(file: BinaryIO, decoder: Decoder, sequence: CachedSequence, token_ids: Sequence[int]) -> None:
+def _write_tensors(
+    file: BinaryIO, decoder: StorableDecoder, sequence: StorableSequence, token_ids: Sequence[int]
+) -> None:
     num_layers, length = decoder.config.num_layers, len(token_ids)
     ids = np.asarray(token_ids, np.int32)
     layer = sequence.saved(0, length)

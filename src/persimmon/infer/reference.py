@@ -68,7 +68,7 @@ class ReferenceDecoder:
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """See infer.decoder."""
+        """See infer.prompt_file."""
         weights = ((name, _flat_bytes(parameter)) for name, parameter in self._model.named_parameters())
         return {
             "engine": self.name,

@@ -86,14 +86,16 @@ class Session:
     def restore(self, path: Path, token_ids: Sequence[int]) -> int:
         """Take over what a prompt file has of `token_ids`, where that is more than is here; returns how much it has.
 
-        Raises NotFoundError without a file, PromptFileError for one that is not of this model, damaged or foreign.
+        Raises NotFoundError without a file, PromptFileError for one that is not of this model, damaged or foreign,
+        UnavailableError for an engine that has none.
         """
-        file = prompt_file.PromptFile(path, self._decoder)
+        decoder, sequence = prompt_file.storable(self._decoder, self._sequence)
+        file = prompt_file.PromptFile(path, decoder)
         try:
             found = min(_common_prefix(file.token_ids, token_ids), self.capacity)
             if found > _common_prefix(self.token_ids, token_ids):
                 self._keep(0)
-                file.restore(self._sequence, found)
+                file.restore(sequence, found)
                 self._token_ids = list(token_ids[:found])
         finally:
             file.close()
@@ -101,7 +103,7 @@ class Session:
 
     def save(self, path: Path) -> None:
         """Write keys and values of `token_ids` to a prompt file; StorageError when it cannot be written."""
-        prompt_file.write(path, self._decoder, self._sequence, self.token_ids)
+        prompt_file.write(path, *prompt_file.storable(self._decoder, self._sequence), self.token_ids)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -198,7 +198,7 @@ class CpuDecoder:
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """See infer.decoder. Threads and instruction sets change no bit; the margin decides what an MLP adds."""
+        """See infer.prompt_file. Threads and instruction sets change no bit; the margin decides what an MLP adds."""
         weights = ((name, array.reshape(-1).view(np.uint8)) for name, array in sorted(self._arrays.items()))
         facts = {
             "engine": self.name,
