@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         InputError,
         NotFoundError,
         PersimmonError,
+        PromptFileError,
+        StorageError,
         TokenizerError,
         UnavailableError,
     )
@@ -38,7 +40,7 @@ _HOME = {
     "persimmon.config": ("ModelConfig",),
     "persimmon.errors": (
         "CheckpointError", "ConfigError", "ContextLengthError", "DataError", "InputError", "NotFoundError",
-        "PersimmonError", "TokenizerError", "UnavailableError",
+        "PersimmonError", "PromptFileError", "StorageError", "TokenizerError", "UnavailableError",
     ),
     "persimmon.infer.completion": ("Generation", "Piece"),
     "persimmon.infer.params": ("SamplingParams",),
@@ -58,7 +60,9 @@ __all__ = [
     "Persimmon",
     "PersimmonError",
     "Piece",
+    "PromptFileError",
     "SamplingParams",
+    "StorageError",
     "Tokenizer",
     "TokenizerError",
     "UnavailableError",

@@ -22,7 +22,7 @@ from persimmon.engines import ENGINES, check_options, choose_device, choose_dtyp
 from persimmon.errors import InputError, UnavailableError
 from persimmon.fast.cpu.packed import is_packed, open_packed
 from persimmon.infer.completion import Generation
-from persimmon.infer.decoder import Chunk, Decoder
+from persimmon.infer.decoder import Chunk, Decoder, check_token_ids
 from persimmon.infer.generate import Stream
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.session import ReportProgress, Session
@@ -89,23 +89,59 @@ class Persimmon:
         bos: bool = True,
         session: Session | None = None,
         progress: ReportProgress | None = None,
+        lookup: int = 0,
+        prompt_cache: str | os.PathLike[str] | None = None,
         **sampling: Any,
     ) -> Stream:
         """Continue a prompt; iterate for the pieces, then `.result()` has the whole.
 
         bos: put the begin-of-text token before a text, as the release's tokenizer does.
         session: from `new_session`. progress: called with (done, total) tokens while the prompt is read.
+        lookup: guess up to so many tokens at a time from the text itself: faster where answers repeat it, and the same.
+        prompt_cache: file that keeps what the model has read of the prompt, for the next time (see `save_prompt`).
         sampling: fields of SamplingParams. Raises InputError, or ContextLengthError for a prompt that does not fit.
         """
         params = SamplingParams.of(**sampling)
-        return self._stream(self._encode(prompt, bos), params, session=session, progress=progress)
+        return self._stream(
+            self._encode(prompt, bos), params, session=session, progress=progress, lookup=lookup,
+            prompt_cache=_path(prompt_cache),
+        )  # fmt: skip
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """Continue a prompt to the end; the arguments of `stream`."""
         return _run(self.stream(prompt, **options))
 
+    def save_prompt(
+        self,
+        prompt: Prompt,
+        path: str | os.PathLike[str],
+        *,
+        bos: bool = True,
+        progress: ReportProgress | None = None,
+    ) -> int:
+        """Read a prompt and keep its keys and values in a file, for `prompt_cache=`; returns its tokens.
+
+        The file fits this model, engine and precision alone, and is refused by others. Prompts that begin with the
+        same tokens go on from it. Raises StorageError when it cannot be written; an older file then stays.
+        """
+        session = self.new_session()
+        try:
+            token_ids = self._encode(prompt, bos)
+            check_token_ids("the prompt", token_ids, self.config.vocab_size)
+            session.prefill(token_ids, exact_top=1, progress=progress)
+            session.save(Path(path))
+        finally:
+            session.close()
+        return len(token_ids)
+
     def stream_chat(
-        self, messages: Sequence[Mapping[str, str]], *, progress: ReportProgress | None = None, **sampling: Any
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        progress: ReportProgress | None = None,
+        lookup: int = 0,
+        prompt_cache: str | os.PathLike[str] | None = None,
+        **sampling: Any,
     ) -> Stream:
         """Answer the last of the messages (`role`: system, user or assistant; `content`), as `stream` does.
 
@@ -115,7 +151,10 @@ class Persimmon:
         params = SamplingParams.of(**sampling)
         params = params.replace(stop=(*params.stop, *chat_format.STOP_STRINGS))
         prompt_ids = chat_format.encode(self.tokenizer, messages)
-        stream = self._stream(prompt_ids, params, session=self._free_session(), progress=progress, skip_space=True)
+        stream = self._stream(
+            prompt_ids, params, session=self._free_session(), progress=progress, skip_space=True, lookup=lookup,
+            prompt_cache=_path(prompt_cache),
+        )  # fmt: skip
         self._chat_stream = weakref.ref(stream)
         return stream
 
@@ -141,6 +180,10 @@ class Persimmon:
             return None
         self._chat_session = self._chat_session or self.new_session()
         return self._chat_session
+
+
+def _path(name: str | os.PathLike[str] | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _run(stream: Stream) -> Generation:

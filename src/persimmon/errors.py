@@ -27,6 +27,10 @@ class CheckpointError(InputError):
     """A weight file is missing, damaged or not what its configuration says."""
 
 
+class PromptFileError(InputError):
+    """A prompt file is damaged, of another model, or cannot be read."""
+
+
 class DataError(InputError):
     """Training or evaluation data that cannot be used; the text names file and line."""
 
@@ -40,3 +44,10 @@ class NotFoundError(PersimmonError, FileNotFoundError):
 
 class UnavailableError(PersimmonError, RuntimeError):
     """Something this machine or installation does not have; the text says what to install."""
+
+
+class StorageError(PersimmonError, OSError):
+    """A file cannot be written; the text names it and says why."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

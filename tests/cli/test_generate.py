@@ -200,3 +200,32 @@ def test_wrong_batches_are_refused(
     Path("in.jsonl").write_text('{"prompt": "a"}\n')
     assert main(["generate", directory, *flags]) == 2
     assert words in capfd.readouterr().err and not Path("out.jsonl").exists()
+
+
+def test_a_prompt_file_is_made_used_and_refused_when_damaged(
+    directory: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "story.prompt"
+    text = "the story of light " * 5
+    options = ["--temperature", "0", "--max-tokens", "5", "--json"]
+    args = ["generate", directory, "--prompt", text, "--prompt-cache", str(file), *options]
+    first, second = (json.loads(capfd.readouterr().out) for _ in range(2) if main(args) == 0)
+    assert first["text"] == second["text"]
+    assert first["usage"]["cached_tokens"] == 0
+    assert second["usage"]["cached_tokens"] == second["usage"]["prompt_tokens"] - 1
+    file.write_bytes(file.read_bytes()[:-10])
+    assert main(args) == 2
+    assert f"prompt file {file} cannot be used: it has" in capfd.readouterr().err
+    assert main(["generate", directory, "--prompt", "a", "--prompt-cache", str(tmp_path / "no" / "file")]) == 1
+    assert "cannot be written: No such file" in capfd.readouterr().err
+
+
+def test_guessing_changes_no_text(directory: str, capfd: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", directory, "--prompt", "the story of the story of", "--temperature", "0", "--max-tokens", "20"]
+    assert main([*args, "--lookup", "4", "--json"]) == 0
+    guessed = json.loads(capfd.readouterr().out)
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["text"] == guessed["text"]
+    assert guessed["usage"]["guessed_tokens"] >= guessed["usage"]["accepted_tokens"]
+    assert main([*args, "--lookup", "65"]) == 2
+    assert "lookup must be from 0 to 64" in capfd.readouterr().err

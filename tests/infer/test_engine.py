@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from cpu_decoders import cpu_decoder
 from persimmon.errors import ContextLengthError, InputError
 from persimmon.infer.block_cache import PagedReference
 from persimmon.infer.completion import Piece
 from persimmon.infer.constraint import Grammar, choice, json_schema
+from persimmon.infer.decoder import Decoder
 from persimmon.infer.engine import Engine, Request, Update, num_blocks_for
 from persimmon.infer.generate import Stream
 from persimmon.infer.paged import PagedChunk, SeparateCaches, page
@@ -24,8 +26,28 @@ TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model(max_positions=256)
 
 
-def engine(num_blocks: int = 64, **settings: int) -> Engine:
-    return Engine(PagedReference(MODEL, num_blocks, 16), TOKENIZER, **settings)
+MakeEngine = Callable[..., Engine]
+
+DECODERS: dict[str, Callable[[], Decoder]] = {
+    "reference": lambda: ReferenceDecoder(MODEL),
+    "cpu": lambda: cpu_decoder(MODEL),
+    "cpu, int8 keys and values": lambda: cpu_decoder(MODEL, kv_dtype="int8", threads=2),
+}
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return DECODERS[request.param]()
+
+
+@pytest.fixture
+def engine(decoder: Decoder) -> MakeEngine:
+    """A fresh engine over blocks of its own."""
+
+    def make(num_blocks: int = 64, **settings: int) -> Engine:
+        return Engine(page(decoder, num_blocks, 16, max_sequences=16), TOKENIZER, **settings)
+
+    return make
 
 
 def request(name: str, text: str = "the story of light", **changes: object) -> Request:
@@ -78,9 +100,9 @@ def crowd(count: int, seed: int = 0) -> list[Request]:
     ]  # fmt: skip
 
 
-def test_an_answer_is_the_streams() -> None:
+def test_an_answer_is_the_streams(engine: MakeEngine, decoder: Decoder) -> None:
     one = request("a", temperature=0.0, logprobs=None)
-    stream = Stream(ReferenceDecoder(MODEL), TOKENIZER, one.prompt_ids, one.params)
+    stream = Stream(decoder, TOKENIZER, one.prompt_ids, one.params)
     text = "".join(piece.text for piece in stream)
     got = answers(engine(), [one])["a"]
     assert got.text == text and got.token_ids == stream.result().token_ids
@@ -89,7 +111,7 @@ def test_an_answer_is_the_streams() -> None:
 
 
 @pytest.mark.parametrize("blocks", [64, 9], ids=["roomy", "crowded"])
-def test_same_request_same_answer_alone_or_in_a_crowd(blocks: int) -> None:
+def test_same_request_same_answer_alone_or_in_a_crowd(engine: MakeEngine, blocks: int) -> None:
     requests = crowd(10)
     together = engine(blocks, max_running=6, step_tokens=24)
     got = answers(together, requests)
@@ -102,7 +124,7 @@ def test_same_request_same_answer_alone_or_in_a_crowd(blocks: int) -> None:
         assert got[one.id].text == single.text
 
 
-def test_requests_go_on_elsewhere_where_they_were() -> None:
+def test_requests_go_on_elsewhere_where_they_were(engine: MakeEngine) -> None:
     one = request("a", max_tokens=20, logit_bias={1: -100.0})
     whole = answers(engine(), [one])["a"]
     first = engine()
@@ -119,7 +141,7 @@ def test_requests_go_on_elsewhere_where_they_were() -> None:
     assert [x for p in pieces for x in p.logprobs] + rest.logprobs == whole.logprobs
 
 
-def test_cancelling_frees_everything_at_once() -> None:
+def test_cancelling_frees_everything_at_once(engine: MakeEngine) -> None:
     busy = engine()
     for one in crowd(4):
         busy.submit(one)
@@ -131,7 +153,7 @@ def test_cancelling_frees_everything_at_once() -> None:
     busy.cancel("unknown")
 
 
-def test_the_next_turn_reads_only_what_is_new() -> None:
+def test_the_next_turn_reads_only_what_is_new(engine: MakeEngine) -> None:
     served = engine()
     first = request("a", max_tokens=10, temperature=0.0)
     answer = answers(served, [first])["a"].token_ids
@@ -143,7 +165,7 @@ def test_the_next_turn_reads_only_what_is_new() -> None:
     assert got.last.usage is not None and got.last.usage.cached_tokens == len(stored)
 
 
-def test_prompt_logprobs_are_complete_whatever_the_cuts() -> None:
+def test_prompt_logprobs_are_complete_whatever_the_cuts(engine: MakeEngine) -> None:
     text = "the story of light and a human story"
     whole = answers(engine(), [request("a", text, prompt_logprobs=1, max_tokens=1)])["a"].last
     assert whole.prompt_logprobs is not None
@@ -155,7 +177,7 @@ def test_prompt_logprobs_are_complete_whatever_the_cuts() -> None:
     assert cut.prompt_logprobs == whole.prompt_logprobs
 
 
-def test_the_context_ends_an_answer() -> None:
+def test_the_context_ends_an_answer(engine: MakeEngine) -> None:
     small = engine(context=24)
     got = answers(small, [request("a", max_tokens=100, logit_bias={1: -100.0})])["a"]
     prompt = len(TOKENIZER.encode("the story of light", bos=True))
@@ -166,7 +188,7 @@ def test_the_context_ends_an_answer() -> None:
         engine(2).submit(request("c", max_tokens=60))
 
 
-def test_wrong_requests_are_refused_and_leave_nothing() -> None:
+def test_wrong_requests_are_refused_and_leave_nothing(engine: MakeEngine) -> None:
     served = engine()
     with pytest.raises(InputError, match="no tokens"):
         served.submit(Request("a", (), SamplingParams()))
@@ -175,6 +197,10 @@ def test_wrong_requests_are_refused_and_leave_nothing() -> None:
     served.submit(request("a"))
     with pytest.raises(InputError, match="is running"):
         served.submit(request("a"))
+
+
+def reference_engine() -> Engine:
+    return Engine(PagedReference(MODEL, 64, 16), TOKENIZER)
 
 
 class Fragile(PagedReference):
@@ -192,7 +218,7 @@ def test_a_request_that_breaks_the_decoder_ends_alone() -> None:
     got = answers(fragile, [*requests, request("bad", prompt_ids=[1, 300, 2])])
     assert got["bad"].last.failure is not None and got["bad"].last.failure.kind == "engine"
     for one in requests:
-        assert got[one.id].token_ids == answers(engine(), [one])[one.id].token_ids
+        assert got[one.id].token_ids == answers(reference_engine(), [one])[one.id].token_ids
 
 
 def test_any_decoder_can_be_served() -> None:
@@ -201,7 +227,10 @@ def test_any_decoder_can_be_served() -> None:
     got = answers(Engine(plain, TOKENIZER, max_running=3, step_tokens=20), requests)
     assert all(got[one.id].last.finish_reason for one in requests)
     greedy = request("g", temperature=0.0, logprobs=None)
-    assert answers(Engine(plain, TOKENIZER, max_running=3), [greedy])["g"].text == answers(engine(), [greedy])["g"].text
+    assert (
+        answers(Engine(plain, TOKENIZER, max_running=3), [greedy])["g"].text
+        == answers(reference_engine(), [greedy])["g"].text
+    )
 
 
 def test_page_takes_the_decoders_own_block_cache() -> None:
@@ -220,7 +249,7 @@ GRAMMARS: dict[str, tuple[Grammar, Callable[[str], object]]] = {
 
 
 @pytest.mark.parametrize("kind", GRAMMARS)
-def test_answers_match_their_grammar(kind: str) -> None:
+def test_answers_match_their_grammar(engine: MakeEngine, kind: str) -> None:
     pytest.importorskip("llguidance")
     grammar, check = GRAMMARS[kind]
     requests = [request(f"r{n}", seed=n, max_tokens=60, grammar=grammar) for n in range(4)]
@@ -229,7 +258,7 @@ def test_answers_match_their_grammar(kind: str) -> None:
         check(answer.text)
 
 
-def test_wrong_grammars_are_input_errors() -> None:
+def test_wrong_grammars_are_input_errors(engine: MakeEngine) -> None:
     pytest.importorskip("llguidance")
     for grammar in (Grammar("regex", "(a"), Grammar("regex", "(?<=a)b"), Grammar("json_schema", '{"type": "nothing"}')):
         with pytest.raises(InputError, match=grammar.kind):

@@ -29,6 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text file that goes with the first message, in a fenced block under its name (repeatable)",
     )  # fmt: skip
     group.add_argument("--prompt", metavar="TEXT", help="answer this one message and leave; - reads it from stdin")
+    group.add_argument(
+        "--prompt-cache", metavar="FILE",
+        help="keeps what was read of a conversation with long files, for the next time; made if it is not there",
+    )  # fmt: skip
+    group.add_argument(
+        "--lookup", type=int, default=0, metavar="N",
+        help="guess up to N tokens from the text itself and check them in one go: faster, the same text (default: 0)",
+    )  # fmt: skip
     group.add_argument("--drop-oldest", action="store_true", help="let the oldest turns go when the context is full")
     group = parser.add_argument_group("how answers are picked")
     for name, setting in SETTINGS.items():
@@ -53,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     question = _question(args.prompt)
     interactive = question is None and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     model = _load(args, interactive)
-    dialogue = Dialogue(model, settings, args.system)
+    dialogue = Dialogue(model, settings, args.system, lookup=args.lookup, prompt_cache=args.prompt_cache)
     for file in files:
         dialogue.attach(file)
     if interactive:

@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input (default: -)")
     source.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue, in UTF-8")
     text.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before the prompt")
+    text.add_argument(
+        "--prompt-cache", metavar="FILE",
+        help="keeps what was read of the prompt, so that a long one is read once; made if it is not there",
+    )  # fmt: skip
+    text.add_argument(
+        "--lookup", type=int, default=0, metavar="N",
+        help="guess up to N tokens from the text itself and check them in one go: faster, the same text (default: 0)",
+    )  # fmt: skip
     text.add_argument("--json", action="store_true", help="print text, token ids, usage and timings as JSON")
     batch = parser.add_argument_group("many prompts")
     batch.add_argument("--input", metavar="FILE", help="JSON Lines, one prompt or conversation per line")
@@ -54,7 +62,14 @@ def run(args: argparse.Namespace) -> int:
     sampling, prompt = sampling_from(args), read_prompt(args)
     model = load_from(args)
     with Progress("reading the prompt", quiet=args.quiet) as progress:
-        stream = model.stream(prompt, bos=not args.no_bos, progress=progress, **sampling)
+        stream = model.stream(
+            prompt,
+            bos=not args.no_bos,
+            progress=progress,
+            lookup=args.lookup,
+            prompt_cache=args.prompt_cache,
+            **sampling,
+        )
         first = next(stream, None)
     if first is not None and not args.json:
         _print_text(first.text)
@@ -103,8 +118,8 @@ def _batch_files(args: argparse.Namespace) -> tuple[Path, Path]:
 
     if args.input is None or args.output is None:
         raise InputError("--input and --output belong together")
-    for flag in ("prompt", "prompt_file", "no_bos", "json"):
-        if getattr(args, flag) not in (None, False):
+    for flag in ("prompt", "prompt_file", "prompt_cache", "lookup", "no_bos", "json"):
+        if getattr(args, flag) not in (None, False, 0):
             raise InputError(f"--{flag.replace('_', '-')} does not go with --input")
     source, target = Path(args.input), Path(args.output)
     if not source.is_file():
@@ -182,8 +197,10 @@ def logprob_table(entries: Sequence[TokenLogprob], tokenizer: Tokenizer) -> str:
 
 def _summary(result: Generation) -> str:
     usage, timings = result.usage, result.timings
+    cached = f" ({usage.cached_tokens} from the cache)" if usage.cached_tokens else ""
+    guessed = f", {usage.accepted_tokens} of {usage.guessed_tokens} guessed right" if usage.guessed_tokens else ""
     return (
-        f"prompt {usage.prompt_tokens} tokens in {timings.prefill_seconds:.2f} s; "
-        f"{usage.completion_tokens} tokens at {timings.tokens_per_second:.1f} tokens/s; "
+        f"prompt {usage.prompt_tokens} tokens{cached} in {timings.prefill_seconds:.2f} s; "
+        f"{usage.completion_tokens} tokens at {timings.tokens_per_second:.1f} tokens/s{guessed}; "
         f"ended by {result.finish_reason}; seed {result.seed}"
     )

@@ -8,10 +8,10 @@ has a shape that is a function of the token's position alone:
 * a token at position p attends to `padded_keys(p)` keys, masked behind p, in a group of exactly TILE queries.
 
 What a row of such a product gives does not depend on the other rows nor on which row it is;
-tests/infer/test_block_cache.py holds this bit for bit, on the CPU in float32. So a request gets the same logits alone
-and in a crowd, its prompt in one piece or many, after being sent back and read again, and from blocks that another
-request computed. The price is that a lone token costs as much as TILE tokens, which on a CPU is little: reading the
-weights dominates.
+tests/contract/test_paged_decoders.py holds this bit for bit, on the CPU in float32. So a request gets the same logits
+alone and in a crowd, its prompt in one piece or many, after being sent back and read again, and from blocks that
+another request computed. The price is that a lone token costs as much as TILE tokens, which on a CPU is little:
+reading the weights dominates.
 
 Shapes as in model.py: N heads, D head_dim, S keys; T is always TILE.
 """

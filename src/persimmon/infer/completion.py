@@ -42,7 +42,11 @@ class Usage:
     """Tokens of the prompt as it was run: after `truncate-left` or `shift`."""
     completion_tokens: int
     cached_tokens: int = 0
-    """Tokens of the prompt that a session already held."""
+    """Tokens of the prompt that a session or a prompt file already held."""
+    guessed_tokens: int = 0
+    """Tokens that were run on a guess (`lookup`)."""
+    accepted_tokens: int = 0
+    """Of these, the ones that the answer turned out to have."""
 
     @property
     def total_tokens(self) -> int:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 
-from persimmon.errors import ContextLengthError
+from persimmon.errors import ContextLengthError, InputError
 from persimmon.infer.completion import Completion, Generation, Piece, Timings, Usage
 from persimmon.infer.decoder import Decoder, Logits, check_token_ids
+from persimmon.infer.lookup import MAX_LOOKUP, Lookup
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.sampling import banned_ids
 from persimmon.infer.session import ReportProgress, Session
@@ -40,6 +42,8 @@ class Stream(Iterator[Piece]):
         session: Session | None = None,
         skip_space: bool = False,
         progress: ReportProgress | None = None,
+        lookup: int = 0,
+        prompt_cache: Path | None = None,
     ) -> None:
         """Checks the request; the model runs when the first piece is asked for.
 
@@ -47,7 +51,12 @@ class Stream(Iterator[Piece]):
         context: the size of the context when there is no session; default the model's.
         skip_space: drop one space at the head of the text.
         progress: called while the prompt is read.
+        lookup: guess up to so many tokens from the text itself and run them in one call (infer/lookup.py); 0 never.
+        prompt_cache: a file with keys and values (infer/prompt_file.py). What it has of the prompt is not read by the
+            model; it is written, once the prompt is read, if it had less than half of it or was not there.
         """
+        if not 0 <= lookup <= MAX_LOOKUP:
+            raise InputError(f"lookup must be from 0 to {MAX_LOOKUP} tokens, got {lookup}")
         config = decoder.config
         check_token_ids("the prompt", prompt_ids, config.vocab_size)
         if session is None:
@@ -62,7 +71,9 @@ class Stream(Iterator[Piece]):
             tokenizer, params, banned, config.vocab_size, self._prompt_ids, skip_space=skip_space
         )
         self._params, self._bos_id = params, tokenizer.bos_id
-        self._progress = progress
+        self._progress, self._prompt_cache = progress, prompt_cache
+        self._max_guess, self._lookup = lookup, Lookup(self._prompt_ids) if lookup else None
+        self._guessed = self._guesses_right = 0
         self._prefill_seconds = self._decode_seconds = 0.0
         self._cached_tokens = 0
         self.finished = False
@@ -87,7 +98,7 @@ class Stream(Iterator[Piece]):
             token_ids=list(done.token_ids),
             finish_reason=done.finish_reason,
             stop=done.stop,
-            usage=Usage(len(self._prompt_ids), count, self._cached_tokens),
+            usage=Usage(len(self._prompt_ids), count, self._cached_tokens, self._guessed, self._guesses_right),
             timings=Timings(self._prefill_seconds, seconds, speed),
             seed=done.sampler.seed,
             logprobs=list(done.logprobs) if self._params.logprobs is not None else None,
@@ -97,8 +108,7 @@ class Stream(Iterator[Piece]):
         done = self._completion
         try:
             started = time.perf_counter()
-            logits = self._session.prefill(self._prompt_ids, exact_top=done.sampler.exact_top, progress=self._progress)
-            self._cached_tokens = self._session.reused
+            logits = self._read_prompt()
             piece = done.accept(logits)
             self._prefill_seconds = time.perf_counter() - started
             while True:
@@ -120,12 +130,40 @@ class Stream(Iterator[Piece]):
             return self._completion.end()
         return self._completion.accept(self._store(self._completion.token_ids[-1]))
 
+    def _read_prompt(self) -> Logits:
+        """The logits behind the prompt, with what the session and the prompt file already have of it."""
+        found, path = 0, self._prompt_cache
+        if path is not None and path.exists():
+            found = self._session.restore(path, self._prompt_ids)
+        logits = self._session.prefill(
+            self._prompt_ids, exact_top=self._completion.sampler.exact_top, progress=self._progress
+        )
+        self._cached_tokens = self._session.reused
+        if path is not None and 2 * found < len(self._prompt_ids):
+            self._session.save(path)
+        return logits
+
     def _store(self, token_id: int) -> Logits:
         exact_top = self._completion.sampler.exact_top
         if not self._session.full:
-            return self._session.extend(token_id, exact_top=exact_top)
+            if self._lookup is None:
+                return self._session.extend(token_id, exact_top=exact_top)
+            return self._session.extend(token_id, exact_top=exact_top, guess=self._guess(token_id))
         window = newest([*self._session.token_ids, token_id], _half(self._session.capacity), self._bos_id)
         return self._session.prefill(window, exact_top=exact_top)
+
+    def _guess(self, token_id: int) -> list[int]:
+        """What may follow the token, no more than there is room for; nothing where the last guess still holds."""
+        assert self._lookup is not None, "only asked for when there is something to look in"
+        self._lookup.append(token_id)
+        if self._session.expects(token_id):
+            self._guesses_right += 1
+            return []
+        room = self._session.capacity - len(self._session.token_ids) - 1
+        left = self._params.max_tokens - len(self._completion.token_ids) - 1  # the last token is never stored
+        guess = self._lookup.guess(min(self._max_guess, room, max(left, 0)))
+        self._guessed += len(guess)
+        return guess
 
 
 def fit_prompt(prompt_ids: Sequence[int], capacity: int, params: SamplingParams, bos_id: int) -> list[int]:

@@ -5,10 +5,12 @@ Shapes as in model.py: T new tokens, S stored keys, N heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -47,6 +49,24 @@ class KVCache:
         """Give the memory back; appending afterwards is refused."""
         self._keys, self._values = [], []
         self.length = self.capacity = 0
+
+    def saved(self, layer: int, length: int) -> NDArray[np.uint8]:
+        """Keys, then values of the first `length` tokens, each [N, length, D], as bytes."""
+        stores = (self._keys[layer], self._values[layer])
+        parts = [store[:, :length].contiguous().cpu().flatten().view(torch.uint8).numpy() for store in stores]
+        return np.concatenate(parts)
+
+    def restore(self, length: int, saved_length: int, layers: Iterable[NDArray[np.uint8]]) -> None:
+        """Hold the first `length` tokens of what `saved` gave for `saved_length`, layer by layer."""
+        self.truncate(0)
+        self.reserve(length)
+        for keys, values, data in zip(self._keys, self._values, layers, strict=True):
+            heads, _, dim = keys.shape
+            if data.nbytes != 2 * heads * saved_length * dim * keys.element_size():
+                raise InputError(f"{data.nbytes} bytes are not the keys and values of {saved_length} tokens")
+            both = torch.from_numpy(data.copy()).view(keys.dtype).view(2, heads, saved_length, dim)
+            keys[:, :length], values[:, :length] = both[0, :, :length], both[1, :, :length]
+        self.length = length
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for that many more tokens; raises ContextLengthError, and changes nothing, when they do not fit."""

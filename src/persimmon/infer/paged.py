@@ -54,6 +54,10 @@ class PagedDecoder(Protocol):
 class Pageable(Protocol):
     """A decoder with a cache of blocks."""
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token."""
+
     def paged(self, num_blocks: int, block_size: int) -> PagedDecoder:
         """The same model over a block cache."""
 

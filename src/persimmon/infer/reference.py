@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
 from persimmon.infer.block_cache import PagedReference
 from persimmon.infer.decoder import Chunk, Logits, check_token_ids
+from persimmon.infer.identity import fingerprint
 from persimmon.infer.kv_cache import CacheBatch, KVCache
 from persimmon.model import PersimmonModel
 
@@ -62,6 +65,22 @@ class ReferenceDecoder:
     def new_sequence(self, capacity: int) -> KVCache:
         """An empty sequence for up to `capacity` tokens; ContextLengthError beyond max_positions."""
         return KVCache(self.config, capacity, dtype=self._dtype, device=self._device)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """See infer.prompt_file."""
+        weights = ((name, _flat_bytes(parameter)) for name, parameter in self._model.named_parameters())
+        return {
+            "engine": self.name,
+            "weights": fingerprint(self.config, weights),
+            "rotary_precision": self.config.rotary_precision,
+            "kv_dtype": str(self._dtype).removeprefix("torch."),
+        }
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token."""
+        return 2 * self.config.num_layers * self.config.hidden_size * self._dtype.itemsize
 
     def paged(self, num_blocks: int, block_size: int) -> PagedReference:
         """The same model over a cache of blocks, for continuous batching (see infer.paged)."""
@@ -126,6 +145,10 @@ class ReferenceDecoder:
         for target in targets:
             target[:] = logits[row : row + len(target)]
             row += len(target)
+
+
+def _flat_bytes(weight: Tensor) -> NDArray[np.uint8]:
+    return weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _steps(sizes: Sequence[int], limit: int) -> Iterator[list[_Part]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from persimmon.infer import prompt_file
 from persimmon.infer.decoder import Chunk, Decoder, Logits
 
 PREFILL_CHUNK = 512
@@ -21,6 +23,8 @@ class Session:
         self._decoder = decoder
         self._sequence = decoder.new_sequence(capacity)
         self._token_ids: list[int] = []
+        self._guess: list[int] = []  # tokens stored behind them that may turn out to come next
+        self._guess_logits: list[Logits] = []  # behind each of those
         self.capacity = capacity
         self.reused = 0
         """Tokens that the last prefill found in place."""
@@ -33,7 +37,7 @@ class Session:
     @property
     def full(self) -> bool:
         """No further token can be stored."""
-        return self._sequence.length >= self.capacity
+        return len(self._token_ids) >= self.capacity
 
     def prefill(
         self, token_ids: Sequence[int], *, exact_top: int | None = None, progress: ReportProgress | None = None
@@ -44,8 +48,7 @@ class Session:
         """
         total = len(token_ids)
         self.reused = min(_common_prefix(self.token_ids, token_ids), total - 1)  # the last one gives the logits
-        self._sequence.truncate(self.reused)
-        self._token_ids = list(token_ids[: self.reused])
+        self._keep(self.reused)
         for start in range(self.reused, total, PREFILL_CHUNK):
             end = min(total, start + PREFILL_CHUNK)
             logits = self._append(token_ids[start:end], last=end == total, exact_top=exact_top)
@@ -54,15 +57,63 @@ class Session:
         assert logits is not None, "a prompt has a last token"
         return logits
 
-    def extend(self, token_id: int, *, exact_top: int | None = None) -> Logits:
-        """Store one more token and return the logits [V] behind it."""
-        logits = self._append([token_id], last=True, exact_top=exact_top)
-        assert logits is not None, "logits were asked for"
-        return logits
+    def extend(self, token_id: int, *, exact_top: int | None = None, guess: Sequence[int] = ()) -> Logits:
+        """Store one more token and return the logits [V] behind it.
+
+        guess: tokens that may come after it. They run in the same call, and where they are what the next calls bring,
+        those have their logits already; what was wrong is forgotten.
+        """
+        if self.expects(token_id):
+            self._token_ids.append(self._guess.pop(0))
+            return self._guess_logits.pop(0)
+        self._keep(len(self._token_ids))
+        if not guess:
+            logits = self._append([token_id], last=True, exact_top=exact_top)
+            assert logits is not None, "logits were asked for"
+            return logits
+        chunk = Chunk(self._sequence, [token_id, *guess], "all")
+        (rows,) = self._decoder.forward([chunk], exact_top=exact_top)
+        assert rows is not None, "logits were asked for"
+        self._token_ids.append(token_id)
+        self._guess, self._guess_logits = list(guess), list(rows[1:])
+        first: Logits = rows[0]
+        return first
+
+    def expects(self, token_id: int) -> bool:
+        """The token is the next of the guess: `extend` has its logits."""
+        return bool(self._guess) and self._guess[0] == token_id
+
+    def restore(self, path: Path, token_ids: Sequence[int]) -> int:
+        """Take over what a prompt file has of `token_ids`, where that is more than is here; returns how much it has.
+
+        Raises NotFoundError without a file, PromptFileError for one that is not of this model, damaged or foreign,
+        UnavailableError for an engine that has none.
+        """
+        decoder, sequence = prompt_file.storable(self._decoder, self._sequence)
+        file = prompt_file.PromptFile(path, decoder)
+        try:
+            found = min(_common_prefix(file.token_ids, token_ids), self.capacity)
+            if found > _common_prefix(self.token_ids, token_ids):
+                self._keep(0)
+                file.restore(sequence, found)
+                self._token_ids = list(token_ids[:found])
+        finally:
+            file.close()
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write keys and values of `token_ids` to a prompt file; StorageError when it cannot be written."""
+        prompt_file.write(path, *prompt_file.storable(self._decoder, self._sequence), self.token_ids)
 
     def close(self) -> None:
         """Give the memory back."""
         self._sequence.close()
+
+    def _keep(self, length: int) -> None:
+        """Forget the guess and everything behind the first `length` tokens."""
+        self._guess, self._guess_logits = [], []
+        self._token_ids = self._token_ids[:length]
+        self._sequence.truncate(length)
 
     def _append(self, token_ids: Sequence[int], *, last: bool, exact_top: int | None) -> Logits | None:
         chunk = Chunk(self._sequence, token_ids, "last" if last else "none")

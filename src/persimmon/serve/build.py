@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from persimmon.infer.engine import STEP_TOKENS, Engine, num_blocks_for
+
+if TYPE_CHECKING:
+    from persimmon.infer.decoder import Decoder
 
 BLOCK_SIZE = 16
 """Tokens of a cache block."""
@@ -32,19 +35,25 @@ class EngineSettings:
         from persimmon.infer.paged import page
 
         model = load(self.model, **self.load_options)
-        decoder = page(
-            model.decoder, self._num_blocks(model.config, model.context), BLOCK_SIZE, max_sequences=self.max_running
-        )
+        blocks = self._num_blocks(model.decoder, model.context)
         return Engine(
-            decoder, model.tokenizer, max_running=self.max_running, step_tokens=self.step_tokens, context=model.context
+            page(model.decoder, blocks, BLOCK_SIZE, max_sequences=self.max_running),
+            model.tokenizer,
+            max_running=self.max_running,
+            step_tokens=self.step_tokens,
+            context=model.context,
         )
 
-    def _num_blocks(self, config: Any, context: int) -> int:
+    def _num_blocks(self, decoder: Decoder, context: int) -> int:
         if self.cache_tokens is not None:
             return max(1, -(-self.cache_tokens // BLOCK_SIZE))
+        from persimmon.infer.paged import Pageable
         from persimmon.machine import memory_available
 
-        # Keys and values of all layers; four bytes each, the most that any engine stores.
-        token_bytes = 2 * config.num_layers * config.hidden_size * 4
+        config = decoder.config
+        # Keys and values of all layers; what a decoder does not say is taken for four bytes each.
+        token_bytes = (
+            decoder.token_bytes if isinstance(decoder, Pageable) else 8 * config.num_layers * config.hidden_size
+        )
         budget = int((memory_available() or 4 << 30) * _CACHE_SHARE)
         return num_blocks_for(context, self.max_running, token_bytes, budget, BLOCK_SIZE)

@@ -109,7 +109,17 @@ class Reply:
 class Dialogue:
     """A conversation, the model that answers in it, and the settings it answers with."""
 
-    def __init__(self, model: ChatModel, settings: Settings, system: str = "") -> None:
+    def __init__(
+        self,
+        model: ChatModel,
+        settings: Settings,
+        system: str = "",
+        *,
+        lookup: int = 0,
+        prompt_cache: str | None = None,
+    ) -> None:
+        """`lookup` and `prompt_cache` as in `Persimmon.stream_chat`."""
+        self._running = {"lookup": lookup, "prompt_cache": prompt_cache} if lookup or prompt_cache else {}
         self.model = model
         self.settings = settings
         self.conversation = Conversation(system)
@@ -186,7 +196,7 @@ class Dialogue:
         reply = Reply(
             exchange,
             sampling["max_tokens"],
-            lambda progress: self.model.stream_chat(messages, progress=progress, **sampling),
+            lambda progress: self.model.stream_chat(messages, progress=progress, **self._running, **sampling),
         )
         reply.dropped, reply.replaced = dropped, replaced
         return reply

@@ -12,8 +12,26 @@ from persimmon.fast.cpu import _native
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """One query [D] against all keys."""
     q, k, v = (torch.from_numpy(x).double()[None, None] for x in (q[None], k, v))
     return F.scaled_dot_product_attention(q, k, v)[0, 0, 0].numpy()
+
+
+def native_attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    int8: bool,
+    isa: str,
+    *,
+    table: list[int] | None = None,
+    block: int = 64,
+) -> np.ndarray:
+    """One query [D], or the last T positions as queries [T, D], through a table of blocks (default: in their order)."""
+    table = list(range(-(-len(k) // block))) if table is None else table
+    rows = q[None] if q.ndim == 1 else q
+    result = _native.attend(rows, k, v, np.array(table, np.int32), block, int8, isa)
+    return result[0] if q.ndim == 1 else result
 
 
 def case(length: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -22,12 +40,12 @@ def case(length: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("dim", [4, 8, 20, 64, 80, 128, 256])
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 40, 1000])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 40, 64, 65, 1000])
 def test_equals_torch(length: int, dim: int) -> None:
     q, k, v = case(length, dim)
     expected = attend(q, k, v)
     for int8, tolerance in ((False, 2e-6), (True, 0.03)):  # int8: 0.5% each on q, k and v, amplified by the softmax
-        results = [_native.attend(q, k, v, int8, isa) for isa in ISAS]
+        results = [native_attend(q, k, v, int8, isa) for isa in ISAS]
         assert np.abs(results[0] - expected).max() <= tolerance * np.abs(v).max()
         for result in results[1:]:
             assert np.array_equal(result, results[0])
@@ -40,7 +58,7 @@ def test_one_key_far_ahead(isa: str, int8: bool) -> None:
     q, k, v = case(50, 64)
     k *= 0.01
     k[31] = q * 50.0
-    np.testing.assert_allclose(_native.attend(q, k, v, int8, isa), v[31], atol=0.02 if int8 else 1e-5)
+    np.testing.assert_allclose(native_attend(q, k, v, int8, isa), v[31], atol=0.02 if int8 else 1e-5)
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -48,5 +66,38 @@ def test_one_key_far_ahead(isa: str, int8: bool) -> None:
 def test_zeros(isa: str, int8: bool) -> None:
     zero = np.zeros((10, 64), np.float32)
     _, _, v = case(10, 64)
-    np.testing.assert_allclose(_native.attend(zero[0], zero, v, int8, isa), v.mean(0), atol=0.02 if int8 else 1e-6)
-    assert not _native.attend(zero[0], zero, zero, int8, isa).any()
+    np.testing.assert_allclose(native_attend(zero[0], zero, v, int8, isa), v.mean(0), atol=0.02 if int8 else 1e-6)
+    assert not native_attend(zero[0], zero, zero, int8, isa).any()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("length", "queries", "dim"), [(1, 1, 8), (70, 70, 64), (200, 37, 20), (129, 65, 128), (64, 2, 4)]
+)
+def test_many_queries_give_the_bits_of_each_alone(length: int, queries: int, dim: int, int8: bool) -> None:
+    """A chunk of a prompt: query i sees the keys up to its own position and no further."""
+    _, k, v = case(length, dim)
+    q = np.random.default_rng(length).standard_normal((queries, dim), np.float32)
+    ends = range(length - queries + 1, length + 1)
+    expected = np.stack([native_attend(q[i], k[:end], v[:end], int8, "portable") for i, end in enumerate(ends)])
+    for isa in ISAS:
+        assert np.array_equal(native_attend(q, k, v, int8, isa), expected)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 80])
+def test_any_table_gives_the_same_bits(block: int, int8: bool) -> None:
+    q, k, v = case(333, 64)
+    expected = native_attend(q, k, v, int8, "auto")
+    table = np.random.default_rng(block).permutation(40)[: -(-333 // block)].tolist()
+    for isa in ISAS:
+        assert np.array_equal(native_attend(q, k, v, int8, isa, table=table, block=block), expected)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_growing_maximum(isa: str, int8: bool) -> None:
+    """Every tile beats the ones before: what is already summed is scaled down each time."""
+    q, k, v = case(500, 64)
+    k = 0.01 * k + np.linspace(0, 3, 500, dtype=np.float32)[:, None] * np.sign(q) / 8
+    np.testing.assert_allclose(native_attend(q, k, v, int8, isa), attend(q, k, v), atol=0.08 if int8 else 1e-5)

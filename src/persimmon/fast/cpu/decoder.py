@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,12 @@ from persimmon.errors import CheckpointError, ContextLengthError, InputError, Un
 from persimmon.fast.cpu.formats import Format, why_unfit
 from persimmon.fast.cpu.memory import GIB, kv_bytes_per_token
 from persimmon.fast.cpu.native_module import native
-from persimmon.infer.decoder import Chunk, Logits
+from persimmon.infer.decoder import Chunk, Logits, check_token_ids
+from persimmon.infer.identity import fingerprint
 from persimmon.machine import cpu_threads, memory_available
+
+if TYPE_CHECKING:
+    from persimmon.fast.cpu.paged import PagedCpu
 
 KV_DTYPES = ("auto", "float32", "int8")
 
@@ -23,18 +28,25 @@ DEFAULT_MARGIN = 2.0
 """Standard deviations: misses about 0.2% of the active neurons of a layer, those with the smallest activations."""
 
 
-class CpuSequence:
-    """One sequence's keys and values in native memory."""
+_SEQUENCE_BLOCK = 64
+"""Tokens of a block of a sequence's own cache: a tile of the attention kernel, which is then one piece of memory."""
 
-    def __init__(self, cache: Any, capacity: int) -> None:
-        self._cache = cache
+
+class CpuSequence:
+    """One sequence with a cache of its own: all blocks of it, in their order."""
+
+    def __init__(self, model: Any, capacity: int, int8: bool) -> None:
+        blocks = -(-capacity // _SEQUENCE_BLOCK)
+        self._cache = model.new_cache(blocks, _SEQUENCE_BLOCK, int8)
+        self._table = np.arange(blocks, dtype=np.int32)
         self._capacity = capacity
+        self._length = 0
         self._closed = False
 
     @property
     def length(self) -> int:
         """Tokens whose keys and values are stored."""
-        return 0 if self._closed else int(self._cache.length)
+        return self._length
 
     @property
     def capacity(self) -> int:
@@ -43,28 +55,53 @@ class CpuSequence:
 
     def truncate(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""
-        if not 0 <= length <= self.length:
-            raise InputError(f"cannot truncate {self.length} stored tokens to {length}")
-        self._cache.length = length
+        if not 0 <= length <= self._length:
+            raise InputError(f"cannot truncate {self._length} stored tokens to {length}")
+        self._length = length
 
     def close(self) -> None:
         """Give the memory back."""
-        self._closed = True
+        self._closed, self._length = True, 0
         self._cache.close()
+
+    def saved(self, layer: int, length: int) -> NDArray[np.uint8]:
+        """The records of the first `length` tokens in a layer (native/kv_cache.h), as bytes."""
+        data: NDArray[np.uint8] = self._cache.save(layer, self._table, length)
+        return data
+
+    def restore(self, length: int, saved_length: int, layers: Iterable[NDArray[np.uint8]]) -> None:
+        """Hold the first `length` tokens of what `saved` gave for `saved_length`, layer by layer."""
+        self.truncate(0)
+        self.check_room(length)
+        expected = self._cache.state_bytes(saved_length)
+        for layer, data in enumerate(layers):
+            if data.nbytes != expected:
+                raise InputError(f"{data.nbytes} bytes are not the keys and values of {saved_length} tokens")
+            self._cache.restore(layer, self._table, length, data[: self._cache.state_bytes(length)])
+        self._length = length
 
     def check_room(self, num_tokens: int) -> None:
         """ContextLengthError unless that many more tokens fit; InputError when closed."""
         if self._closed:
             raise InputError("the sequence is closed")
-        if self.length + num_tokens > self._capacity:
+        if self._length + num_tokens > self._capacity:
             raise ContextLengthError(
-                f"{num_tokens} more tokens do not fit: {self.length} of {self._capacity} positions are taken"
+                f"{num_tokens} more tokens do not fit: {self._length} of {self._capacity} positions are taken"
             )
 
-    @property
-    def cache(self) -> Any:
-        """The native cache."""
-        return self._cache
+    def place(self) -> Place:
+        """Where the next tokens go."""
+        return self._cache, self._table, self._length
+
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens as stored."""
+        self._length += num_tokens
+
+
+Place = tuple[Any, NDArray[np.int32], int]
+"""A native cache, the blocks of a sequence in it, and the tokens that are stored there."""
+
+Wanted = Literal["none", "last", "all"]
 
 
 class CpuDecoder:
@@ -94,7 +131,7 @@ class CpuDecoder:
         isa: instruction set, `auto` the best of this processor.
         """
         _check_options(threads, kv_dtype, sparsity_margin, audit_every, isa)
-        self._config, self._form = config, form
+        self._config, self._form, self._arrays = config, form, arrays
         self._kv_dtype = kv_dtype if kv_dtype != "auto" else ("int8" if form.packed else "float32")
         if (reason := why_unfit(config)) is not None:
             raise UnavailableError(reason)
@@ -156,30 +193,75 @@ class CpuDecoder:
         limit = self._config.max_positions
         if not 1 <= capacity <= limit:
             raise ContextLengthError(f"a sequence of {capacity} tokens: the model has 1 to {limit}")
-        needed, free = capacity * kv_bytes_per_token(self._config, self._kv_dtype), memory_available()
-        if free is not None and needed > free:
-            raise UnavailableError(
-                f"keys and values of {capacity} tokens need {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free: "
-                "use a shorter context" + ("" if self._kv_dtype == "int8" else " or int8 keys and values")
-            )
-        return CpuSequence(self._model.new_cache(capacity, self._kv_dtype == "int8"), capacity)
+        self._check_memory(capacity)
+        return CpuSequence(self._model, capacity, self._kv_dtype == "int8")
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """See infer.prompt_file. Threads and instruction sets change no bit; the margin decides what an MLP adds."""
+        weights = ((name, array.reshape(-1).view(np.uint8)) for name, array in sorted(self._arrays.items()))
+        facts = {
+            "engine": self.name,
+            "weights": fingerprint(self._config, weights),
+            "format": self._form.name,
+            "rotary_precision": self._config.rotary_precision,
+            "kv_dtype": self._kv_dtype,
+        }
+        return facts | ({"sparsity_margin": repr(self._model.margin)} if self._form.mlp == "planes" else {})
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token."""
+        return kv_bytes_per_token(self._config, self._kv_dtype)
+
+    def paged(self, num_blocks: int, block_size: int) -> PagedCpu:
+        """The same model over a cache of blocks, for continuous batching (see infer.paged).
+
+        Raises UnavailableError when the blocks cannot fit in memory.
+        """
+        from persimmon.fast.cpu.paged import PagedCpu
+
+        if num_blocks < 1 or block_size < 1 or block_size % native().KEY_GROUP:
+            raise InputError(f"block_size must be a multiple of {native().KEY_GROUP}, got {num_blocks} of {block_size}")
+        self._check_memory(num_blocks * block_size)
+        cache = self._model.new_cache(num_blocks, block_size, self._kv_dtype == "int8")
+        return PagedCpu(self, cache, num_blocks, block_size)
 
     def forward(self, chunks: Sequence[Chunk], *, exact_top: int | None = None) -> list[Logits | None]:
         """Append each chunk to its sequence; its float32 logits: None, [V] or [T, V] (see infer.decoder)."""
         sequences = self._check(chunks)
-        if not chunks:
-            return []
-        calls, wanted = [], 0
+        places = [sequence.place() for sequence in sequences]
+        results = self.run(places, [(c.token_ids, c.logits) for c in chunks], exact_top)
         for sequence, chunk in zip(sequences, chunks, strict=True):
-            rows = {"none": 0, "last": 1, "all": len(chunk.token_ids)}[chunk.logits]
-            calls.append((sequence.cache, np.asarray(chunk.token_ids, np.int32), rows))
-            wanted += rows
-        logits = np.empty((wanted, self._config.vocab_size), np.float32)
+            sequence.advance(len(chunk.token_ids))
+        return results
+
+    def run(
+        self, places: Sequence[Place], chunks: Sequence[tuple[Sequence[int], Wanted]], exact_top: int | None
+    ) -> list[Logits | None]:
+        """Store checked chunks of tokens in their places; the logits that each wants."""
+        calls, counts = [], []
+        for place, (token_ids, wanted) in zip(places, chunks, strict=True):
+            counts.append({"none": 0, "last": 1, "all": len(token_ids)}[wanted])
+            calls.append((*place, np.asarray(token_ids, np.int32), counts[-1]))
+        logits = np.empty((sum(counts), self._config.vocab_size), np.float32)
         try:
             self._model.forward(calls, min(exact_top or 0, self._config.vocab_size), logits)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        return _split(logits, chunks)
+        parts = np.split(logits, np.cumsum(counts))
+        return [
+            None if wanted == "none" else part[0] if wanted == "last" else part
+            for part, (_, wanted) in zip(parts, chunks, strict=False)
+        ]
+
+    def _check_memory(self, num_tokens: int) -> None:
+        needed, free = num_tokens * self.token_bytes, memory_available()
+        if free is not None and needed > free:
+            raise UnavailableError(
+                f"keys and values of {num_tokens} tokens need {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free: "
+                "use a shorter context" + ("" if self._kv_dtype == "int8" else " or int8 keys and values")
+            )
 
     def _check(self, chunks: Sequence[Chunk]) -> list[CpuSequence]:
         """Refuse a call before it changes anything."""
@@ -191,12 +273,7 @@ class CpuDecoder:
         if len({id(sequence) for sequence in sequences}) != len(sequences):
             raise InputError("a sequence appears twice in one call")
         for chunk in chunks:
-            ids, limit = chunk.token_ids, self._config.vocab_size
-            if not len(ids):
-                raise InputError("a chunk holds no tokens")
-            low, high = min(ids), max(ids)
-            if low < 0 or high >= limit:
-                raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {limit}")
+            check_token_ids("a chunk", chunk.token_ids, self._config.vocab_size)
         for sequence, chunk in zip(sequences, chunks, strict=True):
             sequence.check_room(len(chunk.token_ids))
         return sequences
@@ -224,19 +301,3 @@ def _rotary_tables(config: ModelConfig) -> tuple[NDArray[np.float32], NDArray[np
 
     cos, sin = rotary_tables(config, torch.arange(config.max_positions))
     return cos.contiguous().numpy(), sin.contiguous().numpy()
-
-
-def _split(logits: Logits, chunks: Sequence[Chunk]) -> list[Logits | None]:
-    """One result per chunk, views of the rows computed for it."""
-    results: list[Logits | None] = []
-    row = 0
-    for chunk in chunks:
-        if chunk.logits == "none":
-            results.append(None)
-        elif chunk.logits == "last":
-            results.append(logits[row])
-            row += 1
-        else:
-            results.append(logits[row : row + len(chunk.token_ids)])
-            row += len(chunk.token_ids)
-    return results

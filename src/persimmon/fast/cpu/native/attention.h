@@ -1,150 +1,322 @@
-// One query against all keys and values of its head: softmax(q . K) . V, over a float32 or an int8 cache.
+// Queries of one head against the cached keys and values of their sequence: softmax(q . K) . V, float32 or int8.
 //
-// Keys are stored eight to a block with one key per lane (layout in kernels.h), so that scores need no sums across lanes.
+// Keys are taken in tiles of 64, counted from the start of the sequence. Each tile gives its scores, raises the running
+// maximum if it must (earlier sums are then scaled down), and adds its weighted values to the output (online softmax,
+// Milakov and Gimelshein 2018). So keys and values are streamed once and nothing grows with their number; up to kQueryTile
+// queries share each tile while it is in the first-level cache, a few at a time in registers.
+//
+// For a lone query the memory is the limit: the next tile is prefetched line by line while this one is computed.
+//
+// A query's result depends on its own position and the keys before it alone: tiles lie at fixed places, sums run over
+// dimensions and keys in order, a scaling by one is left out, a key behind the query has weight zero. So one query or many,
+// any cut of a prompt, any table of blocks and every instruction set give the same bits.
+//
 // int8: the query is rounded to int8 as well, scores are exact integer dot products times two scales; values are widened
 // and weighted in float32. Rounding q, k and v to int8 costs about 0.5% noise each on a score or value.
-// Scores of all keys are kept, so the softmax subtracts the true maximum, and its sum runs over keys in a fixed order: the
-// result does not depend on how a prompt was cut into chunks.
-// Not supported: head dimensions that are not a multiple of 4 with int8.
+// Not supported: head dimensions that are not a multiple of 4, or above kMaxHeadDim.
 #pragma once
 #include "activations.h"
-#include "dots.h"
 #include "kernels.h"
 
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
-constexpr int kMaxHeadDim = 256;
-
-// Eight int8 keys against q, whose four-byte pieces are repeated in all eight lanes of `query`.
-INLINE f32x8 score_block(const int8_t* keys, const int8_t* query, int head_dim, float sum_offset) {
-#if defined(__AVX512VNNI__)
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i a = _mm512_setzero_si512(), b = a;
-  const int n = head_dim * 8;  // bytes of the block
-  int i = 0;
-  for (; i + 128 <= n; i += 128) {
-    a = _mm512_dpbusd_epi32(a, _mm512_xor_si512(_mm512_loadu_si512(keys + i), flip), _mm512_loadu_si512(query + i));
-    b = _mm512_dpbusd_epi32(b, _mm512_xor_si512(_mm512_loadu_si512(keys + i + 64), flip),
-                            _mm512_loadu_si512(query + i + 64));
-  }
-  a = _mm512_add_epi32(a, b);
-  __m256i s = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
-  for (; i < n; i += 32) {
-    const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i));
-    s = _mm256_dpbusd_epi32(s, _mm256_xor_si256(k, _mm512_castsi512_si256(flip)),
-                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(query + i)));
-  }
-  return fma(set8(-128.0f), set8(sum_offset), _mm256_cvtepi32_ps(s));
-#elif defined(__AVX2__)
-  (void)sum_offset;
-  const __m256i one = _mm256_set1_epi16(1);
-  __m256i sum = _mm256_setzero_si256();
-  for (int i = 0; i < head_dim * 8; i += 32) {
-    const __m256i k = load_vector(keys + i), q = load_vector(query + i);
-    sum = _mm256_add_epi32(
-        sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(k), _mm256_sign_epi8(q, k)), one));
-  }
-  return _mm256_cvtepi32_ps(sum);
+constexpr int kTileGroups = 4;
+constexpr int kTileKeys = kTileGroups * kKeyGroup;
+#if defined(__AVX512F__)
+constexpr int kQueriesAtOnce = 4, kVectorsAtOnce = 4;  // 16 sums of 16 lanes: half of the registers
 #else
-  (void)sum_offset;
-  int32_t sums[8] = {};
-  for (int i = 0; i < head_dim * 8; i += 32)
-    for (int key = 0; key < 8; key++)
-      for (int b = 0; b < 4; b++) sums[key] += keys[i + 4 * key + b] * query[i + 4 * key + b];
-  return gather8([&sums](int key) { return static_cast<float>(sums[key]); });
+constexpr int kQueriesAtOnce = 2, kVectorsAtOnce = 2;
 #endif
-}
 
-static void scores_int8(const AttentionArgs& a) {
-  int8_t codes[kMaxHeadDim], query[8 * kMaxHeadDim];
-  const float q_scale = quantize_head(a.q, a.head_dim, codes) * a.scale;
-  float sum = 0.0f;
-  for (int d = 0; d < a.head_dim; d++) sum += codes[d];
-  for (int j = 0; j < a.head_dim / 4; j++)
-    for (int key = 0; key < 8; key++) memcpy(query + 32 * j + 4 * key, codes + 4 * j, 4);
-  const int8_t* keys = static_cast<const int8_t*>(a.keys);
-  for (int k = 0; k < a.length; k += 8, keys += 8 * a.head_dim) {
-    const f32x8 s = score_block(keys, query, a.head_dim, sum);
-    store8(a.scores + k, mul(s, mul(set8(q_scale), load8(a.key_scales + k))));
-  }
-}
+// ---- sixteen lanes of softmax --------------------------------------------------------------------------------------------
 
-static void scores_float(const AttentionArgs& a) {
-  float query[kMaxHeadDim];
-  for (int d = 0; d < a.head_dim; d++) query[d] = a.q[d] * a.scale;
-  const float* keys = static_cast<const float*>(a.keys);
-  const int block = 8 * a.head_dim;
-  int k = 0;
-  for (; k + 32 <= a.length; k += 32, keys += 4 * block) {  // four blocks at a time hide the latency of the sums
-    f32x8 s[4] = {zero8(), zero8(), zero8(), zero8()};
-    for (int d = 0; d < a.head_dim; d++)
-      for (int b = 0; b < 4; b++) s[b] = fma(set8(query[d]), load8(keys + b * block + 8 * d), s[b]);
-    for (int b = 0; b < 4; b++) store8(a.scores + k + 8 * b, s[b]);
-  }
-  for (; k < a.length; k += 8, keys += block) {
-    f32x8 s = zero8();
-    for (int d = 0; d < a.head_dim; d++) s = fma(set8(query[d]), load8(keys + 8 * d), s);
-    store8(a.scores + k, s);
-  }
+#if defined(__AVX512F__)
+INLINE f32x16 less(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }
+INLINE f32x16 larger(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
+INLINE float largest_lane(f32x16 a) { return max_lanes(maximum(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
+// exp_nonpositive of simd.h, the same operations in twice the lanes.
+INLINE f32x16 exp_nonpositive16(f32x16 x) {
+  const f32x16 clipped = _mm512_max_ps(x, set16(-87.0f));
+  const f32x16 n = _mm512_roundscale_ps(mul(clipped, set16(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const f32x16 r = fma(n, set16(2.12194440e-4f), fma(n, set16(-0.693359375f), clipped));
+  f32x16 p = set16(1.0f / 720);
+  p = fma(p, r, set16(1.0f / 120));
+  p = fma(p, r, set16(1.0f / 24));
+  p = fma(p, r, set16(1.0f / 6));
+  p = fma(p, r, set16(0.5f));
+  p = fma(p, r, set16(1.0f));
+  p = fma(p, r, set16(1.0f));
+  const __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, set16(-87.0f), _CMP_GE_OQ), p, _mm512_castsi512_ps(exponent));
 }
+#else
+INLINE f32x16 less(f32x16 a, f32x16 b) { return {sub(a.lo, b.lo), sub(a.hi, b.hi)}; }
+INLINE f32x16 larger(f32x16 a, f32x16 b) { return {maximum(a.lo, b.lo), maximum(a.hi, b.hi)}; }
+INLINE float largest_lane(f32x16 a) { return max_lanes(maximum(a.lo, a.hi)); }
+INLINE f32x16 exp_nonpositive16(f32x16 x) { return {exp_nonpositive(x.lo), exp_nonpositive(x.hi)}; }
+#endif
 
-// Scores -> e^(score - maximum) in place, zero behind the last key; returns their sum.
-static float exponentials(float* scores, int length) {
-  f32x8 largest = set8(-HUGE_VALF);
-  const int padded = static_cast<int>(round_up(length, 8));
-  for (int k = length; k < padded; k++) scores[k] = -HUGE_VALF;
-  for (int k = 0; k < padded; k += 8) largest = maximum(load8(scores + k), largest);
-  const f32x8 top = set8(max_lanes(largest));
-  f32x8 sum = zero8();
-  for (int k = 0; k < padded; k += 8) {
-    const f32x8 e = exp_nonpositive(sub(load8(scores + k), top));
-    store8(scores + k, e);
-    sum = add(e, sum);
-  }
-  return sum_lanes(sum);
+// ---- sixteen int8 keys at once: sums += keys[t][4 j .. 4 j + 3] . query[4 j .. 4 j + 3] ----------------------------------------
+
+#if defined(__AVX512VNNI__)
+using KeyBytes = __m512i;  // moved to 0 .. 255, as the instruction wants; the sums start where that is made up for
+using KeySums = __m512i;
+INLINE KeyBytes load_keys(const uint8_t* p) {
+  return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
 }
+INLINE KeySums first_sums(int32_t query_sum) { return _mm512_set1_epi32(-128 * query_sum); }
+INLINE KeySums add_dots(KeySums sums, KeyBytes keys, int32_t query) {
+  return _mm512_dpbusd_epi32(sums, keys, _mm512_set1_epi32(query));
+}
+INLINE f32x16 to_floats(KeySums sums) { return _mm512_cvtepi32_ps(sums); }
+#elif defined(__AVX2__)
+struct KeyBytes {
+  __m256i lo, hi;
+};
+using KeySums = KeyBytes;
+INLINE KeyBytes load_keys(const uint8_t* p) {
+  const __m256i* v = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+}
+INLINE KeySums first_sums(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE __m256i add_dots8(__m256i sums, __m256i keys, __m256i query) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(keys), _mm256_sign_epi8(query, keys));
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE KeySums add_dots(KeySums sums, KeyBytes keys, int32_t query) {
+  const __m256i q = _mm256_set1_epi32(query);
+  return {add_dots8(sums.lo, keys.lo, q), add_dots8(sums.hi, keys.hi, q)};
+}
+INLINE f32x16 to_floats(KeySums sums) { return {_mm256_cvtepi32_ps(sums.lo), _mm256_cvtepi32_ps(sums.hi)}; }
+#else
+struct KeyBytes {
+  int8_t code[64];
+};
+struct KeySums {
+  int32_t v[kKeyGroup];
+};
+INLINE KeyBytes load_keys(const uint8_t* p) { return read_unaligned<KeyBytes>(p); }
+INLINE KeySums first_sums(int32_t) { return {}; }
+INLINE KeySums add_dots(KeySums sums, const KeyBytes& keys, int32_t query) {
+  int8_t q[4];
+  memcpy(q, &query, 4);
+  for (int t = 0; t < kKeyGroup; t++)
+    for (int b = 0; b < 4; b++) sums.v[t] += keys.code[4 * t + b] * q[b];
+  return sums;
+}
+INLINE f32x16 to_floats(const KeySums& sums) {
+  float floats[kKeyGroup];
+  for (int t = 0; t < kKeyGroup; t++) floats[t] = static_cast<float>(sums.v[t]);
+  return load16(floats);
+}
+#endif
+
+// ---- the two kinds of cache ----------------------------------------------------------------------------------------------
+
+// The records of a tile, and of the one after it.
+struct KeyTile {
+  const uint8_t *group[kTileGroups], *next[kTileGroups];
+};
+
+struct FloatCache {
+  using Value = float;
+  explicit FloatCache(const AttentionArgs& a) : q(a.q), stride(a.q_stride), dim(a.head_dim), scale(a.scale) {}
+
+  // scores[i][64] of Q queries from `first`, for V records from `from`.
+  template <int Q, int V>
+  inline __attribute__((always_inline)) void scores(int first, const KeyTile& tile, int from, float* scores) const {
+    f32x16 sums[Q][V];
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < V; v++) sums[i][v] = zero16();
+    for (int d = 0; d < dim; d++) {
+      f32x16 keys[V];
+      for (int v = 0; v < V; v++) {
+        keys[v] = load16(reinterpret_cast<const float*>(tile.group[from + v]) + kKeyGroup * d);
+        if (Q == 1) __builtin_prefetch(tile.next[from + v] + 64 * d);
+      }
+      for (int i = 0; i < Q; i++) {
+        const f32x16 x = set16(q[(first + i) * stride + d]);
+        for (int v = 0; v < V; v++) sums[i][v] = fma(x, keys[v], sums[i][v]);
+      }
+    }
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < V; v++) store16(scores + kTileKeys * i + kKeyGroup * (from + v), mul(sums[i][v], set16(scale)));
+  }
+  size_t values_offset() const { return kKeyGroup * dim * sizeof(float); }
+  inline __attribute__((always_inline)) f32x16 weights(f32x16 e, const uint8_t*) const { return e; }
+
+  const float* q;
+  size_t stride;
+  int dim;
+  float scale;
+};
+
+struct Int8Cache {
+  using Value = int8_t;
+  explicit Int8Cache(const AttentionArgs& a) : dim(a.head_dim) {
+    for (int i = 0; i < a.queries; i++) {
+      int8_t codes[kMaxHeadDim];
+      scale[i] = quantize_head(a.q + i * a.q_stride, dim, codes) * a.scale;
+      sum[i] = 0;
+      for (int d = 0; d < dim; d++) sum[i] += codes[d];
+      memcpy(words[i], codes, dim);
+    }
+  }
+
+  template <int Q, int V>
+  inline __attribute__((always_inline)) void scores(int first, const KeyTile& tile, int from, float* scores) const {
+    KeySums sums[Q][V];
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < V; v++) sums[i][v] = first_sums(sum[first + i]);
+    for (int j = 0; j < dim / 4; j++) {
+      KeyBytes keys[V];
+      for (int v = 0; v < V; v++) {
+        keys[v] = load_keys(tile.group[from + v] + 64 * j);
+        if (Q == 1) __builtin_prefetch(tile.next[from + v] + 64 * j);
+      }
+      for (int i = 0; i < Q; i++)
+        for (int v = 0; v < V; v++) sums[i][v] = add_dots(sums[i][v], keys[v], words[first + i][j]);
+    }
+    for (int v = 0; v < V; v++) {
+      const f32x16 key_scales = load16(reinterpret_cast<const float*>(tile.group[from + v] + kKeyGroup * dim));
+      for (int i = 0; i < Q; i++)
+        store16(scores + kTileKeys * i + kKeyGroup * (from + v),
+                mul(to_floats(sums[i][v]), mul(set16(scale[first + i]), key_scales)));
+    }
+  }
+  size_t values_offset() const { return int8_values_offset(dim); }
+  // The weight of a value includes its scale.
+  inline __attribute__((always_inline)) f32x16 weights(f32x16 e, const uint8_t* group) const {
+    return mul(e, load16(reinterpret_cast<const float*>(group + values_offset() + kKeyGroup * dim)));
+  }
+
+  int dim;
+  float scale[kQueryTile];
+  int32_t sum[kQueryTile];
+  int32_t words[kQueryTile][kMaxHeadDim / 4];  // the codes, four to a word
+};
 
 INLINE f32x16 load_value16(const float* p) { return load16(p); }
 INLINE f32x16 load_value16(const int8_t* p) { return load_int8x16(p); }
 
-// N dimensions from `from` of the weighted sum of all values.
-template <class T, int N>
-static void weighted_values(const AttentionArgs& a, int from, float inverse) {
-  const T* v = static_cast<const T*>(a.values) + from;
-  f32x16 sum[N / 16];
-  for (int i = 0; i < N / 16; i++) sum[i] = zero16();
-  for (int k = 0; k < a.length; k++, v += a.head_dim) {
-    const f32x16 w = set16(a.scores[k]);
-    for (int i = 0; i < N / 16; i++) sum[i] = fma(w, load_value16(v + 16 * i), sum[i]);
+// out[i][from .. from + 16 V) += sum over the first `keys` keys of weights[i][key] * value.
+template <class T, int Q, int V>
+INLINE void add_values(const KeyTile& tile, size_t offset, int keys, int dim, int from, const float* weights, float* out,
+                       size_t stride) {
+  f32x16 sums[Q][V];
+  for (int i = 0; i < Q; i++)
+    for (int v = 0; v < V; v++) sums[i][v] = load16(out + i * stride + from + 16 * v);
+  for (int k = 0; k < keys; k++) {
+    const size_t place = offset + (k % kKeyGroup * dim + from) * sizeof(T);
+    const T* value = reinterpret_cast<const T*>(tile.group[k / kKeyGroup] + place);
+    if (Q == 1)
+      for (size_t i = 0; i < 16 * V * sizeof(T); i += 64) __builtin_prefetch(tile.next[k / kKeyGroup] + place + i);
+    f32x16 values[V];
+    for (int v = 0; v < V; v++) values[v] = load_value16(value + 16 * v);
+    for (int i = 0; i < Q; i++) {
+      const f32x16 w = set16(weights[kTileKeys * i + k]);
+      for (int v = 0; v < V; v++) sums[i][v] = fma(w, values[v], sums[i][v]);
+    }
   }
-  for (int i = 0; i < N / 16; i++) store16(a.out + from + 16 * i, mul(sum[i], set16(inverse)));
+  for (int i = 0; i < Q; i++)
+    for (int v = 0; v < V; v++) store16(out + i * stride + from + 16 * v, sums[i][v]);
 }
 
-template <class T>
-static void gather_values(const AttentionArgs& a, float inverse) {
+template <class T, int Q>
+INLINE void add_all_values(const KeyTile& tile, size_t offset, int keys, int dim, const float* weights, float* out,
+                           size_t stride) {
+  constexpr int wide = 16 * kVectorsAtOnce;
   int d = 0;
-  for (; d + 64 <= a.head_dim; d += 64) weighted_values<T, 64>(a, d, inverse);
-  for (; d + 16 <= a.head_dim; d += 16) weighted_values<T, 16>(a, d, inverse);
-  for (; d < a.head_dim; d++) {
-    float sum = 0.0f;
-    for (int k = 0; k < a.length; k++)
-      sum = fma1(a.scores[k], static_cast<float>(static_cast<const T*>(a.values)[k * a.head_dim + d]), sum);
-    a.out[d] = sum * inverse;
+  for (; d + wide <= dim; d += wide) add_values<T, Q, kVectorsAtOnce>(tile, offset, keys, dim, d, weights, out, stride);
+  for (; d + 16 <= dim; d += 16) add_values<T, Q, 1>(tile, offset, keys, dim, d, weights, out, stride);
+  for (; d < dim; d++)
+    for (int i = 0; i < Q; i++)
+      for (int k = 0; k < keys; k++) {
+        const T* values = reinterpret_cast<const T*>(tile.group[k / kKeyGroup] + offset);
+        float* sum = out + i * stride + d;
+        *sum = fma1(weights[kTileKeys * i + k], static_cast<float>(values[k % kKeyGroup * dim + d]), *sum);
+      }
+}
+
+// ---- one tile after the other --------------------------------------------------------------------------------------------
+
+struct Softmax {
+  float top = -HUGE_VALF;
+  f32x16 sum = zero16();  // of e^(score - top), key k in lane k mod 16
+};
+
+// Scores [64] -> weights in place; the `visible` first keys count. Scales what `out` [D] holds to the new maximum.
+template <class Cache>
+INLINE void to_weights(const Cache& cache, const KeyTile& tile, int visible, float* scores, Softmax* state, float* out) {
+  for (int k = visible; k < kTileKeys; k++) scores[k] = -HUGE_VALF;
+  f32x16 best = load16(scores);
+  for (int k = kKeyGroup; k < kTileKeys; k += kKeyGroup) best = larger(best, load16(scores + k));
+  const float top = largest_lane(best);
+  if (top > state->top) {
+    const f32x16 shrink = exp_nonpositive16(less(set16(state->top), set16(top)));
+    float factor[16];
+    store16(factor, shrink);
+    for (int d = 0; d < cache.dim; d++) out[d] *= factor[0];
+    state->sum = mul(state->sum, shrink);
+    state->top = top;
+  }
+  for (int g = 0; g < kTileGroups; g++) {
+    const f32x16 e = exp_nonpositive16(less(load16(scores + kKeyGroup * g), set16(state->top)));
+    state->sum = add(state->sum, e);
+    store16(scores + kKeyGroup * g, cache.weights(e, tile.group[g]));
   }
 }
 
-static void attend_int8(const AttentionArgs& a) {
-  scores_int8(a);
-  const float inverse = 1.0f / exponentials(a.scores, a.length);
-  for (int k = 0; k < a.length; k += 8) store8(a.scores + k, mul(load8(a.scores + k), load8(a.value_scales + k)));
-  gather_values<int8_t>(a, inverse);
+// Q queries from `first` against one tile of which the sequence has `keys` keys; the first of them is key `start`.
+template <int Q, class Cache>
+INLINE void attend_tile(const AttentionArgs& a, const Cache& cache, const KeyTile& tile, int start, int keys, int first,
+                        Softmax* states) {
+  float scores[Q * kTileKeys];
+  float* out = a.out + first * a.out_stride;
+  for (int g = 0; g < kTileGroups; g += kVectorsAtOnce) cache.template scores<Q, kVectorsAtOnce>(first, tile, g, scores);
+  for (int i = 0; i < Q; i++) {
+    const int visible = a.position + first + i + 1 - start;
+    to_weights(cache, tile, visible, scores + kTileKeys * i, states + first + i, out + i * a.out_stride);
+  }
+  const int last = min_int(keys, a.position + first + Q - start);
+  add_all_values<typename Cache::Value, Q>(tile, cache.values_offset(), last, a.head_dim, scores, out, a.out_stride);
 }
 
-static void attend_float(const AttentionArgs& a) {
-  scores_float(a);
-  gather_values<float>(a, 1.0f / exponentials(a.scores, a.length));
+// The records of the tile that begins with key `start`; those behind the last key repeat one that is there.
+INLINE void find_groups(const AttentionArgs& a, int start, int keys, const uint8_t** group) {
+  for (int g = 0; g < kTileGroups; g++) {
+    const int index = (start + (g * kKeyGroup < keys ? g * kKeyGroup : 0)) / kKeyGroup;
+    group[g] = a.base + a.table[index / a.groups_per_block] * a.block_bytes + index % a.groups_per_block * a.group_bytes;
+  }
 }
+
+template <class Cache>
+INLINE void attend(const AttentionArgs& a) {
+  const Cache cache(a);
+  Softmax states[kQueryTile];
+  for (int i = 0; i < a.queries; i++)
+    for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] = 0.0f;
+  const int length = a.position + a.queries;
+  KeyTile tile;
+  find_groups(a, 0, length, tile.next);
+  for (int start = 0; start < length; start += kTileKeys) {
+    memcpy(tile.group, tile.next, sizeof tile.group);
+    if (start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, tile.next);
+    const int keys = min_int(kTileKeys, length - start);
+    int i = start > a.position ? start - a.position : 0;  // earlier queries do not see this tile
+    for (; i + kQueriesAtOnce <= a.queries; i += kQueriesAtOnce)
+      attend_tile<kQueriesAtOnce>(a, cache, tile, start, keys, i, states);
+    for (; i < a.queries; i++) attend_tile<1>(a, cache, tile, start, keys, i, states);
+  }
+  for (int i = 0; i < a.queries; i++) {
+    const float inverse = 1.0f / sum_lanes(states[i].sum);
+    for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] *= inverse;
+  }
+}
+
+static void attend_int8(const AttentionArgs& a) { attend<Int8Cache>(a); }
+static void attend_float(const AttentionArgs& a) { attend<FloatCache>(a); }
 
 }  // namespace PERSIMMON_ISA
 }  // namespace persimmon

@@ -55,8 +55,38 @@ void require(bool condition, const char* message) {
 
 // ---- models ------------------------------------------------------------------------------------------------------------
 
+using Table = In<int32_t, 1>;
+
+// A cache that Python may close while calls that got it before are running.
 struct Cache {
-  std::unique_ptr<KvCache> kv;
+  std::shared_ptr<KvCache> kv;
+
+  KvCache& open() const {
+    require(kv != nullptr, "the cache is closed");
+    return *kv;
+  }
+  void copy_block(int source, int target) {
+    const int blocks = open().num_blocks();
+    require(std::min(source, target) >= 0 && std::max(source, target) < blocks, "no such block");
+    kv->copy_block(source, target);
+  }
+  void check(int layer, const Table& table, int tokens, size_t bytes) const {
+    const int blocks = open().num_blocks();
+    require(layer >= 0 && layer < kv->layers(), "no such layer");
+    for (size_t i = 0; i < table.size(); i++) require(table.data()[i] >= 0 && table.data()[i] < blocks, "no such block");
+    require(tokens >= 0 && static_cast<size_t>(tokens) <= table.size() * kv->block_size(), "more tokens than blocks");
+    require(bytes == kv->state_bytes(tokens), "the state has the wrong size");
+  }
+  nb::ndarray<nb::numpy, uint8_t> save(int layer, Table table, int tokens) const {
+    check(layer, table, tokens, open().state_bytes(tokens));
+    Owned<uint8_t> out(kv->state_bytes(tokens));
+    kv->save(layer, table.data(), tokens, out.data);
+    return out.array({kv->state_bytes(tokens)});
+  }
+  void restore(int layer, Table table, int tokens, In<uint8_t, 1> state) {
+    check(layer, table, tokens, state.size());
+    kv->restore(layer, table.data(), tokens, state.data());
+  }
 };
 
 class PyModel {
@@ -68,15 +98,24 @@ class PyModel {
 
   Model& model() { return model_; }
 
+  Cache new_cache(int num_blocks, int block_size, bool int8) {
+    require(num_blocks > 0 && block_size > 0 && block_size % kKeyGroup == 0, "block_size must be a multiple of 16");
+    return Cache{model_.new_cache(num_blocks, block_size, int8)};
+  }
+
   void forward(nb::list chunks, int exact_top, Out<float, 2> logits) {
     std::vector<Chunk> list;
+    std::vector<std::shared_ptr<KvCache>> caches;
     std::vector<In<int32_t, 1>> kept;
     size_t wanted = 0;
     for (nb::handle item : chunks) {
-      const auto [cache, ids, count] = nb::cast<std::tuple<Cache*, In<int32_t, 1>, int>>(item);
-      require(cache->kv != nullptr, "the sequence is closed");
-      kept.push_back(ids);
-      list.push_back({cache->kv.get(), ids.data(), static_cast<int>(ids.shape(0)), count});
+      const auto [cache, table, start, ids, count] = nb::cast<std::tuple<Cache*, Table, int, In<int32_t, 1>, int>>(item);
+      cache->open();
+      caches.push_back(cache->kv);
+      kept.push_back(table), kept.push_back(ids);
+      const int blocks = static_cast<int>(table.size()), tokens = static_cast<int>(ids.size());
+      require(count >= 0 && count <= tokens, "more logits than tokens");
+      list.push_back({cache->kv.get(), table.data(), blocks, start, ids.data(), tokens, count});
       wanted += count;
     }
     require(logits.shape(0) == wanted && (wanted == 0 || static_cast<int>(logits.shape(1)) == model_.shape().vocab),
@@ -228,20 +267,26 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   return {y.array({static_cast<size_t>(tokens), width}), counts.candidates, counts.active};
 }
 
-// One query [D] against keys and values [L, D].
-FloatArray attend(In<float, 1> q, In<float, 2> k, In<float, 2> v, bool int8, const std::string& isa) {
+// The last T positions of a sequence as queries [T, D] against its keys and values [L, D], in the blocks of a table.
+FloatArray attend(In<float, 2> q, In<float, 2> k, In<float, 2> v, Table table, int block_size, bool int8, const std::string& isa) {
   const Kernels* kernels = find_kernels(isa);
-  const int dim = static_cast<int>(q.size()), length = static_cast<int>(k.shape(0));
-  KvCache cache(1, 1, dim, length, int8);
-  for (int i = 0; i < length; i++) cache.store(*kernels, 0, 0, i, k.data() + static_cast<size_t>(i) * dim, v.data() + static_cast<size_t>(i) * dim);
-  std::vector<float> scores(round_up(length, 32));
-  Owned<float> out(dim);
+  const int queries = static_cast<int>(q.shape(0)), dim = static_cast<int>(q.shape(1)), length = static_cast<int>(k.shape(0));
+  require(block_size > 0 && block_size % kKeyGroup == 0 && dim <= kMaxHeadDim && queries <= length, "wrong shape");
+  require(length <= static_cast<int>(table.size()) * block_size, "more tokens than blocks");
+  const int blocks = *std::max_element(table.data(), table.data() + table.size()) + 1;
+  KvCache cache(1, 1, dim, blocks, block_size, int8);
+  for (int i = 0; i < length; i++)
+    cache.store(*kernels, 0, 0, table.data(), i, k.data() + static_cast<size_t>(i) * dim, v.data() + static_cast<size_t>(i) * dim);
+  Owned<float> out(q.size());
   AttentionArgs args = {};
-  cache.locate(0, 0, &args);
-  args.q = q.data(), args.length = length, args.head_dim = dim, args.scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  args.scores = scores.data(), args.out = out.data;
-  int8 ? kernels->attend_int8(args) : kernels->attend_float(args);
-  return out.array({static_cast<size_t>(dim)});
+  cache.locate(0, 0, table.data(), &args);
+  args.head_dim = dim, args.scale = 1.0f / std::sqrt(static_cast<float>(dim)), args.q_stride = args.out_stride = dim;
+  for (int first = 0; first < queries; first += kQueryTile) {
+    args.q = q.data() + static_cast<size_t>(first) * dim, args.out = out.data + static_cast<size_t>(first) * dim;
+    args.queries = std::min(kQueryTile, queries - first), args.position = length - queries + first;
+    int8 ? kernels->attend_int8(args) : kernels->attend_float(args);
+  }
+  return out.array({q.shape(0), q.shape(1)});
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------------
@@ -289,13 +334,13 @@ NB_MODULE(_native, m) {
   m.attr("OUTLIERS") = kOutliers;
   m.attr("NEURON_BLOCK") = kNeuronBlock;
 
-  nb::class_<Cache>(m, "Cache", "Keys and values of one sequence.")
-      .def_prop_ro("capacity", [](const Cache& c) { return c.kv->capacity(); })
-      .def_prop_rw("length", [](const Cache& c) { return c.kv->length(); },
-                   [](Cache& c, int length) {
-                     require(length >= 0 && length <= c.kv->length(), "length must be between 0 and the present length");
-                     c.kv->set_length(length);
-                   })
+  m.attr("KEY_GROUP") = kKeyGroup;
+
+  nb::class_<Cache>(m, "Cache", "Keys and values in blocks.")
+      .def("copy_block", &Cache::copy_block, "source"_a, "target"_a)
+      .def("state_bytes", [](const Cache& c, int tokens) { return c.open().state_bytes(tokens); }, "tokens"_a)
+      .def("save", &Cache::save, "layer"_a, "table"_a, "tokens"_a, "Bytes of the first tokens of a sequence in a layer.")
+      .def("restore", &Cache::restore, "layer"_a, "table"_a, "tokens"_a, "state"_a, "What `save` gave, back in place.")
       .def("close", [](Cache& c) { c.kv.reset(); });
 
   nb::class_<PyModel>(m, "Model", "A decoder over packed weights.")
@@ -318,10 +363,9 @@ NB_MODULE(_native, m) {
       .def_prop_rw("margin", [](PyModel& p) { return p.model().margin; }, [](PyModel& p, float k) { p.model().margin = k; })
       .def_prop_rw("audit_every", [](PyModel& p) { return p.model().audit_every; },
                    [](PyModel& p, int n) { p.model().audit_every = n; })
-      .def("new_cache", [](PyModel& p, int capacity, bool int8) { return Cache{p.model().new_cache(capacity, int8)}; },
-           "capacity"_a, "int8"_a)
+      .def("new_cache", &PyModel::new_cache, "num_blocks"_a, "block_size"_a, "int8"_a)
       .def("forward", &PyModel::forward, "chunks"_a, "exact_top"_a, "logits"_a.noconvert(),
-           "Append (cache, ids, wanted) chunks; logits [sum of wanted, vocab] receives the last `wanted` rows of each.")
+           "Store (cache, table, start, ids, wanted) chunks; logits [sum of wanted, vocab] receives the last `wanted` rows of each.")
       .def("counts", &PyModel::counts)
       .def("reset_counts", &PyModel::reset_counts);
 
@@ -330,7 +374,7 @@ NB_MODULE(_native, m) {
   m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "x [T, K] . weights^T -> [T, R].");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
         "together"_a, "isa"_a = "auto", "MLP output without its bias, candidates, active.");
-  m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "int8"_a, "isa"_a = "auto");
+  m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "table"_a, "block_size"_a, "int8"_a, "isa"_a = "auto");
   m.def("fingerprint", [](In<uint8_t, 1> data, const std::string& isa) {
           const Kernels* kernels = find_kernels(isa);
           nb::gil_scoped_release release;

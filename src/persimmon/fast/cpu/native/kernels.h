@@ -54,18 +54,31 @@ struct MlpCounts {
   int64_t active;      // of them positive
 };
 
+constexpr int kKeyGroup = 16;    // tokens of a record of the cache (kv_cache.h)
+constexpr int kMaxHeadDim = 256;
+
+// Where the values begin in an int8 record: behind keys and their scales.
+constexpr size_t int8_values_offset(int head_dim) { return kKeyGroup * (head_dim + sizeof(float)); }
+constexpr size_t key_group_bytes(int head_dim, bool int8) {
+  return 2 * kKeyGroup * (int8 ? head_dim + sizeof(float) : head_dim * sizeof(float));
+}
+
+// Consecutive tokens of one sequence, at most kQueryTile, as queries of one head against all keys up to themselves.
 struct AttentionArgs {
-  const float* q;            // [D] of one token and head, normalised and rotated
-  const void* keys;          // int8: blocks of 8 keys, byte 32 j + 4 key + b = dimension 4 j + b; float: [D][8] a block
-  const float* key_scales;   // int8 only, [length]
-  const void* values;        // [length][D]
-  const float* value_scales; // int8 only
-  int length;                // keys to attend to
+  const float* q;           // [queries] rows of [D], normalised and rotated, `q_stride` floats apart
+  size_t q_stride;
+  float* out;               // likewise
+  size_t out_stride;
+  int queries;
+  int position;             // of the first query: query i sees keys 0 .. position + i
   int head_dim;
-  float scale;               // 1 / sqrt(D)
-  float* scores;             // scratch, round_up(length, 32) floats
-  float* out;                // [D]
+  float scale;              // 1 / sqrt(D)
+  const uint8_t* base;      // records of the head: base + table[g / groups_per_block] * block_bytes
+  const int32_t* table;     //                      + g % groups_per_block * group_bytes
+  int groups_per_block;
+  size_t group_bytes, block_bytes;
 };
+constexpr int kQueryTile = 32;
 
 struct Kernels {
   const char* name;

@@ -6,47 +6,66 @@
 #include <new>
 
 namespace persimmon {
+namespace {
 
-constexpr int kKeysPerBlock = 8;
+// Layers from this size on take memory in large pages: a head's pieces lie far apart, and each would need a page of its own.
+constexpr size_t kLargePagesFrom = 128 << 20;
 
-KvCache::KvCache(int layers, int heads, int head_dim, int capacity, bool int8)
-    : layers_(layers), heads_(heads), head_dim_(head_dim), capacity_(capacity), int8_(int8),
-      padded_(round_up(static_cast<size_t>(capacity), kKeysPerBlock)),
-      matrix_bytes_(padded_ * head_dim * (int8 ? 1 : sizeof(float))), scale_bytes_(int8 ? padded_ * sizeof(float) : 0),
-      head_bytes_(2 * (matrix_bytes_ + scale_bytes_)), total_bytes_(head_bytes_ * layers * heads) {
+}  // namespace
+
+KvCache::KvCache(int layers, int heads, int head_dim, int num_blocks, int block_size, bool int8)
+    : layers_(layers), heads_(heads), head_dim_(head_dim), num_blocks_(num_blocks), block_size_(block_size), int8_(int8),
+      group_bytes_(key_group_bytes(head_dim, int8)), piece_bytes_(block_size / kKeyGroup * group_bytes_),
+      block_bytes_(heads * piece_bytes_), layer_bytes_(num_blocks * block_bytes_), total_bytes_(layers * layer_bytes_) {
   void* memory = mmap(nullptr, total_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   base_ = static_cast<uint8_t*>(memory);
+#if defined(MADV_HUGEPAGE)
+  if (layer_bytes_ >= kLargePagesFrom) madvise(memory, total_bytes_, MADV_HUGEPAGE);  // a wish; small pages do as well
+#endif
 }
 
 KvCache::~KvCache() { munmap(base_, total_bytes_); }
 
-void KvCache::locate(int layer, int head, AttentionArgs* args) const {
-  const uint8_t* p = region(layer, head);
-  args->keys = p;
-  args->key_scales = reinterpret_cast<const float*>(p + matrix_bytes_);
-  args->values = p + matrix_bytes_ + scale_bytes_;
-  args->value_scales = reinterpret_cast<const float*>(p + 2 * matrix_bytes_ + scale_bytes_);
+void KvCache::locate(int layer, int head, const int32_t* table, AttentionArgs* args) const {
+  args->base = piece(layer, 0, head);
+  args->table = table;
+  args->groups_per_block = block_size_ / kKeyGroup;
+  args->group_bytes = group_bytes_;
+  args->block_bytes = block_bytes_;
 }
 
-void KvCache::store(const Kernels& kernels, int layer, int head, int position, const float* key, const float* value) {
-  uint8_t* p = region(layer, head);
-  const size_t block = static_cast<size_t>(position / kKeysPerBlock) * kKeysPerBlock * head_dim_;
-  const int lane = position % kKeysPerBlock;
+void KvCache::store(const Kernels& kernels, int layer, int head, const int32_t* table, int position, const float* key,
+                    const float* value) {
+  uint8_t* p = group(layer, table, position / kKeyGroup, head);
+  const int token = position % kKeyGroup, dim = head_dim_;
   if (!int8_) {
-    float* keys = reinterpret_cast<float*>(p) + block;
-    for (int d = 0; d < head_dim_; d++) keys[kKeysPerBlock * d + lane] = key[d];
-    float* values = reinterpret_cast<float*>(p + matrix_bytes_);
-    memcpy(values + static_cast<size_t>(position) * head_dim_, value, head_dim_ * sizeof(float));
+    float *keys = reinterpret_cast<float*>(p), *values = keys + kKeyGroup * dim;
+    for (int d = 0; d < dim; d++) keys[kKeyGroup * d + token] = key[d];
+    memcpy(values + token * dim, value, dim * sizeof(float));
     return;
   }
-  int8_t codes[256];
-  float* key_scales = reinterpret_cast<float*>(p + matrix_bytes_);
-  key_scales[position] = kernels.quantize_head(key, head_dim_, codes);
-  for (int j = 0; j < head_dim_ / 4; j++) memcpy(p + block + 32 * j + 4 * lane, codes + 4 * j, 4);
-  int8_t* values = reinterpret_cast<int8_t*>(p + matrix_bytes_ + scale_bytes_);
-  float* value_scales = reinterpret_cast<float*>(p + 2 * matrix_bytes_ + scale_bytes_);
-  value_scales[position] = kernels.quantize_head(value, head_dim_, values + static_cast<size_t>(position) * head_dim_);
+  int8_t codes[kMaxHeadDim];
+  uint8_t* values = p + int8_values_offset(dim);
+  reinterpret_cast<float*>(p + kKeyGroup * dim)[token] = kernels.quantize_head(key, dim, codes);
+  for (int j = 0; j < dim / 4; j++) memcpy(p + 4 * (kKeyGroup * j + token), codes + 4 * j, 4);
+  reinterpret_cast<float*>(values + kKeyGroup * dim)[token] =
+      kernels.quantize_head(value, dim, reinterpret_cast<int8_t*>(values) + token * dim);
+}
+
+void KvCache::copy_block(int source, int target) {
+  for (int layer = 0; source != target && layer < layers_; layer++)
+    memcpy(piece(layer, target, 0), piece(layer, source, 0), block_bytes_);
+}
+
+void KvCache::save(int layer, const int32_t* table, int tokens, uint8_t* out) const {
+  for (int index = 0; index * kKeyGroup < tokens; index++)
+    for (int head = 0; head < heads_; head++, out += group_bytes_) memcpy(out, group(layer, table, index, head), group_bytes_);
+}
+
+void KvCache::restore(int layer, const int32_t* table, int tokens, const uint8_t* in) {
+  for (int index = 0; index * kKeyGroup < tokens; index++)
+    for (int head = 0; head < heads_; head++, in += group_bytes_) memcpy(group(layer, table, index, head), in, group_bytes_);
 }
 
 }  // namespace persimmon

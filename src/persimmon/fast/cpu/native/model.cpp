@@ -112,8 +112,8 @@ void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, 
   layer->neurons = tensors.bytes(prefix + "dense_4h_to_h.neurons", layer->neuron_bytes * neurons);
 }
 
-std::unique_ptr<KvCache> Model::new_cache(int capacity, bool int8) const {
-  return std::make_unique<KvCache>(shape_.layers, shape_.heads, shape_.head_dim, capacity, int8);
+std::unique_ptr<KvCache> Model::new_cache(int num_blocks, int block_size, bool int8) const {
+  return std::make_unique<KvCache>(shape_.layers, shape_.heads, shape_.head_dim, num_blocks, block_size, int8);
 }
 
 // ---- one call ----------------------------------------------------------------------------------------------------------
@@ -128,20 +128,22 @@ void Model::forward(const std::vector<Chunk>& chunks, int exact_top, float* logi
   };
   finite_ = true;
   for (const Chunk& chunk : chunks) {
-    const int length = chunk.cache->length();
-    if (chunk.count > chunk.cache->capacity() - length) throw std::length_error("the sequence is full");
+    const int64_t end = static_cast<int64_t>(chunk.start) + chunk.count;
+    const int64_t room = static_cast<int64_t>(chunk.table_size) * chunk.cache->block_size();
+    if (chunk.start < 0 || end > std::min<int64_t>(room, shape_.max_positions)) throw std::length_error("the sequence is full");
+    for (int i = 0; i < chunk.table_size; i++)
+      if (chunk.table[i] < 0 || chunk.table[i] >= chunk.cache->num_blocks()) throw std::out_of_range("no such block");
     for (int i = 0; i < chunk.count; i++) {
       if (chunk.ids[i] < 0 || chunk.ids[i] >= shape_.vocab) throw std::out_of_range("token id outside the vocabulary");
-      tokens.push_back({chunk.cache, chunk.ids[i], length + i, i >= chunk.count - chunk.wanted});
+      tokens.push_back({chunk.cache, chunk.table, chunk.ids[i], chunk.start + i, i >= chunk.count - chunk.wanted});
       if (tokens.size() == kStepTokens) flush();
     }
   }
   if (!tokens.empty()) flush();
   if (!finite_) throw std::domain_error("an activation is not finite: the weights are damaged or overflow");
-  for (const Chunk& chunk : chunks) chunk.cache->set_length(chunk.cache->length() + chunk.count);
 }
 
-void Model::reserve(int tokens, int longest, int wanted) {
+void Model::reserve(int tokens) {
   const size_t blocks = width_ / kSuperblock, hidden_blocks = neuron_width_ / kSuperblock;
   if (tokens > reserved_tokens_) {
     reserved_tokens_ = tokens;
@@ -160,22 +162,19 @@ void Model::reserve(int tokens, int longest, int wanted) {
   block_sums_.resize(static_cast<size_t>(neuron_blocks_) * width_);
   block_counts_.resize(neuron_blocks_);
   output_.resize(width_), audited_output_.resize(width_);
-  if (longest > reserved_length_) {
-    reserved_length_ = static_cast<int>(round_up(longest, 1024));
-    scores_.resize(static_cast<size_t>(pool_.threads()) * reserved_length_);
-  }
-  (void)wanted;
 }
 
 void Model::run_step(const std::vector<Token>& tokens, int exact_top, float* logits) {
   const int count = static_cast<int>(tokens.size());
-  int longest = 0;
   std::vector<int> wanted;
+  queries_.clear();
   for (int t = 0; t < count; t++) {
-    longest = std::max(longest, tokens[t].position + 1);
     if (tokens[t].wanted) wanted.push_back(t);
+    const bool follows = t > 0 && tokens[t].table == tokens[t - 1].table && tokens[t].position == tokens[t - 1].position + 1;
+    if (!follows || queries_.back().count == kQueryTile) queries_.push_back({t, 0});
+    queries_.back().count++;
   }
-  reserve(count, longest, static_cast<int>(wanted.size()));
+  reserve(count);
   embed(tokens);
   for (int i = 0; i < shape_.layers; i++) {
     const Layer& layer = layers_[i];
@@ -259,24 +258,23 @@ void Model::multiply(const Linear& linear, const void* x, int tokens, float* y, 
 // ---- attention ---------------------------------------------------------------------------------------------------------
 
 void Model::attention(const Layer& layer, int index, const std::vector<Token>& tokens) {
-  const int count = static_cast<int>(tokens.size()), heads = shape_.heads;
-  const int chunk = std::max(1, heads * count / (pool_.threads() * 8));
-  const auto scores = [&](int thread) { return scores_.data() + static_cast<size_t>(thread) * reserved_length_; };
+  const int count = static_cast<int>(tokens.size()), heads = shape_.heads, groups = static_cast<int>(queries_.size());
+  const auto chunk = [&](int items) { return std::max(1, items / (pool_.threads() * 8)); };
   if (count == 1) {
-    pool_.parallel_for(heads, chunk, [&](int begin, int end, int thread) {
+    pool_.parallel_for(heads, chunk(heads), [&](int begin, int end, int) {
       for (int h = begin; h < end; h++) {
         prepare_head(layer, index, tokens[0], 0, h);
-        attend_head(index, tokens[0], 0, h, scores(thread));
+        attend_head(index, tokens, queries_[0], h);
       }
     });
     return;
   }
   // Every key of the step is stored before any token attends; heads outermost, so that a head's keys stay in cache.
-  pool_.parallel_for(heads * count, chunk, [&](int begin, int end, int) {
+  pool_.parallel_for(heads * count, chunk(heads * count), [&](int begin, int end, int) {
     for (int i = begin; i < end; i++) prepare_head(layer, index, tokens[i % count], i % count, i / count);
   });
-  pool_.parallel_for(heads * count, chunk, [&](int begin, int end, int thread) {
-    for (int i = begin; i < end; i++) attend_head(index, tokens[i % count], i % count, i / count, scores(thread));
+  pool_.parallel_for(heads * groups, chunk(heads * groups), [&](int begin, int end, int) {
+    for (int i = begin; i < end; i++) attend_head(index, tokens, queries_[i % groups], i / groups);
   });
 }
 
@@ -292,19 +290,22 @@ void Model::prepare_head(const Layer& layer, int index, const Token& token, int 
   const float *cos = cos_ + static_cast<size_t>(token.position) * half, *sin = sin_ + static_cast<size_t>(token.position) * half;
   kernels_->rotate(q, cos, sin, half);
   kernels_->rotate(k, cos, sin, half);
-  token.cache->store(*kernels_, index, head, token.position, k, v);
+  token.cache->store(*kernels_, index, head, token.table, token.position, k, v);
 }
 
-void Model::attend_head(int index, const Token& token, int t, int head, float* scores) {
-  const int dim = shape_.head_dim;
+void Model::attend_head(int index, const std::vector<Token>& tokens, const Queries& queries, int head) {
+  const int dim = shape_.head_dim, row = 3 * shape_.hidden;
+  const Token& token = tokens[queries.first];
   AttentionArgs args = {};
-  token.cache->locate(index, head, &args);
-  args.q = qkv_.data() + (static_cast<size_t>(t) * shape_.heads + head) * 3 * dim;
-  args.length = token.position + 1;
+  token.cache->locate(index, head, token.table, &args);
+  args.q = qkv_.data() + static_cast<size_t>(queries.first) * row + head * 3 * dim;
+  args.q_stride = row;
+  args.out = attended_.data() + static_cast<size_t>(queries.first) * width_ + head * dim;
+  args.out_stride = width_;
+  args.queries = queries.count;
+  args.position = token.position;
   args.head_dim = dim;
   args.scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  args.scores = scores;
-  args.out = attended_.data() + static_cast<size_t>(t) * width_ + head * dim;
   token.cache->int8() ? kernels_->attend_int8(args) : kernels_->attend_float(args);
 }
 

@@ -26,9 +26,12 @@ struct Formats {
   bool embedding_bf16;
 };
 
-// New tokens of one sequence; the last `wanted` of them want logits.
+// New tokens behind the first `start` of the sequence that `table` holds; the last `wanted` of them want logits.
 struct Chunk {
   KvCache* cache;
+  const int32_t* table;
+  int table_size;
+  int start;
   const int32_t* ids;
   int count;
   int wanted;
@@ -51,11 +54,11 @@ class Model {
   int threads() const { return pool_.threads(); }
   const char* isa() const { return kernels_->name; }
 
-  std::unique_ptr<KvCache> new_cache(int capacity, bool int8) const;
+  std::unique_ptr<KvCache> new_cache(int num_blocks, int block_size, bool int8) const;
 
-  // Append the chunks to their caches; logits[i] are the wanted rows, in order, vocab floats each. With exact_top > 0 only
+  // Store the chunks in their blocks; logits[i] are the wanted rows, in order, vocab floats each. With exact_top > 0 only
   // that many largest logits of a row are exact and the others may be -inf. Throws std::domain_error when a value is not
-  // finite; the caches then keep their lengths.
+  // finite; what the new places hold is then undefined.
   void forward(const std::vector<Chunk>& chunks, int exact_top, float* logits);
 
   float margin = 0;       // standard deviations; infinite reads everything
@@ -84,9 +87,13 @@ class Model {
   };
   struct Token {
     KvCache* cache;
+    const int32_t* table;
     int32_t id;
     int position;
     bool wanted;
+  };
+  struct Queries {  // tokens of a step that follow each other in one sequence
+    int first, count;
   };
 
   Linear resolve_linear(const Resolver& tensors, const std::string& name, Format format, int rows, int inputs) const;
@@ -96,7 +103,7 @@ class Model {
   const float* padded(const float* values, int count);
 
   void run_step(const std::vector<Token>& tokens, int exact_top, float* logits);
-  void reserve(int tokens, int longest, int wanted);
+  void reserve(int tokens);
   void embed(const std::vector<Token>& tokens);
   void normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns);
   void pack(const float* x, int tokens, int size, int blocks, ActivationBlock* out);
@@ -105,7 +112,7 @@ class Model {
   void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
   void attention(const Layer& layer, int index, const std::vector<Token>& tokens);
   void prepare_head(const Layer& layer, int index, const Token& token, int t, int head);
-  void attend_head(int index, const Token& token, int t, int head, float* scores);
+  void attend_head(int index, const std::vector<Token>& tokens, const Queries& queries, int head);
   void mlp(const Layer& layer, int index, int tokens);
   void mlp_dense_q4(const Layer& layer, int tokens);
   MlpCounts mlp_one(const MlpArgs& args, float* output);
@@ -145,12 +152,12 @@ class Model {
   std::vector<float> block_sums_;  // one token: [blocks of neurons][width]
   std::vector<float> output_, audited_output_;  // [width]
   std::vector<float> scratch_;     // per thread, down_columns
-  std::vector<float> scores_;      // per thread, attention
+  std::vector<Queries> queries_;   // all tokens, in order
   std::vector<float> estimates_, bounds_;  // [wanted][vocab], two-pass head
   std::vector<ActiveBlock> active_;        // [blocks of neurons][T]
   std::vector<MlpCounts> block_counts_;
   std::unique_ptr<ActivationBlock[]> packed_, packed_hidden_;
-  int reserved_tokens_ = 0, reserved_length_ = 0;
+  int reserved_tokens_ = 0;
 };
 
 }  // namespace persimmon
