@@ -13,7 +13,7 @@ namespace PERSIMMON_ISA {
 
 static constexpr Kernels table(const char* name) {
 #if defined(__AVX512VNNI__)
-#define PERSIMMON_TILED 4, make_tiles, tile_scratch_bytes, tiled_rows, tiled_estimates, tiled_activate
+#define PERSIMMON_TILED kTiledTokens, make_tiles, tile_scratch_bytes, tiled_rows, tiled_estimates, tiled_activate
 #else
 #define PERSIMMON_TILED 0, nullptr, nullptr, nullptr, nullptr, nullptr
 #endif

@@ -96,6 +96,7 @@ static void activate(const MlpArgs& a, int begin, int end, int token, int count,
                      MlpCounts* counts) {
   int t = 0;
   for (; t + kTile <= count; t += kTile) activate_tile<kTile>(a, begin, end, token + t, out + t, counts);
+  for (; t + 4 <= count; t += 4) activate_tile<4>(a, begin, end, token + t, out + t, counts);
   switch (count - t) {
     case 3: activate_tile<3>(a, begin, end, token + t, out + t, counts); break;
     case 2: activate_tile<2>(a, begin, end, token + t, out + t, counts); break;

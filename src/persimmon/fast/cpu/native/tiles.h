@@ -16,6 +16,7 @@
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
+constexpr int kTiledTokens = 12;    // below, unpacking costs more than it saves
 constexpr int kPanelRows = 16;      // lanes of a vector
 constexpr int kPanelsAtOnce = 4;    // 64 rows of 16,384 inputs are 1 MiB unpacked: half a second-level cache
 
