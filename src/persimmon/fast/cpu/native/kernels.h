@@ -112,9 +112,11 @@ struct Kernels {
 };
 
 constexpr int kDownColumns = 64;
-// down_columns: rows as floats [256][64], scales [256][2], totals are kept in registers and [T][64].
+constexpr int kMostDownColumns = 256;  // columns that a kernel may take at a time: a whole superblock
+// down_columns: rows as floats [256][256], scales [256][8], totals [T][256].
 constexpr size_t down_scratch_floats(int tokens) {
-  return static_cast<size_t>(kNeuronBlock) * (kDownColumns + 2) + static_cast<size_t>(tokens) * kDownColumns;
+  return static_cast<size_t>(kNeuronBlock) * (kMostDownColumns + kMostDownColumns / kGroup) +
+         static_cast<size_t>(tokens) * kMostDownColumns;
 }
 
 // The table of an instruction set, or null when it was not compiled in.

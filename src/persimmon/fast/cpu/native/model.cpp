@@ -396,8 +396,10 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
       block_counts_[b] = found;
     }
   });
-  pool_.parallel_for(width_ / kDownColumns, 1, [&](int begin, int end, int thread) {
-    kernels_->down_columns(args, active_.data(), begin * kDownColumns, end * kDownColumns, bias, x_.data(), width_,
+  // Wide chunks as long as there are some for every thread.
+  const int columns = width_ >= 4 * kMostDownColumns * pool_.threads() ? kMostDownColumns : kDownColumns;
+  pool_.parallel_for(width_, columns, [&](int begin, int end, int thread) {
+    kernels_->down_columns(args, active_.data(), begin, end, bias, x_.data(), width_,
                            scratch_.data() + thread * down_scratch_floats(reserved_tokens_));
   });
   MlpCounts total = {};
