@@ -7,6 +7,8 @@ import numpy as np
 from persimmon.fast.cpu import _native
 
 ISAS = _native.supported_isas()
+TILED_ISAS = [isa for isa in ISAS if _native.tiled_tokens(isa)]
+"""Instruction sets with kernels for many tokens at once."""
 
 
 def lane_order(codes: np.ndarray) -> np.ndarray:
@@ -107,8 +109,8 @@ class RowMatrix:
         else:
             self.packed, self.floats = padded(weights).view(np.uint8), weights
 
-    def times(self, x: np.ndarray, isa: str) -> np.ndarray:
-        return _native.rows(self.kind, self.packed, self.low, x, isa)
+    def times(self, x: np.ndarray, isa: str, tiled: bool = False) -> np.ndarray:
+        return _native.rows(self.kind, self.packed, self.low, x, isa, tiled)
 
     def expected(self, x: np.ndarray) -> np.ndarray:
         """In float64, with the inputs as the kernel sees them."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from packed_layouts import ISAS, RowMatrix
+from packed_layouts import ISAS, TILED_ISAS, RowMatrix
 from persimmon.fast.cpu import _native
 
-FORMATS = ("float32", "bfloat16", "q8", "q4", "planes")
+PACKED = ("q8", "q4", "planes")
+FORMATS = ("float32", "bfloat16", *PACKED)
 
 # float32 sums of up to 1024 products or 32 group sums per lane, relative to the sum of magnitudes.
 TOLERANCE = 2e-6
@@ -21,6 +22,8 @@ def case(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[np.ndarra
 
 def check(matrix: RowMatrix, x: np.ndarray) -> None:
     results = [matrix.times(x, isa) for isa in ISAS]
+    if matrix.kind in PACKED:
+        results += [matrix.times(x, isa, tiled=True) for isa in TILED_ISAS]
     scale = np.abs(x) @ np.abs(matrix.floats).T + 1e-30
     assert np.max(np.abs(results[0] - matrix.expected(x)) / scale) < TOLERANCE
     for result in results[1:]:
@@ -55,10 +58,32 @@ def test_largest_codes_do_not_overflow(kind: str) -> None:
     w = np.stack([np.full(256, 1.0), np.full(256, -1.0)]).astype(np.float32)
     x = np.stack([np.full(256, 3.0), np.full(256, -3.0)]).astype(np.float32)
     matrix = RowMatrix(kind, w)
-    for isa in ISAS:
-        np.testing.assert_allclose(
-            matrix.times(x, isa), [[768, -768], [-768, 768]], rtol=2e-3 if kind != "q4" else 0.02
-        )
+    runs = [matrix.times(x, isa) for isa in ISAS] + [matrix.times(x, isa, tiled=True) for isa in TILED_ISAS]
+    for result in runs:
+        np.testing.assert_allclose(result, [[768, -768], [-768, 768]], rtol=2e-3 if kind != "q4" else 0.02)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("isa", TILED_ISAS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(1, 256, 17), (16, 31, 16), (65, 300, 33), (64, 1024, 40), (130, 600, 21), (15, 4096, 4), (80, 256, 257)],
+)
+def test_many_tokens_have_the_bits_of_one(kind: str, isa: str, rows: int, columns: int, tokens: int) -> None:
+    """Every remainder of panels (16 rows, four at once) and of tiles (16 tokens, 8 and 4 of the last)."""
+    w, x = case(rows, columns, tokens, seed=rows)
+    x[0] = 0.0
+    x[tokens // 2] *= 1e5
+    matrix = RowMatrix(kind, w)
+    assert np.array_equal(matrix.times(x, isa, tiled=True), matrix.times(x, ISAS[0]))
+
+
+def test_tiles_are_refused_where_there_are_none() -> None:
+    w, x = case(1, 256, 1)
+    with pytest.raises(ValueError, match="no tiled kernels"):
+        RowMatrix("q8", w).times(x, "portable", tiled=True)
+    with pytest.raises(ValueError, match="no tiled kernels"):
+        RowMatrix("float32", w).times(x, ISAS[-1], tiled=True)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

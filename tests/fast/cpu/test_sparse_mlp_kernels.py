@@ -7,6 +7,7 @@ import pytest
 
 from packed_layouts import (
     ISAS,
+    TILED_ISAS,
     bfloat16,
     from_bfloat16,
     pack,
@@ -61,7 +62,12 @@ class Mlp:
         self.up_floats[:, self.columns] = exact.astype(np.float32)
 
     def run(
-        self, x: np.ndarray, margin: float = np.inf, together: bool = False, isa: str = "auto"
+        self,
+        x: np.ndarray,
+        margin: float = np.inf,
+        together: bool = False,
+        isa: str = "auto",
+        tiled: bool = False,
     ) -> tuple[np.ndarray, int, int]:
         outliers = np.zeros((len(x), 16), np.float32)
         if self.kind == "planes":
@@ -69,7 +75,7 @@ class Mlp:
             x = x.copy()
             x[:, self.columns] = 0.0
         y, candidates, active = _native.sparse_mlp(
-            self.kind, self.up, self.down, self.offset, self.bias, x, outliers, margin, together, isa
+            self.kind, self.up, self.down, self.offset, self.bias, x, outliers, margin, together, isa, tiled
         )
         return y[:, : self.hidden], candidates, active
 
@@ -99,6 +105,8 @@ def check(mlp: Mlp, x: np.ndarray) -> None:
     for isa in ISAS:
         for together in (False, True):
             assert np.array_equal(mlp.run(x, together=together, isa=isa)[0], first), (isa, together)
+    for isa in TILED_ISAS if mlp.kind in ("q8", "planes") else ():
+        assert np.array_equal(mlp.run(x, together=True, isa=isa, tiled=True)[0], first), isa
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -167,6 +175,19 @@ def test_a_margin_misses_only_the_smallest(margin: float) -> None:
             assert missed < {0.0: 0.15, 1.0: 0.03, 2.0: 0.005, 3.0: 0.0005}[margin]
             assert error < {0.0: 0.05, 1.0: 0.01, 2.0: 0.001, 3.0: 0.0001}[margin]
             assert active <= candidates < 8 * 4096 * 0.4
+
+
+@pytest.mark.parametrize("isa", TILED_ISAS)
+@pytest.mark.parametrize("margin", [-3.0, 0.0, 2.0, np.inf])
+@pytest.mark.parametrize(("neurons", "tokens"), [(600, 5), (257, 16), (1024, 37)])
+def test_many_tokens_skip_what_one_skips(isa: str, margin: float, neurons: int, tokens: int) -> None:
+    """Candidates, active neurons and outputs; few candidates (a negative margin) and all take different paths."""
+    mlp, x = Mlp("planes", 520, neurons), inputs(tokens, 520)
+    x[0] = 0.0
+    x[1] *= 1e4
+    one, together = mlp.run(x, margin, isa=ISAS[0]), mlp.run(x, margin, True, isa, tiled=True)
+    assert np.array_equal(one[0], together[0])
+    assert one[1:] == together[1:]
 
 
 def test_the_spread_is_calibrated() -> None:

@@ -212,24 +212,44 @@ struct Inputs {
   std::vector<ActivationBlock> packed;
 };
 
+// The same inputs for the kernels that take many tokens at once, and their scratch memory.
+struct Tiles {
+  Tiles(const Kernels* kernels, const Inputs& inputs, int blocks, int tokens) {
+    require(kernels->tiled_tokens > 0 && !inputs.packed.empty(), "this instruction set or format has no tiled kernels");
+    const int count = (tokens + kTileTokens - 1) / kTileTokens;
+    groups.resize(static_cast<size_t>(count) * kLanes * blocks);
+    kernels->make_tiles(inputs.packed.data(), tokens, blocks, 0, count, groups.data());
+    memory.resize(kernels->tile_scratch_bytes(blocks, tokens) / sizeof(TokenGroup) + 1);
+  }
+  uint8_t* scratch() const { return reinterpret_cast<uint8_t*>(memory.data()); }
+  std::vector<TokenGroup> groups;
+  mutable std::vector<TokenGroup> memory;  // any type that is aligned
+};
+
 FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::optional<In<uint8_t, 2>> low, In<float, 2> x,
-                const std::string& isa) {
+                const std::string& isa, bool tiled) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
   const size_t tokens = x.shape(0), count = weights.shape(0);
   Owned<float> out(tokens * count);
-  const RowsArgs args = {format, weights.data(), weights.shape(1), low ? low->data() : nullptr, low ? low->shape(1) : 0,
+  RowsArgs args = {format, weights.data(), weights.shape(1), low ? low->data() : nullptr, low ? low->shape(1) : 0,
                          static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock), inputs.data(), static_cast<int>(tokens),
-                         nullptr, out.data, count, Epilogue::store};
-  kernels->rows(args, 0, static_cast<int>(count));
+                         nullptr, out.data, count, Epilogue::store, nullptr};
+  if (tiled) {
+    const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
+    args.tiles = tiles.groups.data();
+    kernels->tiled_rows(args, 0, static_cast<int>(count), tiles.scratch());
+  } else {
+    kernels->rows(args, 0, static_cast<int>(count));
+  }
   return out.array({tokens, count});
 }
 
 // relu(up . x + bias)^2 through the neurons of `down`: as one token at a time, or as many together.
 std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_name, In<uint8_t, 2> up, In<uint8_t, 2> down, int down_offset,
                                                     In<float, 1> bias, In<float, 2> x, In<float, 2> outliers,
-                                                    float margin, bool together, const std::string& isa) {
+                                                    float margin, bool together, const std::string& isa, bool tiled) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
@@ -238,7 +258,9 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   const int blocks = (neurons + kNeuronBlock - 1) / kNeuronBlock;
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
-                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens};
+                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr};
+  std::optional<Tiles> tiles;
+  if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
   std::vector<ActiveBlock> active(static_cast<size_t>(blocks) * tokens);
   MlpCounts counts = {};
   for (int b = 0; b < blocks; b++) {
@@ -247,7 +269,9 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
       out[t] = &active[static_cast<size_t>(b) * tokens + t];
       out[t]->count = 0;
     }
-    kernels->activate(args, b * kNeuronBlock, std::min((b + 1) * kNeuronBlock, neurons), 0, tokens, out.data(), &counts);
+    const int last = std::min((b + 1) * kNeuronBlock, neurons);
+    if (tiled) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), &counts, tiles->scratch());
+    else kernels->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &counts);
   }
   Owned<float> y(tokens * width);
   std::fill_n(y.data, tokens * width, 0.0f);
@@ -371,9 +395,12 @@ NB_MODULE(_native, m) {
 
   m.def("round_trip", &round_trip, "x"_a, "isa"_a = "auto", "Inputs rounded to int8 in groups of 32, as floats.");
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "isa"_a = "auto");
-  m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "x [T, K] . weights^T -> [T, R].");
+  m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false,
+        "x [T, K] . weights^T -> [T, R]; tiled: by the kernels for many tokens.");
+  m.def("tiled_tokens", [](const std::string& isa) { return find_kernels(isa)->tiled_tokens; }, "isa"_a = "auto",
+        "Fewest tokens for which the tiled kernels are used; 0 where there are none.");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
-        "together"_a, "isa"_a = "auto", "MLP output without its bias, candidates, active.");
+        "together"_a, "isa"_a = "auto", "tiled"_a = false, "MLP output without its bias, candidates, active.");
   m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "table"_a, "block_size"_a, "int8"_a, "isa"_a = "auto");
   m.def("fingerprint", [](In<uint8_t, 1> data, const std::string& isa) {
           const Kernels* kernels = find_kernels(isa);

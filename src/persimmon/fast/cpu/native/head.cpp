@@ -16,7 +16,7 @@ namespace {
 constexpr float kHeadSigmas = 6.0f;
 constexpr int kHeadChunk = 1024;     // rows a thread ranks at a time
 constexpr int kMostTop = 256;        // above this many wanted logits the full head is as fast
-constexpr int kTokensAtOnce = 16;    // bounds the estimates to 16 * vocabulary
+constexpr int kTokensAtOnce = kTileTokens;  // bounds the estimates to 16 * vocabulary
 
 struct Ranked {
   float value;
@@ -43,6 +43,7 @@ void Model::head(const std::vector<int>& wanted, int exact_top, float* logits) {
   for (int first = 0; first < count; first += kTokensAtOnce) {
     RowsArgs args = rows_args(lm_head_, packed_.get() + static_cast<size_t>(first) * lm_head_.blocks,
                               std::min(kTokensAtOnce, count - first), nullptr, shape_.vocab, Epilogue::store);
+    args.tiles += static_cast<size_t>(first / kTileTokens) * kLanes * lm_head_.blocks;
     head_top(args, exact_top, logits + static_cast<size_t>(first) * shape_.vocab);
   }
 }
@@ -52,10 +53,14 @@ void Model::head_top(const RowsArgs& args, int top, float* logits) {
   const size_t stride = vocab;
   estimates_.resize(tokens * stride), bounds_.resize(tokens * stride);
   std::vector<std::vector<Ranked>> ranked(static_cast<size_t>(tokens) * chunks);
-  pool_.parallel_for(chunks, 1, [&](int begin, int end, int) {
+  const bool in_tiles = tiled(tokens);
+  pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     for (int c = begin; c < end; c++) {
       const int first = c * kHeadChunk, last = std::min(first + kHeadChunk, vocab);
-      kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride);
+      if (in_tiles)
+        kernels_->tiled_estimates(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride, tile_scratch(thread));
+      else
+        kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride);
       for (int t = 0; t < tokens; t++) {
         std::vector<Ranked>& best = ranked[static_cast<size_t>(t) * chunks + c];
         for (int r = first; r < last; r++) best.push_back({estimates_[t * stride + r], r});

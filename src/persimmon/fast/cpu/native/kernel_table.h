@@ -6,12 +6,18 @@
 #include "int4_scale.h"
 #include "rows.h"
 #include "sparse_mlp.h"
+#include "tiles.h"
 
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
 static constexpr Kernels table(const char* name) {
-  return {name,     quantize,    layer_norm,   rotate,      rows,         estimate_rows, refine_row,
+#if defined(__AVX512VNNI__)
+#define PERSIMMON_TILED kTiledTokens, make_tiles, tile_scratch_bytes, tiled_rows, tiled_estimates, tiled_activate
+#else
+#define PERSIMMON_TILED 0, nullptr, nullptr, nullptr, nullptr, nullptr
+#endif
+  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, estimate_rows, refine_row,
           activate, add_neurons, down_columns, attend_int8, attend_float, quantize_head,
           int4_scale, fingerprint};
 }

@@ -24,6 +24,7 @@ struct RowsArgs {
   float* y;
   size_t y_stride;
   Epilogue epilogue;
+  const TokenGroup* tiles; // tiled kernels: x by make_tiles
 };
 
 // The non-zero squared activations of one block of kNeuronBlock neurons, ascending.
@@ -47,6 +48,7 @@ struct MlpArgs {
   const float* outliers; // p44: float[T][kOutliers], the outlier inputs
   float margin;          // p44: a neuron is skipped when estimate <= -margin * spread; infinite never skips
   int tokens;
+  const TokenGroup* tiles; // tiled kernels: x by make_tiles
 };
 
 struct MlpCounts {
@@ -89,6 +91,15 @@ struct Kernels {
   // Rotate dimensions i and i + half of x by cos[i], sin[i].
   void (*rotate)(float* x, const float* cos, const float* sin, int half);
   void (*rows)(const RowsArgs& args, int begin, int end);
+  // Packed rows and many tokens (tiles.h): pays from `tiled_tokens` tokens on; never (and the functions are null) when 0.
+  int tiled_tokens;
+  void (*make_tiles)(const ActivationBlock* x, int tokens, int blocks, int begin, int end, TokenGroup* tiles);
+  size_t (*tile_scratch_bytes)(int blocks, int tokens);
+  void (*tiled_rows)(const RowsArgs& args, int begin, int end, uint8_t* scratch);  // scratch: aligned to 64
+  void (*tiled_estimates)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
+                          size_t stride, uint8_t* scratch);
+  void (*tiled_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts,
+                         uint8_t* scratch);
   // Planes: estimate[t * stride + r] from the high plane, and bound = estimate + sigmas standard deviations of its error.
   void (*estimate_rows)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
                         size_t stride);
@@ -114,14 +125,17 @@ struct Kernels {
 };
 
 constexpr int kDownColumns = 64;
-// down_columns: rows as floats [256][64], scales [256][2], totals are kept in registers and [T][64].
+constexpr int kMostDownColumns = 256;  // columns that a kernel may take at a time: a whole superblock
+// down_columns: rows as floats [256][256], scales [256][8], totals [T][256].
 constexpr size_t down_scratch_floats(int tokens) {
-  return static_cast<size_t>(kNeuronBlock) * (kDownColumns + 2) + static_cast<size_t>(tokens) * kDownColumns;
+  return static_cast<size_t>(kNeuronBlock) * (kMostDownColumns + kMostDownColumns / kGroup) +
+         static_cast<size_t>(tokens) * kMostDownColumns;
 }
 
 // The table of an instruction set, or null when it was not compiled in.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 
 }  // namespace persimmon

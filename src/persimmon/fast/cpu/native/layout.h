@@ -45,6 +45,15 @@ struct alignas(64) ActivationBlock {
 };
 static_assert(sizeof(ActivationBlock) == 384, "six cache lines");
 
+constexpr int kTileTokens = 16;     // tokens of a tile
+
+// One group of 32 inputs of a tile of tokens: the same numbers, cut for products with many tokens (tiles.h).
+struct alignas(64) TokenGroup {
+  int8_t code[kTileTokens][kGroup];  // plain order
+  float scale[kTileTokens], sum[kTileTokens], energy[kTileTokens];
+};
+static_assert(sizeof(TokenGroup) == 704, "eleven cache lines");
+
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace persimmon

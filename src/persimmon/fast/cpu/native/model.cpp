@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kStepTokens = 256;       // tokens run through all layers together; bounds the scratch memory
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
+constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
 constexpr int kNeuronsAtOnce = 64;     // hot rows stay in the second-level cache until their cold rows are read
 
 size_t row_bytes(Format format, int blocks) {
@@ -238,21 +239,31 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
         finite_ = false;
     }
   });
+  if (!tiled(tokens)) return;
+  const int tiles = (tokens + kTileTokens - 1) / kTileTokens;
+  tiles_.resize(static_cast<size_t>(tiles) * kLanes * blocks);
+  tile_scratch_stride_ = kernels_->tile_scratch_bytes(blocks, tokens) / sizeof(TokenGroup) + 1;
+  if (tile_scratch_.size() < tile_scratch_stride_ * pool_.threads()) tile_scratch_.resize(tile_scratch_stride_ * pool_.threads());
+  pool_.parallel_for(tiles, 1, [&](int begin, int end, int) { kernels_->make_tiles(out, tokens, blocks, begin, end, tiles_.data()); });
 }
 
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
                           Epilogue epilogue) const {
   return {linear.format, linear.weights, linear.row_bytes, linear.low, linear.low_bytes, linear.blocks,
-          x,             tokens,         linear.bias,      y,          stride,           epilogue};
+          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data()};
 }
 
-int Model::grain(const Linear& linear) const {
-  return std::max(1, static_cast<int>(kChunkBytes / linear.row_bytes));
+int Model::grain(const Linear& linear, bool tiled) const {
+  return tiled ? kTiledRows : std::max(1, static_cast<int>(kChunkBytes / linear.row_bytes));
 }
 
 void Model::multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue) {
   const RowsArgs args = rows_args(linear, x, tokens, y, y_stride, epilogue);
-  pool_.parallel_for(linear.rows, grain(linear), [&](int begin, int end, int) { kernels_->rows(args, begin, end); });
+  const bool in_tiles = tiled(tokens) && is_packed(linear.format);
+  pool_.parallel_for(linear.rows, grain(linear, in_tiles), [&](int begin, int end, int thread) {
+    if (in_tiles) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
+    else kernels_->rows(args, begin, end);
+  });
 }
 
 // ---- attention ---------------------------------------------------------------------------------------------------------
@@ -316,7 +327,7 @@ void Model::mlp(const Layer& layer, int index, int tokens) {
   if (formats_.mlp == Format::q4) return mlp_dense_q4(layer, tokens);
   MlpArgs args = {formats_.mlp,        layer.up.weights,     layer.up.row_bytes, layer.neurons, layer.neuron_bytes,
                   layer.neuron_offset, layer.up_bias,        shape_.intermediate, width_ / kSuperblock, input(),
-                  outliers_.data(),    margin,               tokens};
+                  outliers_.data(),    margin,               tokens,             tiles_.data()};
   MlpCounts found;
   if (tokens > 1) {
     found = mlp_many(args, layer.down_bias);
@@ -371,7 +382,8 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
 // Many tokens: all activations first, then the down projection by columns; the same sums in the same order as mlp_one.
 MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
   const int tokens = args.tokens;
-  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int) {
+  const bool in_tiles = tiled(tokens) && is_packed(args.format);
+  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int thread) {
     std::vector<ActiveBlock*> out(tokens);
     for (int b = begin; b < end; b++) {
       for (int t = 0; t < tokens; t++) {
@@ -380,12 +392,15 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
       }
       MlpCounts found = {};
       const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-      kernels_->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &found);
+      if (in_tiles) kernels_->tiled_activate(args, b * kNeuronBlock, last, out.data(), &found, tile_scratch(thread));
+      else kernels_->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &found);
       block_counts_[b] = found;
     }
   });
-  pool_.parallel_for(width_ / kDownColumns, 1, [&](int begin, int end, int thread) {
-    kernels_->down_columns(args, active_.data(), begin * kDownColumns, end * kDownColumns, bias, x_.data(), width_,
+  // Wide chunks as long as there are some for every thread.
+  const int columns = width_ >= 4 * kMostDownColumns * pool_.threads() ? kMostDownColumns : kDownColumns;
+  pool_.parallel_for(width_, columns, [&](int begin, int end, int thread) {
+    kernels_->down_columns(args, active_.data(), begin, end, bias, x_.data(), width_,
                            scratch_.data() + thread * down_scratch_floats(reserved_tokens_));
   });
   MlpCounts total = {};

@@ -108,7 +108,9 @@ class Model {
   void normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns);
   void pack(const float* x, int tokens, int size, int blocks, ActivationBlock* out);
   const void* input() const;
-  int grain(const Linear& linear) const;
+  int grain(const Linear& linear, bool tiled) const;
+  uint8_t* tile_scratch(int thread) { return reinterpret_cast<uint8_t*>(tile_scratch_.data() + thread * tile_scratch_stride_); }
+  bool tiled(int tokens) const { return kernels_->tiled_tokens && tokens >= kernels_->tiled_tokens; }
   void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
   void attention(const Layer& layer, int index, const std::vector<Token>& tokens);
   void prepare_head(const Layer& layer, int index, const Token& token, int t, int head);
@@ -157,6 +159,9 @@ class Model {
   std::vector<ActiveBlock> active_;        // [blocks of neurons][T]
   std::vector<MlpCounts> block_counts_;
   std::unique_ptr<ActivationBlock[]> packed_, packed_hidden_;
+  std::vector<TokenGroup> tiles_;          // of the inputs packed last, when the kernels want them
+  std::vector<TokenGroup> tile_scratch_;   // per thread; any type that is aligned
+  size_t tile_scratch_stride_ = 0;         // elements
   int reserved_tokens_ = 0;
 };
 

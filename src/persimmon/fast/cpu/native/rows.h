@@ -11,7 +11,11 @@
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
-constexpr int kTile = 4;              // tokens that share unpacked weights
+#if defined(__AVX512F__)
+constexpr int kTile = 8;              // tokens that share unpacked weights; thirty-two registers ...
+#else
+constexpr int kTile = 4;              // ... or sixteen
+#endif
 constexpr int kPrefetchAhead = 2048;  // bytes; rows follow each other in memory, so it crosses their ends
 
 // Products of one packed row of `blocks` superblocks with N tokens.
@@ -145,6 +149,7 @@ template <class R>
 static void rows_of(const RowsArgs& a, int begin, int end) {
   int token = 0;
   for (; token + kTile <= a.tokens; token += kTile) rows_tile<R, kTile>(a, token, begin, end);
+  for (; token + 4 <= a.tokens; token += 4) rows_tile<R, 4>(a, token, begin, end);
   switch (a.tokens - token) {
     case 3: rows_tile<R, 3>(a, token, begin, end); break;
     case 2: rows_tile<R, 2>(a, token, begin, end); break;
@@ -183,6 +188,7 @@ static void estimate_rows(const RowsArgs& a, int begin, int end, float sigmas, f
   int token = 0;
   for (; token + kTile <= a.tokens; token += kTile)
     estimate_tile<kTile>(a, token, begin, end, sigmas, estimate, bound, stride);
+  for (; token + 4 <= a.tokens; token += 4) estimate_tile<4>(a, token, begin, end, sigmas, estimate, bound, stride);
   for (; token < a.tokens; token++) estimate_tile<1>(a, token, begin, end, sigmas, estimate, bound, stride);
 }
 

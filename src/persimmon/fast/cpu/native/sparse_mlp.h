@@ -96,6 +96,7 @@ static void activate(const MlpArgs& a, int begin, int end, int token, int count,
                      MlpCounts* counts) {
   int t = 0;
   for (; t + kTile <= count; t += kTile) activate_tile<kTile>(a, begin, end, token + t, out + t, counts);
+  for (; t + 4 <= count; t += 4) activate_tile<4>(a, begin, end, token + t, out + t, counts);
   switch (count - t) {
     case 3: activate_tile<3>(a, begin, end, token + t, out + t, counts); break;
     case 2: activate_tile<2>(a, begin, end, token + t, out + t, counts); break;
@@ -174,52 +175,80 @@ static void add_neurons(const MlpArgs& a, int block, const ActiveBlock& active, 
   }
 }
 
-// Many tokens: 64 columns of a block's rows become floats once, then every token adds its own neurons from them, its
-// sums in registers. `total` [T][64] gathers the blocks.
-template <class D>
-static void add_block_columns(const MlpArgs& a, int block, const ActiveBlock* active, int column, float* rows,
-                              float* scales, float* total) {
+// Many tokens: C columns of a block's rows become floats once, then every token adds its own neurons from them, its
+// sums in registers. `total` [T][C] gathers the blocks.
+constexpr int kFewTokens = 32;  // with more, nearly every neuron is needed by one of them
+
+template <class D, int C>
+static void unpack_columns(const MlpArgs& a, int block, const ActiveBlock* active, int column, float* rows, float* scales) {
   const uint8_t* base = a.down + a.down_offset + static_cast<size_t>(block) * kNeuronBlock * a.down_bytes;
   bool needed[kNeuronBlock] = {};
-  for (int t = 0; t < a.tokens; t++)
+  for (int t = 0; a.tokens <= kFewTokens && t < a.tokens; t++)
     for (int i = 0; i < active[t].count; i++) needed[active[t].index[i]] = true;
-  for (int n = 0; n < kNeuronBlock; n++) {
-    if (!needed[n]) continue;
+  const int count = min_int(kNeuronBlock, a.neurons - block * kNeuronBlock);
+  for (int n = 0; n < count; n++) {
+    if (a.tokens <= kFewTokens && !needed[n]) continue;
     const uint8_t* row = base + n * a.down_bytes;
-    for (int i = 0; i < kDownColumns; i += 16) store16(rows + n * kDownColumns + i, D::load(row, column, i));
-    for (int g = 0; g < 2; g++) scales[2 * n + g] = D::scale(row, column + g * kGroup);
+    for (int i = 0; i < C; i += kGroup) {
+      store16(rows + n * C + i, D::load(row, column + i, 0)), store16(rows + n * C + i + 16, D::load(row, column + i, 16));
+      scales[n * (C / kGroup) + i / kGroup] = D::scale(row, column + i);
+    }
   }
+}
+
+template <class D, int C>
+static void add_block_columns(const MlpArgs& a, const ActiveBlock* active, const float* rows, const float* scales, float* total) {
+  constexpr int groups = C / kGroup;
   for (int t = 0; t < a.tokens; t++) {
     const ActiveBlock& mine = active[t];
     if (!mine.count) continue;
-    f32x16 y0 = zero16(), y1 = zero16(), y2 = zero16(), y3 = zero16();
+    f32x16 y[C / 16];
+#pragma GCC unroll 16
+    for (int k = 0; k < C / 16; k++) y[k] = zero16();
     for (int i = 0; i < mine.count; i++) {
-      const int n = mine.index[i];
-      const float value = mine.value[i], *row = rows + n * kDownColumns;
-      const f32x16 p = set16(D::scaled ? value * scales[2 * n] : value);
-      const f32x16 q = D::scaled ? set16(value * scales[2 * n + 1]) : p;
-      y0 = fma(p, load16(row), y0), y1 = fma(p, load16(row + 16), y1);
-      y2 = fma(q, load16(row + 32), y2), y3 = fma(q, load16(row + 48), y3);
+      const float *row = rows + mine.index[i] * C, *scale = scales + mine.index[i] * groups;
+#pragma GCC unroll 8
+      for (int g = 0; g < groups; g++) {
+        const f32x16 p = set16(D::scaled ? mine.value[i] * scale[g] : mine.value[i]);
+        y[2 * g] = fma(p, load16(row + g * kGroup), y[2 * g]);
+        y[2 * g + 1] = fma(p, load16(row + g * kGroup + 16), y[2 * g + 1]);
+      }
     }
-    float* sum = total + t * kDownColumns;
-    store16(sum, add(load16(sum), y0)), store16(sum + 16, add(load16(sum + 16), y1));
-    store16(sum + 32, add(load16(sum + 32), y2)), store16(sum + 48, add(load16(sum + 48), y3));
+    float* sum = total + t * C;
+#pragma GCC unroll 16
+    for (int k = 0; k < C / 16; k++) store16(sum + 16 * k, add(load16(sum + 16 * k), y[k]));
   }
 }
+
+template <class D, int C>
+static void down_chunk(const MlpArgs& a, const ActiveBlock* active, int column, const float* bias, float* y, size_t y_stride,
+                       float* scratch) {
+  float *rows = scratch, *scales = rows + kNeuronBlock * C, *total = scales + kNeuronBlock * (C / kGroup);
+  const int num_blocks = (a.neurons + kNeuronBlock - 1) / kNeuronBlock;
+  for (int i = 0; i < a.tokens * C; i += 16) store16(total + i, zero16());
+  for (int b = 0; b < num_blocks; b++) {
+    const ActiveBlock* mine = active + static_cast<size_t>(b) * a.tokens;
+    unpack_columns<D, C>(a, b, mine, column, rows, scales);
+    add_block_columns<D, C>(a, mine, rows, scales, total);
+  }
+  for (int t = 0; t < a.tokens; t++)
+    for (int i = 0; i < C; i++) y[t * y_stride + column + i] += total[t * C + i] + bias[column + i];
+}
+
+// Wide chunks read the lists of active neurons less often; they want thirty-two wide registers.
+#if defined(__AVX512F__)
+constexpr int kWideColumns = kMostDownColumns;
+#else
+constexpr int kWideColumns = kDownColumns;
+#endif
 
 template <class D>
 static void down_columns_of(const MlpArgs& a, const ActiveBlock* active, int begin, int end, const float* bias, float* y,
                             size_t y_stride, float* scratch) {
-  float *rows = scratch, *scales = rows + kNeuronBlock * kDownColumns, *total = scales + 2 * kNeuronBlock;
-  const int num_blocks = (a.neurons + kNeuronBlock - 1) / kNeuronBlock;
-  for (int column = begin; column < end; column += kDownColumns) {
-    for (int i = 0; i < a.tokens * kDownColumns; i += 16) store16(total + i, zero16());
-    for (int b = 0; b < num_blocks; b++)
-      add_block_columns<D>(a, b, active + static_cast<size_t>(b) * a.tokens, column, rows, scales, total);
-    for (int t = 0; t < a.tokens; t++)
-      for (int i = 0; i < kDownColumns; i++)
-        y[t * y_stride + column + i] += total[t * kDownColumns + i] + bias[column + i];
-  }
+  int column = begin;
+  for (; column + kWideColumns <= end; column += kWideColumns)
+    down_chunk<D, kWideColumns>(a, active, column, bias, y, y_stride, scratch);
+  for (; column < end; column += kDownColumns) down_chunk<D, kDownColumns>(a, active, column, bias, y, y_stride, scratch);
 }
 
 static void down_columns(const MlpArgs& a, const ActiveBlock* active, int begin, int end, const float* bias, float* y,

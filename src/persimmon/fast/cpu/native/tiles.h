@@ -1,0 +1,532 @@
+// Products of packed rows with many tokens at once: prefill, batches, speculative blocks.
+//
+// Sixteen rows (a panel) are unpacked once into the order that the integer unit wants, one record per group of 32 weights,
+// and used for every token of the call; tokens lie in tiles of sixteen, cut by groups likewise. One group of a panel and a
+// tile is 16 x 16 x 32 products, exact in int32 on both units:
+//   AMX           one tdpbssd
+//   AVX-512 VNNI  eight vpdpbusd a token, weights in registers, inputs broadcast
+// Sums: a group's products are scaled and added as in packed_row: group g of every superblock in lane g, superblocks
+// ascending, lanes folded as by sum_lanes. So the result has the bits of rows.h, whatever the number of tokens.
+// Lanes are outermost, so that an eighth of the tiles and panels at a time stays in the first two caches.
+#pragma once
+#include "sparse_mlp.h"
+
+#if defined(__AVX512VNNI__)
+
+namespace persimmon {
+namespace PERSIMMON_ISA {
+
+constexpr int kTiledTokens = 12;    // below, unpacking costs more than it saves
+constexpr int kPanelRows = 16;      // lanes of a vector
+constexpr int kPanelsAtOnce = 4;    // 64 rows of 16,384 inputs are 1 MiB unpacked: half a second-level cache
+
+#if defined(__AMX_INT8__)
+constexpr bool kSignedWeights = true;
+#else
+constexpr bool kSignedWeights = false;  // vpdpbusd wants unsigned weights
+#endif
+
+struct alignas(64) WeightGroup {  // 32 weights of 16 rows
+  uint8_t code[8][kPanelRows][4];
+  float scale[kPanelRows];
+};
+
+// ---- tokens --------------------------------------------------------------------------------------------------------------
+
+// Tiles [begin, end) of x[tokens][blocks]; records are ordered [tile][lane][superblock], missing tokens are zeros.
+static void make_tiles(const ActivationBlock* x, int tokens, int blocks, int begin, int end, TokenGroup* tiles) {
+  for (int tile = begin; tile < end; tile++)
+    for (int t = 0; t < kTileTokens; t++) {
+      const int token = tile * kTileTokens + t;
+      for (int s = 0; s < blocks; s++)
+#pragma GCC unroll 16
+        for (int g = 0; g < kLanes; g++) {
+          TokenGroup& out = tiles[(static_cast<size_t>(tile) * kLanes + g) * blocks + s];
+          if (token >= tokens) {
+            memset(out.code[t], 0, kGroup);
+            out.scale[t] = out.sum[t] = out.energy[t] = 0.0f;
+            continue;
+          }
+          const ActivationBlock& in = token_input(x, token, blocks)[s];
+          for (int v = 0; v < 8; v++) memcpy(out.code[t] + 4 * v, in.code + 32 * v + 4 * g, 4);
+          out.scale[t] = in.scale[g], out.sum[t] = in.sum[g], out.energy[t] = in.energy[g];
+        }
+    }
+}
+
+// ---- weights -------------------------------------------------------------------------------------------------------------
+
+// The formats as stored in a panel: codes less `shift`, sign bit flipped by `flip`, value = product + offset * sum of inputs.
+template <class F>
+struct Panel {
+  static constexpr bool bytes = false;
+  static constexpr int shift = 0;
+  static constexpr float offset = F::offset;
+};
+template <>
+struct Panel<Q4> {
+  static constexpr bool bytes = false;
+  static constexpr int shift = kSignedWeights ? 8 : 0;
+  static constexpr float offset = kSignedWeights ? 0.0f : Q4::offset;
+};
+template <>
+struct Panel<Q8> {
+  static constexpr bool bytes = true;
+  static constexpr int shift = kSignedWeights ? 0 : -128;
+  static constexpr float offset = kSignedWeights ? 0.0f : Q8::offset;
+};
+
+// Transpose 16 x 16 words.
+INLINE void transpose16(__m512i* r) {
+  __m512i a[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i l01 = _mm512_unpacklo_epi32(r[i], r[i + 1]), h01 = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    const __m512i l23 = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), h23 = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+    a[i] = _mm512_unpacklo_epi64(l01, l23), a[i + 1] = _mm512_unpackhi_epi64(l01, l23);
+    a[i + 2] = _mm512_unpacklo_epi64(h01, h23), a[i + 3] = _mm512_unpackhi_epi64(h01, h23);
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; c++) {  // a[4 q + c]: columns c, 4 + c, 8 + c, 12 + c of rows 4 q .. 4 q + 3
+    const __m512i l = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), h = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xDD);
+    const __m512i m = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88), n = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xDD);
+    r[c] = _mm512_shuffle_i32x4(l, m, 0x88), r[8 + c] = _mm512_shuffle_i32x4(l, m, 0xDD);
+    r[4 + c] = _mm512_shuffle_i32x4(h, n, 0x88), r[12 + c] = _mm512_shuffle_i32x4(h, n, 0xDD);
+  }
+}
+
+// Eight scales of 16 rows, transposed to scale[g][row].
+INLINE void transpose_scales(const f32x8* row, __m512* out) {
+  __m512 z[8];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i++) z[i] = _mm512_insertf32x8(_mm512_castps256_ps512(row[i]), row[8 + i], 1);
+  __m512i a[8];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i += 4) {
+    const __m512i l01 = _mm512_castps_si512(_mm512_unpacklo_ps(z[i], z[i + 1]));
+    const __m512i h01 = _mm512_castps_si512(_mm512_unpackhi_ps(z[i], z[i + 1]));
+    const __m512i l23 = _mm512_castps_si512(_mm512_unpacklo_ps(z[i + 2], z[i + 3]));
+    const __m512i h23 = _mm512_castps_si512(_mm512_unpackhi_ps(z[i + 2], z[i + 3]));
+    a[i] = _mm512_unpacklo_epi64(l01, l23), a[i + 1] = _mm512_unpackhi_epi64(l01, l23);
+    a[i + 2] = _mm512_unpacklo_epi64(h01, h23), a[i + 3] = _mm512_unpackhi_epi64(h01, h23);
+  }
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; c++) {
+    out[c] = _mm512_castsi512_ps(_mm512_permutex2var_epi64(a[c], first, a[4 + c]));
+    out[4 + c] = _mm512_castsi512_ps(_mm512_permutex2var_epi64(a[c], second, a[4 + c]));
+  }
+}
+
+// Where 16 rows lie; a panel's missing rows repeat its last one.
+struct PanelRows {
+  const uint8_t* codes[kPanelRows];
+  const uint8_t* scales[kPanelRows];
+  int bytes, scales_bytes;  // from one superblock to the next
+};
+template <class F>
+INLINE PanelRows panel_rows(const uint8_t* base, size_t row_bytes, int first, int end) {
+  PanelRows p;
+  for (int r = 0; r < kPanelRows; r++) {
+    p.codes[r] = base + static_cast<size_t>(min_int(first + r, end - 1)) * row_bytes;
+    p.scales[r] = p.codes[r] + F::scales_at;
+  }
+  p.bytes = p.scales_bytes = F::bytes;
+  return p;
+}
+
+template <class F>
+static void unpack_panel(const PanelRows& rows, int blocks, WeightGroup* out) {
+  using P = Panel<F>;
+  const __m512i mask = _mm512_set1_epi8(15), shift = _mm512_set1_epi8(static_cast<char>(P::shift));
+  const auto put = [&](int s, int word, __m512i codes) {
+    _mm512_store_si512(out[static_cast<size_t>(word % 8) * blocks + s].code[word / 8], P::shift ? _mm512_sub_epi8(codes, shift) : codes);
+  };
+  for (int s = 0; s < blocks; s++) {
+    for (int quarter = 0; quarter < (P::bytes ? 4 : 2); quarter++) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows.codes[i] + static_cast<size_t>(s) * rows.bytes + 64 * quarter);
+      transpose16(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) {
+        const int word = 16 * quarter + i;
+        if (P::bytes) {
+          put(s, word, r[i]);
+        } else {
+          put(s, word, _mm512_and_si512(r[i], mask));
+          put(s, word + 32, _mm512_and_si512(_mm512_srli_epi16(r[i], 4), mask));
+        }
+      }
+    }
+    f32x8 scale[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) scale[i] = load_half8(rows.scales[i] + static_cast<size_t>(s) * rows.scales_bytes);
+    __m512 by_group[8];
+    transpose_scales(scale, by_group);
+#pragma GCC unroll 16
+    for (int g = 0; g < kLanes; g++) _mm512_store_ps(out[static_cast<size_t>(g) * blocks + s].scale, by_group[g]);
+  }
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------------
+
+#if defined(__AMX_INT8__)
+
+struct alignas(64) TileShapes {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+// Tiles 0 and 1: products; 2 and 3: inputs of `tokens` tokens; 4 and 5: weights.
+INLINE void configure(int tokens) {
+  TileShapes shapes = {};
+  shapes.palette = 1;
+  for (int i = 0; i < 6; i++) {
+    shapes.row_bytes[i] = i == 2 || i == 3 ? kGroup : 4 * kPanelRows;
+    shapes.rows[i] = static_cast<uint8_t>(i < 4 ? tokens : 8);
+  }
+  asm volatile("ldtilecfg %0" ::"m"(shapes));
+}
+INLINE void release() { asm volatile("tilerelease"); }
+
+// product[t][r] of one group; even and odd groups take different tiles.
+#define PERSIMMON_TILE_PRODUCT(name, c, a, b)                                                              \
+  INLINE void name(const int8_t* x, const void* w, int32_t* product) {                                     \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #a ::"r"(x), "r"(static_cast<long>(kGroup)) : "memory");     \
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #b ::"r"(w), "r"(4L * kPanelRows) : "memory");               \
+    asm volatile("tilezero %%tmm" #c "\n\ttdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory");       \
+    asm volatile("tilestored %%tmm" #c ", (%0,%1,1)" ::"r"(product), "r"(4L * kPanelRows) : "memory");     \
+  }
+PERSIMMON_TILE_PRODUCT(even_product, 0, 2, 4)
+PERSIMMON_TILE_PRODUCT(odd_product, 1, 3, 5)
+#undef PERSIMMON_TILE_PRODUCT
+
+#else
+
+INLINE void configure(int) {}
+INLINE void release() {}
+
+#endif
+
+// One group's integers join a token's sum and, for a spread, its variance. `x` points to the token's scale; its sum and
+// energy follow at the distance of a tile.
+template <class P, bool kSpread>
+INLINE void add_group(f32x16 value, const float* x, f32x16 scale, f32x16 squared, f32x16* sum, f32x16* variance) {
+  if (P::offset != 0.0f) value = fma(set16(P::offset), set16(x[kTileTokens]), value);
+  *sum = fma(mul(scale, set16(x[0])), value, *sum);
+  if (kSpread) *variance = fma(squared, set16(x[2 * kTileTokens]), *variance);
+}
+
+// sum[t] and variance[t] of one panel, one lane, and N tokens from `first` of a tile.
+template <class P, bool kSpread, int N>
+INLINE void lane_products(const WeightGroup* w, const TokenGroup* x, int first, int blocks, f32x16* sum, f32x16* variance) {
+#if defined(__AMX_INT8__)
+  alignas(64) int32_t product[2][N][kPanelRows];
+  const auto issue = [&](int s) {
+    if (s % 2) odd_product(x[s].code[first], w[s].code, product[1][0]);
+    else even_product(x[s].code[first], w[s].code, product[0][0]);
+  };
+  issue(0);
+  for (int s = 0; s < blocks; s++) {
+    if (s + 1 < blocks) issue(s + 1);
+    const f32x16 scale = _mm512_load_ps(w[s].scale), squared = mul(scale, scale);
+#pragma GCC unroll 16
+    for (int t = 0; t < N; t++)
+      add_group<P, kSpread>(_mm512_cvtepi32_ps(_mm512_load_si512(product[s % 2][t])), x[s].scale + first + t, scale, squared,
+                            sum + t, variance + t);
+  }
+#else
+  for (int s = 0; s < blocks; s++) {
+    __m512i code[8];
+#pragma GCC unroll 16
+    for (int v = 0; v < 8; v++) code[v] = _mm512_load_si512(w[s].code[v]);
+    const f32x16 scale = _mm512_load_ps(w[s].scale), squared = mul(scale, scale);
+#pragma GCC unroll 16
+    for (int t = 0; t < N; t++) {
+      const int8_t* input = x[s].code[first + t];
+      __m512i a = _mm512_setzero_si512(), b = a;
+#pragma GCC unroll 16
+      for (int v = 0; v < 8; v += 2) {
+        a = _mm512_dpbusd_epi32(a, code[v], _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v)));
+        b = _mm512_dpbusd_epi32(b, code[v + 1], _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v + 4)));
+      }
+      add_group<P, kSpread>(_mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), x[s].scale + first + t, scale, squared, sum + t,
+                            variance + t);
+    }
+  }
+#endif
+}
+
+// Lanes in the order in which sum_lanes joins them, and that joining: part[0] becomes the sum after the last one.
+constexpr int kLaneOrder[kLanes] = {0, 4, 2, 6, 1, 5, 3, 7};
+
+INLINE void join_lane(int step, f32x16 value, float* const* part) {
+  switch (step) {
+    case 0: store16(part[0], value); break;
+    case 1: store16(part[0], add(load16(part[0]), value)); break;
+    case 2: case 4: store16(part[1], value); break;
+    case 3: store16(part[0], add(load16(part[0]), add(load16(part[1]), value))); break;
+    case 5: store16(part[1], add(load16(part[1]), value)); break;
+    case 6: store16(part[2], value); break;
+    default:
+      store16(part[0], add(load16(part[0]), add(load16(part[1]), add(load16(part[2]), value))));
+  }
+}
+
+// The scratch memory of one call: panels, and per panel and token the three parts of a sum and of a variance.
+struct TileScratch {
+  WeightGroup* panels;  // [kPanelsAtOnce][lane][superblock]
+  float* part;          // [kParts][kPanelsAtOnce][tokens rounded up to tiles][kPanelRows]
+  int blocks, tokens;   // tokens rounded up
+
+  TileScratch(uint8_t* memory, int blocks, int tokens)
+      : panels(reinterpret_cast<WeightGroup*>(memory)),
+        part(reinterpret_cast<float*>(panels + static_cast<size_t>(kPanelsAtOnce) * kLanes * blocks)), blocks(blocks),
+        tokens(static_cast<int>(round_up(tokens, kTileTokens))) {}
+  WeightGroup* panel(int p) const { return panels + static_cast<size_t>(p) * kLanes * blocks; }
+  float* at(int k, int p, int token) const {
+    return part + ((static_cast<size_t>(k) * kPanelsAtOnce + p) * tokens + token) * kPanelRows;
+  }
+};
+constexpr int kSum = 0, kVariance = 3, kEstimate = 6, kParts = 7;
+
+static size_t tile_scratch_bytes(int blocks, int tokens) {
+  const TileScratch scratch(nullptr, blocks, tokens);
+  return sizeof(WeightGroup) * kPanelsAtOnce * kLanes * blocks +
+         sizeof(float) * kParts * kPanelsAtOnce * kPanelRows * scratch.tokens;
+}
+
+template <class P, bool kSpread, int N>
+static void lane_of_tokens(const TileScratch& m, int step, int panels, const TokenGroup* x, int token) {
+  const int lane = kLaneOrder[step], tile = token / kTileTokens;
+  x += (static_cast<size_t>(tile) * kLanes + lane) * m.blocks;
+  for (int p = 0; p < panels; p++) {
+    f32x16 sum[N], variance[N];
+#pragma GCC unroll 16
+    for (int t = 0; t < N; t++) sum[t] = variance[t] = zero16();
+    lane_products<P, kSpread, N>(m.panel(p) + static_cast<size_t>(lane) * m.blocks, x, token % kTileTokens, m.blocks, sum, variance);
+#pragma GCC unroll 16
+    for (int t = 0; t < N; t++) {
+      float* const part[3] = {m.at(kSum, p, token + t), m.at(kSum + 1, p, token + t), m.at(kSum + 2, p, token + t)};
+      join_lane(step, sum[t], part);
+      if (!kSpread) continue;
+      float* const spread[3] = {m.at(kVariance, p, token + t), m.at(kVariance + 1, p, token + t), m.at(kVariance + 2, p, token + t)};
+      join_lane(step, variance[t], spread);
+    }
+  }
+}
+
+// Sums (and variances) of the unpacked panels with all tokens. A spread doubles the registers, so it takes half the tokens.
+template <class F, bool kSpread>
+static void panel_products(const TileScratch& m, int panels, const TokenGroup* x, int tokens) {
+  constexpr int most = kSpread ? 8 : 16;
+  const int full = tokens / most * most, rest = tokens - full;
+  for (int step = 0; step < kLanes; step++) {
+    if (full && (step == 0 || rest)) configure(most);
+    for (int token = 0; token < full; token += most) lane_of_tokens<Panel<F>, kSpread, most>(m, step, panels, x, token);
+    if (!rest) continue;
+    const int padded = rest <= 4 ? 4 : rest <= 8 ? 8 : 16;
+    configure(padded);
+    if (padded == 4) lane_of_tokens<Panel<F>, kSpread, 4>(m, step, panels, x, full);
+    else if (padded == 8) lane_of_tokens<Panel<F>, kSpread, 8>(m, step, panels, x, full);
+    else if (!kSpread) lane_of_tokens<Panel<F>, kSpread, most>(m, step, panels, x, full);
+  }
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------------------------
+
+INLINE __mmask16 rows_mask(int first, int end) {
+  return static_cast<__mmask16>(end - first >= kPanelRows ? 0xFFFF : (1 << (end - first)) - 1);
+}
+
+INLINE void finish_panel(const RowsArgs& a, int first, int end, int t, f32x16 product) {
+  const __mmask16 mask = rows_mask(first, end);
+  float* y = a.y + t * a.y_stride + first;
+  f32x16 v = a.bias ? add(product, _mm512_maskz_loadu_ps(mask, a.bias + first)) : product;
+  if (a.epilogue == Epilogue::add) v = add(_mm512_maskz_loadu_ps(mask, y), v);
+  if (a.epilogue == Epilogue::squared_relu) v = _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(v, zero16(), _CMP_GT_OQ), v, v);
+  _mm512_mask_storeu_ps(y, mask, v);
+}
+
+// Sums of rows [first, end), at most kPanelsAtOnce panels.
+template <class F, bool kSpread>
+static void products_of(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  int panels = 0;
+  for (int r = first; r < end; r += kPanelRows)
+    unpack_panel<F>(panel_rows<F>(a.weights, a.row_bytes, r, end), a.blocks, m.panel(panels++));
+  panel_products<F, kSpread>(m, panels, a.tiles, a.tokens);
+}
+// The same of the low plane, whose scales lie in the high one.
+static void low_products(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  int panels = 0;
+  for (int r = first; r < end; r += kPanelRows) {
+    PanelRows rows = panel_rows<High>(a.weights, a.row_bytes, r, end);
+    for (int i = 0; i < kPanelRows; i++) rows.codes[i] = a.low + static_cast<size_t>(min_int(r + i, end - 1)) * a.low_bytes;
+    rows.bytes = Low::bytes;
+    unpack_panel<Low>(rows, a.blocks, m.panel(panels++));
+  }
+  panel_products<Low, false>(m, panels, a.tiles, a.tokens);
+}
+
+// Call body(panel, first row of it, token, sum) for all results; a token's panels together, as its outputs are neighbours.
+template <class F, class Body>
+INLINE void each_product(const TileScratch& m, int tokens, int first, int end, Body body) {
+  for (int t = 0; t < tokens; t++)
+    for (int p = 0, r = first; r < end; r += kPanelRows, p++) body(p, r, t, mul(set16(F::factor), load16(m.at(kSum, p, t))));
+}
+
+template <class F>
+static void rows_of_panels(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  products_of<F, false>(m, a, first, end);
+  each_product<F>(m, a.tokens, first, end, [&](int, int r, int t, f32x16 product) { finish_panel(a, r, end, t, product); });
+}
+
+static void planes_of_panels(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  products_of<High, false>(m, a, first, end);
+  each_product<High>(m, a.tokens, first, end, [&](int p, int, int t, f32x16 high) { store16(m.at(kEstimate, p, t), high); });
+  low_products(m, a, first, end);
+  each_product<Low>(m, a.tokens, first, end, [&](int p, int r, int t, f32x16 low) {
+    finish_panel(a, r, end, t, add(load16(m.at(kEstimate, p, t)), low));
+  });
+}
+
+// Rows of a call that are unpacked together: one panel while all tokens fit into a tile, so that memory is read evenly.
+INLINE int rows_at_once(int tokens) { return kPanelRows * (tokens > kTileTokens ? kPanelsAtOnce : 1); }
+
+static void tiled_rows(const RowsArgs& a, int begin, int end, uint8_t* scratch) {
+  const TileScratch m(scratch, a.blocks, a.tokens);
+  const int step = rows_at_once(a.tokens);
+  for (int first = begin; first < end; first += step) {
+    const int last = min_int(first + step, end);
+    if (a.format == Format::q4) rows_of_panels<Q4>(m, a, first, last);
+    if (a.format == Format::q8) rows_of_panels<Q8>(m, a, first, last);
+    if (a.format == Format::planes) planes_of_panels(m, a, first, last);
+  }
+  release();
+}
+
+INLINE f32x16 spread_of(const TileScratch& m, int p, int t) {
+  return _mm512_sqrt_ps(mul(load16(m.at(kVariance, p, t)), set16(256.0f / 12.0f)));
+}
+
+static void tiled_estimates(const RowsArgs& a, int begin, int end, float sigmas, float* estimate, float* bound, size_t stride,
+                            uint8_t* scratch) {
+  const TileScratch m(scratch, a.blocks, a.tokens);
+  const int step = rows_at_once(a.tokens);
+  for (int first = begin; first < end; first += step) {
+    const int last = min_int(first + step, end);
+    products_of<High, true>(m, a, first, last);
+    each_product<High>(m, a.tokens, first, last, [&](int p, int r, int t, f32x16 high) {
+      const __mmask16 mask = rows_mask(r, last);
+      _mm512_mask_storeu_ps(estimate + t * stride + r, mask, high);
+      _mm512_mask_storeu_ps(bound + t * stride + r, mask, add(high, mul(set16(sigmas), spread_of(m, p, t))));
+    });
+  }
+  release();
+}
+
+// ---- the MLP's up projection (sparse_mlp.h) --------------------------------------------------------------------------------
+
+INLINE RowsArgs up_rows(const MlpArgs& a) {
+  RowsArgs rows = {};
+  rows.format = a.format, rows.weights = a.up, rows.row_bytes = a.up_bytes, rows.low = a.down, rows.low_bytes = a.down_bytes;
+  rows.blocks = a.blocks, rows.x = a.x, rows.tokens = a.tokens, rows.tiles = a.tiles;
+  return rows;
+}
+
+// Products of the outlier columns, in the order of outlier_product.
+struct OutlierPanel {
+  f32x16 weight[kOutliers];  // [column], a row in each lane
+  OutlierPanel(const MlpArgs& a, int first, int end) {
+    __m512i r[kPanelRows];
+    for (int i = 0; i < kPanelRows; i++)
+      r[i] = _mm512_castps_si512(load_half16(a.up + static_cast<size_t>(min_int(first + i, end - 1)) * a.up_bytes + a.blocks * kQ4Bytes));
+    transpose16(r);
+    for (int i = 0; i < kOutliers; i++) weight[i] = _mm512_castsi512_ps(r[i]);
+  }
+  INLINE f32x16 pair(const OutlierPanel& w, const float* x, int i) {
+    return add(mul(w.weight[i], set16(x[i])), mul(w.weight[i + 8], set16(x[i + 8])));
+  }
+  INLINE f32x16 product(const OutlierPanel& w, const float* x) {
+    f32x16 four[4];
+    for (int i = 0; i < 4; i++) four[i] = add(pair(w, x, i), pair(w, x, i + 4));
+    return add(add(four[0], four[2]), add(four[1], four[3]));
+  }
+};
+
+// Append a row's positive pre-activations.
+template <class Value>
+INLINE void append_row(const MlpArgs& a, int r, ActiveBlock* const* out, MlpCounts* counts, Value value) {
+  for (int t = 0; t < a.tokens; t++) {
+    const float p = value(t);
+    if (p > 0.0f) append(out[t], r % kNeuronBlock, p), counts->active++;
+  }
+}
+
+static void activate_bytes(const TileScratch& m, const MlpArgs& a, int first, int end, ActiveBlock* const* out, MlpCounts* counts) {
+  products_of<Q8, false>(m, up_rows(a), first, end);
+  for (int r = first; r < end; r++)
+    append_row(a, r, out, counts, [&](int t) { return m.at(kSum, (r - first) / kPanelRows, t)[(r - first) % kPanelRows] + a.bias[r]; });
+  counts->candidates += static_cast<int64_t>(end - first) * a.tokens;
+}
+
+// Above this share of candidates the low plane is multiplied as a whole, below it for them alone; the results are the same.
+constexpr float kDenseCandidates = 0.2f;
+
+static void activate_high(const TileScratch& m, const MlpArgs& a, int first, int end, ActiveBlock* const* out, MlpCounts* counts) {
+  const RowsArgs rows = up_rows(a);
+  products_of<High, true>(m, rows, first, end);
+  int64_t candidates = 0;
+  for (int p = 0, r = first; r < end; r += kPanelRows, p++) {
+    const OutlierPanel outliers(a, r, end);
+    const __mmask16 mask = rows_mask(r, end);
+    const f32x16 bias = _mm512_maskz_loadu_ps(mask, a.bias + r);
+    for (int t = 0; t < a.tokens; t++) {
+      float* estimate = m.at(kEstimate, p, t);
+      const f32x16 high = mul(set16(High::factor), load16(m.at(kSum, p, t)));
+      const f32x16 value = add(add(high, OutlierPanel::product(outliers, a.outliers + t * kOutliers)), bias);
+      const f32x16 least = mul(set16(-a.margin), spread_of(m, p, t));
+      const __mmask16 wanted = _mm512_mask_cmp_ps_mask(mask, value, least, _CMP_NLE_UQ);
+      candidates += __builtin_popcount(wanted);
+      // What is skipped becomes -inf, which no low plane makes positive.
+      store16(estimate, _mm512_mask_blend_ps(wanted, set16(-HUGE_VALF), value));
+    }
+  }
+  counts->candidates += candidates;
+  const auto estimate = [&](int r, int t) { return m.at(kEstimate, (r - first) / kPanelRows, t)[(r - first) % kPanelRows]; };
+  if (candidates > kDenseCandidates * static_cast<float>(end - first) * static_cast<float>(a.tokens)) {
+    low_products(m, rows, first, end);
+    for (int r = first; r < end; r++)
+      append_row(a, r, out, counts, [&](int t) { return estimate(r, t) + m.at(kSum, (r - first) / kPanelRows, t)[(r - first) % kPanelRows]; });
+    return;
+  }
+  for (int r = first; r < end; r++) {
+    if (r + 2 < end) prefetch(a.down + static_cast<size_t>(r + 2) * a.down_bytes, a.blocks * kLowBytes);
+    append_row(a, r, out, counts, [&](int t) {
+      const float value = estimate(r, t);
+      if (value == -HUGE_VALF) return value;
+      const ActivationBlock* x = token_input(static_cast<const ActivationBlock*>(a.x), t, a.blocks);
+      float low;
+      low_row<1>(a.down + r * a.down_bytes, a.up + r * a.up_bytes, a.blocks, &x, &low);
+      return value + low;
+    });
+  }
+}
+
+// Neurons [begin, end) of one block, all tokens: as activate() does.
+static void tiled_activate(const MlpArgs& a, int begin, int end, ActiveBlock* const* out, MlpCounts* counts, uint8_t* scratch) {
+  const TileScratch m(scratch, a.blocks, a.tokens);
+  const int step = rows_at_once(a.tokens);
+  for (int first = begin; first < end; first += step) {
+    const int last = min_int(first + step, end);
+    if (a.format == Format::q8) activate_bytes(m, a, first, last, out, counts);
+    if (a.format == Format::planes) activate_high(m, a, first, last, out, counts);
+  }
+  release();
+}
+
+}  // namespace PERSIMMON_ISA
+}  // namespace persimmon
+
+#endif
