@@ -15,7 +15,7 @@ from persimmon.checkpoints import hub
 from persimmon.config import ModelConfig, preset
 from persimmon.data.documents import read_documents
 from persimmon.data.packing import PackedRows, Row
-from persimmon.data.tokens import TokenStore, read_manifest
+from persimmon.data.tokens import TokenStore, check_vocabulary, read_manifest
 from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
@@ -195,6 +195,7 @@ def _run(world: World, recipe: PretrainRecipe, resume: bool, report: Report) -> 
     set_up_process(recipe.threads)
     data, output = Path(recipe.data), Path(recipe.output)
     tokenizer = Tokenizer.load(data)
+    check_vocabulary(data, tokenizer.serialized)
     source = PackedSource(recipe)
     model = build_model(recipe.model, tokenizer.vocab_size, tokenizer.eos_id, recipe.seed)
     evaluate = held_out_evaluation(data, tokenizer)
