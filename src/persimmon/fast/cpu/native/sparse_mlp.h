@@ -116,6 +116,7 @@ struct Int8Down {
   INLINE f32x16 load(const uint8_t* row, int column, int i) {
     return load_int8x16(reinterpret_cast<const int8_t*>(row + at(column)) + i);
   }
+  INLINE void fetch(const uint8_t* row, int column, int count) { prefetch(row + at(column), count + kScaleBytes); }
   INLINE float scale(const uint8_t* row, int column) {
     const uint8_t* scales = row + static_cast<size_t>(column / kSuperblock) * kInt8Bytes + kSuperblock;
     return half_to_float(read_unaligned<uint16_t>(scales + column % kSuperblock / kGroup * 2));
@@ -126,6 +127,9 @@ struct FloatDown {
   static constexpr bool scaled = false;
   INLINE f32x16 load(const uint8_t* row, int column, int i) {
     return load_weights16(reinterpret_cast<const T*>(row) + column + i);
+  }
+  INLINE void fetch(const uint8_t* row, int column, int count) {
+    prefetch(reinterpret_cast<const T*>(row) + column, count * static_cast<int>(sizeof(T)));
   }
   INLINE float scale(const uint8_t*, int) { return 1.0f; }
 };
@@ -179,15 +183,27 @@ static void add_neurons(const MlpArgs& a, int block, const ActiveBlock& active, 
 // sums in registers. `total` [T][C] gathers the blocks.
 constexpr int kFewTokens = 32;  // with more, nearly every neuron is needed by one of them
 
-template <class D, int C>
-static void unpack_columns(const MlpArgs& a, int block, const ActiveBlock* active, int column, float* rows, float* scales) {
-  const uint8_t* base = a.down + a.down_offset + static_cast<size_t>(block) * kNeuronBlock * a.down_bytes;
+// Neurons of a block that some token adds, ascending; returns how many.
+static int needed_neurons(const MlpArgs& a, int block, const ActiveBlock* active, uint8_t* list) {
+  const int count = min_int(kNeuronBlock, a.neurons - block * kNeuronBlock);
   bool needed[kNeuronBlock] = {};
   for (int t = 0; a.tokens <= kFewTokens && t < a.tokens; t++)
     for (int i = 0; i < active[t].count; i++) needed[active[t].index[i]] = true;
-  const int count = min_int(kNeuronBlock, a.neurons - block * kNeuronBlock);
-  for (int n = 0; n < count; n++) {
-    if (a.tokens <= kFewTokens && !needed[n]) continue;
+  int found = 0;
+  for (int n = 0; n < count; n++)
+    if (a.tokens > kFewTokens || needed[n]) list[found++] = static_cast<uint8_t>(n);
+  return found;
+}
+
+template <class D, int C>
+static void unpack_columns(const MlpArgs& a, int block, const ActiveBlock* active, int column, float* rows, float* scales) {
+  constexpr int ahead = 8;  // the pieces of rows lie far apart, so no hardware prefetcher finds the next
+  const uint8_t* base = a.down + a.down_offset + static_cast<size_t>(block) * kNeuronBlock * a.down_bytes;
+  uint8_t list[kNeuronBlock];
+  const int count = needed_neurons(a, block, active, list);
+  for (int k = 0; k < count; k++) {
+    const int n = list[k];
+    if (k + ahead < count) D::fetch(base + list[k + ahead] * a.down_bytes, column, C);
     const uint8_t* row = base + n * a.down_bytes;
     for (int i = 0; i < C; i += kGroup) {
       store16(rows + n * C + i, D::load(row, column + i, 0)), store16(rows + n * C + i + 16, D::load(row, column + i, 16));
