@@ -189,6 +189,8 @@ def load(
     check_options(by.value, engine_options)
     if threads is not None and "threads" in ENGINES[by.value].options:
         engine_options["threads"] = threads
+    if context is not None and "context" in ENGINES[by.value].options:
+        engine_options["context"] = context
     precision = choose_dtype(dtype, on.value, stored, count_parameters(config).total)
     if rotary_precision != "checkpoint":
         config = config.replace(rotary_precision=rotary_precision)
@@ -197,6 +199,8 @@ def load(
         f"{name} {choice.value} ({choice.reason})"
         for name, choice in (("device", on), ("engine", by), ("dtype", precision))
     ]
+    if context is None:
+        context = getattr(decoder, "context", None)  # what the engine planned for, where it plans
     return Persimmon(decoder, Tokenizer.load(path), context=context, choices=choices)
 
 
