@@ -64,9 +64,10 @@ def device_weight_bytes(config: ModelConfig, weight_format: str) -> int:
     layer = _matrix_bytes(attention, 3 * hidden, hidden) + _matrix_bytes(attention, hidden, hidden)
     if weight_format == "p44":  # two planes with one set of scales, 16 float16 outliers a neuron; int8 down rows
         planes = 2 * _matrix_bytes("q4", neurons, hidden) - neurons * (-(-hidden // 64) * 4)
-        layer += planes + 32 * neurons + neurons + _matrix_bytes("q8", neurons, hidden)
+        layer += planes + 32 * neurons + _matrix_bytes("q8", neurons, hidden)
     else:
-        layer += _matrix_bytes(weight_format, neurons, hidden) + _matrix_bytes(weight_format, hidden, neurons)
+        layer += _matrix_bytes(weight_format, neurons, hidden)  # the down projection is neuron-major but for q4
+        layer += _matrix_bytes(weight_format, *((hidden, neurons) if weight_format == "q4" else (neurons, hidden)))
     head = _matrix_bytes("q8" if packed else weight_format, rows, hidden)
     embedding = rows * hidden * (4 if weight_format == "float32" else 2)
     tables = 4 * config.max_positions * config.rotary_dim

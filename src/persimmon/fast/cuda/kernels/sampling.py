@@ -75,7 +75,7 @@ def threshold_kernel(
     kept = inside & ((rank < k) | (k <= 0))
     total = tl.where(k > 0, tl.sum(tl.where(kept, share, 0.0), axis=0), tl.load(sums + row))
     before = tl.cumsum(tl.where(kept, share, 0.0), axis=0) - share  # mass of the better ones
-    in_nucleus = kept & ((before < p * total) | (p >= 1.0))
+    in_nucleus = kept & (before < tl.where(p < 1.0, p * total, float("inf")))
     stays = in_nucleus & (share >= least)
     count = tl.sum(stays.to(tl.int32), axis=0)
     filtered = (heat > 0.0) & ((k > 0) | (p < 1.0))
@@ -101,8 +101,11 @@ def pick_kernel(
     counter = tl.load(count + row).to(tl.uint32)
     zero = tl.zeros([BLOCK], tl.uint32)
     bits, _, _, _ = tl.philox(key, token.to(tl.uint32), zero + counter, zero, zero)
-    uniform = ((bits >> 8).to(tl.float32) + 0.5) * (1.0 / 16_777_216.0)  # in (0, 1): 24 bits are exact in float32
-    noise = -tl.log(-tl.log(uniform))
+    # Gumbel noise is -log of an exponential, -log(1 - u). The largest noise decides, so small u must be fine: 32 bits,
+    # and the logarithm's series where 1 - u would lose them.
+    u = (bits.to(tl.float32) + 0.5) * (1.0 / 4_294_967_296.0)
+    exponential = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u * 0.3333333)), -tl.log(1.0 - u))
+    noise = -tl.log(exponential)
     score = tl.where(heat > 0.0, logit / tl.where(heat > 0.0, heat, 1.0) + noise, logit)
     allowed = inside & (logit >= tl.load(thresholds + row)) & (logit > -float("inf"))
     score = tl.where(allowed, score, -float("inf"))
