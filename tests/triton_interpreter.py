@@ -1,7 +1,7 @@
 """Import this before anything that imports triton: kernels then run on the CPU, one program after the other.
 
-The variable must stand when triton is first imported. On a machine with a GPU, run these tests in a process of their own
-without it (PERSIMMON_TEST_ON_GPU=1) to compile and run the kernels there.
+The variable must stand when triton is first imported. On a machine with a GPU, run these tests in a process of their
+own without it (PERSIMMON_TEST_ON_GPU=1) to compile and run the kernels there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEVICE = "cuda" if os.environ.get("PERSIMMON_TEST_ON_GPU") else "cpu"
 
 
 def _patch_once() -> None:
-    """Let the interpreter prepare triton.language once per module and not per call: a quarter of the time of a small kernel."""
+    """Prepare triton.language once per module and not per call: a quarter of the time of a small kernel."""
     from triton.runtime import interpreter
 
     original, done = interpreter._patch_lang, set()

@@ -121,7 +121,7 @@ ENGINES: dict[str, Engine] = {
         why_unfit=_why_not_on_cpu,
     ),
     "reference": Engine("reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference),
-    # Behind the reference, so that `auto` takes it for quantized weights only: it has not run on a GPU yet (docs/gpu.md).
+    # Behind the reference, so that `auto` takes it for quantized weights only: it has not run on a GPU (docs/gpu.md).
     "cuda": Engine(
         "cuda",
         "Triton kernels and CUDA graphs, plain or quantized weights",

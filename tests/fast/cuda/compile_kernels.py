@@ -142,8 +142,8 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     return {
         "ptx": len(ptx), "cubin": len(compiled.asm["cubin"]), "mma": bool(re.search(r"\bw?g?mma\.", ptx)),
-        "wide_loads": bool(re.search(r"ld\.global[\w.:]*\.v[24]\.b32", ptx)), "spills": len(re.findall(r"\.local ", ptx)),
-    }  # fmt: skip
+        "wide_loads": bool(re.search(r"ld\.global[\w.:]*\.v[24]\.b32", ptx)), "spills": len(re.findall(r"\.local ",
+    ptx)), }  # fmt: skip
 
 
 def main(arch: int, wanted: list[str]) -> None:

@@ -38,7 +38,9 @@ def test_tables_are_kept_and_belong_to_a_gpu(tmp_path: Path, monkeypatch: pytest
     assert table_for("GPU A")[0] == TABLE
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "gpu": "a", "active": 0, "mlp": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "gpu": "a", "active": 0, "mlp": 3}']
+)
 def test_broken_tables_are_named(text: str, tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     file.write_text(text)

@@ -135,13 +135,18 @@ def test_blocks_go_back_when_sequences_end(checkpoint: Path) -> None:
 def test_loading(checkpoint: Path, packed: dict[str, Path]) -> None:
     """Both kinds of directories, the planner's choices, and options that cannot be."""
     decoder = load_decoder(checkpoint, device=str(DEVICE), dtype="float32", context=512)
-    assert (decoder.name, decoder.context, decoder.kv_dtype, decoder.weights.format) == ("cuda", 512, "float32", "float32")
+    assert (decoder.name, decoder.context, decoder.kv_dtype, decoder.weights.format) == (
+        "cuda",
+        512,
+        "float32",
+        "float32",
+    )
     assert decoder.new_sequence(512).capacity == 512
     small = load_decoder(packed["q4"], device=str(DEVICE), kv_dtype="int8", context=512)
     assert (small.weights.format, small.kv_dtype, small.weights.dtype) == ("q4", "int8", torch.bfloat16)
     with pytest.raises(InputError, match="fp8 applies to unpacked weights, these are q4"):
         load_decoder(packed["q4"], device=str(DEVICE), fp8=True)
-    with pytest.raises(InputError, match="kernel table .* does not exist"):
+    with pytest.raises(InputError, match=r"kernel table .* does not exist"):
         load_decoder(checkpoint, device=str(DEVICE), dtype="float32", context=512, kernel_table="nowhere.json")
     for options, message in (({"kv_dtype": "int4"}, "int4"), ({"sparsity_margin": -1.0}, "sparsity_margin")):
         with pytest.raises(InputError, match=message):

@@ -21,7 +21,9 @@ def answers(engine: Engine, prompts: Sequence[str], later: Sequence[str] = ()) -
 
     def submit(texts: Sequence[str]) -> None:
         for text in texts:
-            engine.submit(Request(text, tuple(TOKENIZER.encode(text, bos=True)), SamplingParams(max_tokens=5, temperature=0)))
+            engine.submit(
+                Request(text, tuple(TOKENIZER.encode(text, bos=True)), SamplingParams(max_tokens=5, temperature=0))
+            )
 
     submit(prompts)
     found: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Captured steps with a stand-in for CUDA graphs: what is captured when, and that replays see what stands in the buffers."""
+"""Captured steps with a stand-in for CUDA graphs: what is captured when, and that replays see the buffers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_step_is_prepared_once() -> None:
 
 
 def test_warming_up_harms_no_sequence() -> None:
-    """A second batch size is captured while a sequence has keys and values: they stay, and logits are the reference's."""
+    """A second batch size is captured while sequences have keys and values: logits stay the reference's."""
     fake = FakeGraphs()
     decoder = cuda_decoder(MODEL, cache_tokens=512, capture=fake.capture)
     first, second = decoder.new_sequence(64), decoder.new_sequence(64)

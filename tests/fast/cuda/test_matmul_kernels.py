@@ -15,8 +15,8 @@ from persimmon.fast.cuda.layouts import Matrix
 FORMATS = ["float32", "bfloat16", "fp8", "q8", "q4", "planes"]
 DEVICE = triton_interpreter.DEVICE
 
-# Sums of products near 1 in another order. bfloat16 activations: results and, with several tokens, weights are rounded to
-# 8 bits, and the interpreter cuts where a GPU rounds.
+# Sums of products near 1 in another order. bfloat16 activations: results and, with several tokens, weights are rounded
+# to 8 bits, and the interpreter cuts where a GPU rounds.
 LIMITS = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 5e-2}}
 
 
@@ -69,7 +69,11 @@ def test_hard_inputs(name: str) -> None:
 def test_active_lists_are_the_dense_result(name: str, tokens: int) -> None:
     """Put back where they belong, the listed values are relu(.)^2 of all neurons; nothing else is listed."""
     matrix, x = make(name, 70, 64), random(tokens, 64, seed=3)
-    for bias in (random(70, seed=4) - 1.0, torch.full((70,), -1e4, device=DEVICE), torch.full((70,), 1e4, device=DEVICE)):
+    for bias in (
+        random(70, seed=4) - 1.0,
+        torch.full((70,), -1e4, device=DEVICE),
+        torch.full((70,), 1e4, device=DEVICE),
+    ):
         active = matmul.multiply_active(x, matrix, bias)
         dense = matmul.multiply(x, matrix, bias, squared_relu=True)
         found, seen = torch.zeros_like(dense), []

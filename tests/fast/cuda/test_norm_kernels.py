@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("partials", [0, 1, 3])
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (5, 300)], ids=str)
 def test_residual_layer_norm(shape: tuple[int, int], partials: int) -> None:
-    rows, hidden = shape
+    hidden = shape[1]
     x, gain, shift, bias = random(*shape), random(hidden, seed=1), random(hidden, seed=2), random(hidden, seed=3)
     partial = random(partials, *shape, seed=4) if partials else None
     expected = x + partial.sum(0) + bias if partial is not None else x.clone()

@@ -104,7 +104,9 @@ def test_a_shorter_context_only_when_nothing_smaller_is_left() -> None:
 
 
 def test_what_cannot_fit_is_refused_with_what_is_missing() -> None:
-    with pytest.raises(UnavailableError, match=r"does not fit: 23\.\d GiB for bfloat16 weights 17\.5 .* 15\.\d GiB are missing"):
+    with pytest.raises(
+        UnavailableError, match=r"does not fit: 23\.\d GiB for bfloat16 weights 17\.5 .* 15\.\d GiB are missing"
+    ):
         choose(preset("8b"), 8 * GIB, formats=("bfloat16",))
     with pytest.raises(UnavailableError, match="use a shorter --context"):
         choose(PRUNED, 12 * GIB, formats=("q8",), context=16_384)

@@ -1,4 +1,4 @@
-"""The MLP with its zeros against the dense product: all zero, all active, one active, any share; and the margin of p44."""
+"""The MLP with its zeros against the dense product: all zero, all active, one active; the margin of p44."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def test_only_active_rows_are_needed(kind: str, tokens: int) -> None:
 
 
 def poison(down: Matrix, inactive: Tensor) -> None:
-    if down.format == 1:
-        down.scales[inactive] = math.nan
-    elif down.format == 3:
+    if down.format == 1 or down.format == 3:
         down.scales[inactive] = math.nan
     else:
         down.codes[inactive] = math.nan

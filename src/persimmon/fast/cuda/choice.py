@@ -1,7 +1,7 @@
 """Dense or sparse MLP, kernel or library: decided by a table measured on this very GPU, never by hope. No torch.
 
-Published sparse kernels are often slower than dense ones on a GPU, so sparse has to win by measurement or stays off. A table
-is written by `benchmarks/gpu/run.py` and read from a file that names the GPU; for another GPU, or without a file,
+Published sparse kernels are often slower than dense ones on a GPU, so sparse has to win by measurement or stays off. A
+table is written by `benchmarks/gpu/run.py` and read from a file that names the GPU; for another GPU, or without a file,
 everything is dense.
 
     {"version": 1, "gpu": NAME, "active": 0.1, "mlp": {"bfloat16": {"1": {"dense_us": 40.1, "sparse_us": 29.3}, ...}}}
@@ -96,7 +96,7 @@ def load_table(path: Path) -> KernelTable:
 
 
 def table_for(gpu: str, path: Path | None = None) -> tuple[KernelTable, str]:
-    """The table to use on a GPU, and why. A file that was named must exist and be for this GPU; the default one may not."""
+    """The table to use on a GPU, and why. A file that was named must exist and be for this GPU."""
     place = path or default_path()
     if not place.is_file():
         if path is not None:

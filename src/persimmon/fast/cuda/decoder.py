@@ -1,12 +1,10 @@
-"""The CUDA engine's Decoder: sequences over one pool of blocks; Python checks what it is given, `Runner` does the rest."""
+"""The CUDA engine's Decoder: sequences over one pool of blocks, checked here and run by `Runner`."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections.abc import Sequence
-
-import torch
 
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, InputError, UnavailableError
@@ -139,8 +137,8 @@ class CudaDecoder:
             raise ContextLengthError(f"a sequence of {capacity} tokens: the model has 1 to {limit}")
         if capacity > self._num_blocks * BLOCK_SIZE:
             raise UnavailableError(
-                f"a sequence of {capacity} tokens: the cache was planned for {self._num_blocks * BLOCK_SIZE}; load with "
-                "a larger context, or use int8 keys and values"
+                f"a sequence of {capacity} tokens: the cache was planned for {self._num_blocks * BLOCK_SIZE}; load "
+                "with a larger context, or use int8 keys and values"
             )
         return CudaSequence(capacity, self._free, BLOCK_SIZE)
 
@@ -163,8 +161,8 @@ class CudaDecoder:
     ) -> Decoded:  # fmt: skip
         """Append a token to each sequence and `num_tokens` - 1 of those drawn after it, all on the device.
 
-        The last drawn token is not stored yet: it is the next call's. params: see `Runner.decode`; ends of texts are for
-        the caller to find in what comes back.
+        The last drawn token is not stored yet: it is the next call's. params: see `Runner.decode`; ends of texts are
+        for the caller to find in what comes back.
         """
         if not 1 <= num_tokens <= MOST_STEPS:
             raise InputError(f"num_tokens must be from 1 to {MOST_STEPS}, got {num_tokens}")

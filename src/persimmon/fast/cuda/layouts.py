@@ -1,9 +1,9 @@
 """Weight matrices as the GPU kernels read them, made from the packed formats or from plain numbers. torch, no triton.
 
 The packed formats of the CPU engine (`fast/cpu/native/layout.h`) keep scales beside their codes and codes in the order
-of its vector lanes. A GPU reads best when neighbouring threads read neighbouring bytes, so here codes are in plain order
-and scales in an array of their own; the numbers are the same to the last bit. Nothing is quantized anew, but for FP8, whose
-weights come from plain ones.
+of its vector lanes. A GPU reads best when neighbouring threads read neighbouring bytes, so here codes are in plain
+order and scales in an array of their own; the numbers are the same to the last bit. Nothing is quantized anew, but for
+FP8, whose weights come from plain ones.
 
     q8 row          INT8: int8 codes, a float16 scale per 32
     q4 row          INT4: two codes a byte, 32 columns apart (kernels/matmul.py)

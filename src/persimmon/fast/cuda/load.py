@@ -42,8 +42,8 @@ def load_decoder(
     """Load a model directory for the CUDA engine.
 
     config: replaces the directory's own, for another rotary precision. dtype: of unpacked weights. fp8: round unpacked
-    matrices to e4m3 (compute capability 8.9 and later). kernel_table: see choice.py. verify: compare the fingerprints of packed
-    files. The others as in CudaDecoder and `plan.choose`, whose UnavailableError says what is missing.
+    matrices to e4m3 (compute capability 8.9 and later). kernel_table: see choice.py. verify: compare the fingerprints
+    of packed files. The others as in CudaDecoder and `plan.choose`, whose UnavailableError says what is missing.
     """
     where = torch.device(device)
     packed = open_packed(directory) if is_packed(directory) else None
@@ -85,4 +85,6 @@ def plan_for(
 def _check_fp8(device: torch.device, wanted: bool) -> None:
     if wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
-        raise UnavailableError(f"fp8 needs compute capability 8.9 (RTX 40, H100) or later, this GPU has {major}.{minor}")
+        raise UnavailableError(
+            f"fp8 needs compute capability 8.9 (RTX 40, H100) or later, this GPU has {major}.{minor}"
+        )

@@ -78,7 +78,9 @@ class Network:
         """margin: of the p44 up projection, where it runs sparse (kernels/sparse_mlp.py); inf is exact."""
         self.weights, self._table, self._margin = weights, table, margin
         device = weights.device
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
         self._attention_biases = [layer.query_key_value_bias.to(weights.dtype) for layer in weights.layers]
         self._outliers = [outlier_mask(la.up) if la.up.format == PLANES else None for la in weights.layers]
 
@@ -109,7 +111,7 @@ class Network:
     def _product(
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, layer: int | None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """x times a row-major matrix, plus bias."""
+        """X times a row-major matrix, plus bias."""
         if not self._by_library(x.shape[0], matrix):
             return multiply(x, matrix, bias, dtype=dtype)
         plain = dequantize(matrix, x.dtype)
@@ -155,7 +157,7 @@ class Network:
     def _stored(
         self, cache: LayerCache, which: int, work: Pass, piece: LongPiece, pool: Pool, heads: range, dtype: torch.dtype
     ) -> Tensor:
-        """Keys (0) or values (1) of a sequence, [1, heads, S, D]: the pool itself where they lie there as they should."""
+        """Keys (0) or values (1) of a sequence, [1, heads, S, D]: the pool itself where it serves."""
         length = piece.before + piece.count
         stored = (cache.keys, cache.values)[which]
         if piece.base is not None and cache.scales is None and stored.dtype == dtype:

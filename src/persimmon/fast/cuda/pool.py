@@ -90,7 +90,7 @@ class FreeBlocks:
         return len(self._free)
 
     def take(self, count: int, after: int | None = None) -> list[int]:
-        """That many blocks, those behind block `after` first. UnavailableError, and nothing taken, when there are fewer."""
+        """That many blocks, those behind block `after` first. UnavailableError when there are fewer, and none taken."""
         if count > len(self._free):
             raise UnavailableError(
                 f"the key/value cache is full: {count} more blocks are needed, {len(self._free)} of {self.num_blocks} "

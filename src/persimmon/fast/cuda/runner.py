@@ -1,7 +1,7 @@
 """From pieces of sequences to logits: batches of single tokens replay a captured step, everything else runs in passes.
 
-Decode path. Every piece is one token: the rows are padded to a bucket, ids, positions and block tables are copied into the
-bucket's fixed buffers and its step is replayed. `decode` adds sampling to the step, so that many tokens follow each
+Decode path. Every piece is one token: the rows are padded to a bucket, ids, positions and block tables are copied into
+the bucket's fixed buffers and its step is replayed. `decode` adds sampling to the step, so that many tokens follow each
 other without the host: the sampled id becomes the next input where it lies.
 Pass path. Pieces of any length, cut into passes of at most `max_pass_tokens`, run launch by launch: decoding rows and
 prompt pieces share one pass, so the weights are read once for both.
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from persimmon.fast.cuda.graphs import BUCKETS, Capture, StepGraphs, bucket_for
+from persimmon.fast.cuda.graphs import BUCKETS, Capture, Step, StepGraphs, bucket_for
 from persimmon.fast.cuda.kernels.sampling import SamplingState, sample
 from persimmon.fast.cuda.network import SHORT_PIECE, LongPiece, Network, Pass
 from persimmon.fast.cuda.plan import LOGIT_ROWS
@@ -88,7 +88,7 @@ class _Buffers:
     def sample_with(self, params: Sequence[SamplingParams], seeds: Sequence[int], drawn: Sequence[int]) -> None:
         """What the rows ask for; padding is greedy."""
         state = self.sampling
-        columns = {
+        columns: dict[str, list[float] | list[int]] = {
             "temperature": [p.temperature for p in params], "top_k": [p.top_k for p in params],
             "top_p": [p.top_p for p in params], "min_p": [p.min_p for p in params],
             "seed": [seed % 2**63 for seed in seeds], "count": list(drawn), "truncated": [0] * len(params),
@@ -181,11 +181,10 @@ class Runner:
             self._buffers[size] = _Buffers(size, width, vocabulary, self.pool.scratch, self._device)
         return self._buffers[size], not all(follow_each_other(piece.blocks) for piece in pieces)
 
-    def _prepare(self, key: Hashable, buffers: _Buffers, step: object) -> None:
+    def _prepare(self, key: Hashable, buffers: _Buffers, step: Step) -> None:
         if key not in self._graphs:
             buffers.idle()
             buffers.sample_with([], [], [])
-            assert callable(step), "a step is a function"
             self._graphs.prepare(key, step)
 
     def _fill(self, buffers: _Buffers, pieces: Sequence[Piece]) -> None:
@@ -201,9 +200,7 @@ class Runner:
         """The same, and the next token of every row."""
         self._logits_step(buffers, paged)
         buffers.logits.masked_fill_(buffers.banned, float("-inf"))
-        sample(
-            buffers.logits, buffers.sampling, buffers.ids, buffers.positions, buffers.outputs, filters=filters
-        )
+        sample(buffers.logits, buffers.sampling, buffers.ids, buffers.positions, buffers.outputs, filters=filters)
 
     # -- passes --------------------------------------------------------------------------------------------------
 

@@ -140,10 +140,12 @@ def from_packed(
 
     def mlp(prefix: str) -> tuple[Matrix, Matrix]:
         if form.mlp == "planes":
-            return layouts.from_p44(read(prefix + "hot"), read(prefix + "cold"), read(prefix + "outlier_columns"), hidden)
+            return layouts.from_p44(
+                read(prefix + "hot"), read(prefix + "cold"), read(prefix + "outlier_columns"), hidden
+            )
         if form.mlp == "q4":
-            up, down = read(prefix + "dense_h_to_4h.weight"), read(prefix + "dense_4h_to_h.weight")
-            return layouts.from_q4(up, hidden), layouts.from_q4(down, neurons)
+            rows_of_up, rows_of_down = (read(f"{prefix}dense_{which}.weight") for which in ("h_to_4h", "4h_to_h"))
+            return layouts.from_q4(rows_of_up, hidden), layouts.from_q4(rows_of_down, neurons)
         up = layouts.from_q8(read(prefix + "dense_h_to_4h.weight"), hidden)
         return up, layouts.from_neurons(read(prefix + "dense_4h_to_h.neurons"), hidden)
 
@@ -169,9 +171,7 @@ def _norm(read: ReadTensor, name: str) -> Norm:
     return Norm(read(name + ".weight").float(), read(name + ".bias").float())
 
 
-def _norms(
-    read: ReadTensor, prefix: str, qk: bool
-) -> tuple[Norm, Norm, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
+def _norms(read: ReadTensor, prefix: str, qk: bool) -> tuple[Norm, Norm, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
     """The norms of a layer."""
     qk_norms = None
     if qk:

@@ -39,7 +39,7 @@ def decode_attention_kernel(
     HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
     FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """q [T, N, D]; out [T, N, D] when SPLITS is 1, else partial [T, N, SPLITS, D] and statistics [T, N, SPLITS, 2]."""
+    """Q [T, N, D]; out [T, N, D] when SPLITS is 1, else partial [T, N, SPLITS, D] and statistics [T, N, SPLITS, 2]."""
     head, split, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dim = tl.arange(0, BLOCK_D)
     real = dim < DIM
@@ -127,7 +127,7 @@ def gather_kernel(
 
 
 def attention_tiles(head_dim: int) -> dict[str, int]:
-    """Compile-time tile sizes of decode_attention. Not measured: chosen by the bytes in flight (16 KiB of int8 keys)."""
+    """Compile-time tile sizes of decode_attention. Not measured."""
     return {"BLOCK_N": tile(128, 2048), "BLOCK_D": power_of_two(head_dim)}
 
 

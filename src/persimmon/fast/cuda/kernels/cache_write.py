@@ -70,10 +70,7 @@ def _store_quantized(cache, scales, pair, values, dim, inside, live, DIM: tl.con
         tl.store(cache + at, values.to(cache.dtype.element_ty), mask=inside)
     else:
         largest = tl.max(tl.where(inside, tl.abs(values), 0.0), axis=1)
-        if FORMAT == 1:
-            scale = largest / 127.0
-        else:
-            scale = largest / 448.0
+        scale = largest / 127.0 if FORMAT == 1 else largest / 448.0
         codes = values * tl.where(largest > 0.0, 1.0 / tl.where(largest > 0.0, scale, 1.0), 0.0)[:, None]
         if FORMAT == 1:
             codes = tl.minimum(tl.maximum(tl.floor(codes + 0.5), -127.0), 127.0)

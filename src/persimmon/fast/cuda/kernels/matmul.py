@@ -1,9 +1,9 @@
 """Products with weight matrices in every format: one token, a few tokens, and unpacking for many.
 
-gemv        one token times a row-major matrix. A program has BLOCK_N rows and walks along them, so weights stream through
-            once; products and sums are float32 on the ordinary cores, as one token leaves nothing for matrix units.
-gemm        2 to 64 tokens, padded to 16: the weights are the tall operand of the matrix units, so they still stream once.
-            Stored either way round: row-major [N, K], or neuron-major [K, N] as the down projection.
+gemv        one token times a row-major matrix. A program has BLOCK_N rows and walks along them, so weights stream
+            through once; products and sums are float32 on the ordinary cores, as one token leaves nothing for matrix
+units. gemm        2 to 64 tokens, padded to 16: the weights are the tall operand of the matrix units, so they still
+            stream once. Stored either way round: row-major [N, K], or neuron-major [K, N] as the down projection.
 dequantize  the whole matrix into plain numbers, for the library's product over a prompt's chunk: unpacking costs a
             fraction of a product with hundreds of tokens.
 
@@ -12,8 +12,8 @@ Stored rows (`layouts.py`): `codes` [rows, columns]; groups of 32 along a row sh
     INT8    w = code * scale
     INT4    byte 32 s + j of a row holds column 64 s + j (low nibble) and 64 s + 32 + j (high); w = (nibble - 8) * scale
     FP8     w = e4m3 code * scale of the stored row (float32)
-    PLANES  two INT4 arrays, w = (16 high + low - 128) * scale, and 16 input columns apart in float16, w = 0 in the planes
-Epilogues: nothing; + bias; relu(. + bias)^2; the same, stored as lists of active neurons for sparse_mlp.py.
+    PLANES  two INT4 arrays, w = (16 high + low - 128) * scale, and 16 input columns apart in float16, w = 0 in the
+planes Epilogues: nothing; + bias; relu(. + bias)^2; the same, stored as lists of active neurons for sparse_mlp.py.
 
 Rounding: gemv multiplies exact weights in float32. gemm and dequantize round code * scale to the activations' type
 first (bfloat16: 8 bits; float32: exact) and sum in float32 in blocks of BLOCK_K.
@@ -75,7 +75,7 @@ def list_active(values, ids, counts, neurons, n, inside, TOKENS: tl.constexpr, S
     """Of the activations `neurons` [SEGMENT, TOKENS], those rows that any token has active, to the front of a segment.
 
     Numbers go to `ids`, activations to `values` [place, token], how many there are to `counts`. Ranks are prefix sums,
-    so the order is the neurons' own and the sums over them are the same in every run, which atomic counters would not give.
+    so the order is the neurons' own and every run gives the same sums, which atomic counters would not.
     """
     active = tl.max(tl.where(inside, neurons, 0.0), axis=1) > 0.0
     rank = tl.cumsum(active.to(tl.int32), axis=0) - 1
@@ -111,7 +111,7 @@ def gemv_kernel(
     x, codes, low, scales, outlier_weights, outlier_columns, bias, out, ids, counts, outputs, inputs, columns,
     FORMAT: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [K]; out [N], or [N, 1] of active neurons."""
+    """X [K]; out [N], or [N, 1] of active neurons."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n.to(tl.int64)
     real = n < outputs
@@ -188,7 +188,7 @@ def gemm_kernel(
     FORMAT: tl.constexpr, NEURON_MAJOR: tl.constexpr, EPILOGUE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; out [M, N], or [N, BLOCK_M] of active neurons (one block of tokens then)."""
+    """X [M, K]; out [M, N], or [N, BLOCK_M] of active neurons (one block of tokens then)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -257,9 +257,14 @@ def dequantize_tiles() -> dict[str, int]:
 
 
 def multiply(
-    x: Tensor, matrix: Matrix, bias: Tensor | None = None, *, squared_relu: bool = False, dtype: torch.dtype | None = None
+    x: Tensor,
+    matrix: Matrix,
+    bias: Tensor | None = None,
+    *,
+    squared_relu: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [M, K] times the matrix + bias [N] float32, then relu(.)^2 if asked: [M, N] in `dtype`, default x's.
+    """X [M, K] times the matrix + bias [N] float32, then relu(.)^2 if asked: [M, N] in `dtype`, default x's.
 
     M up to MOST_TOKENS; one token must meet a row-major matrix (sparse_mlp.down serves the neuron-major one).
     """
@@ -273,7 +278,7 @@ def multiply(
 def _launch(
     x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, lists: tuple[Tensor, Tensor] | None, epilogue: int
 ) -> None:
-    """gemv or gemm, by the number of tokens."""
+    """Gemv or gemm, by the number of tokens."""
     assert x.is_contiguous() and x.shape[1] == matrix.inputs, "x is [tokens, inputs]"
     tokens = x.shape[0]
     unused = x
@@ -304,7 +309,7 @@ class ActiveList:
     counts: Tensor
     """[segments], int32."""
     values: Tensor
-    """[segments * segment, width]: relu(.)^2 of the neuron in `ids` at the same place, for each token, 0 behind them."""
+    """[segments * segment, width]: relu(.)^2 of the neuron at the same place in `ids`, for each token, then 0."""
     segment: int
     tokens: int
 

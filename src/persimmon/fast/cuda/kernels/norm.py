@@ -24,7 +24,7 @@ def residual_layer_norm_kernel(
     x, partial, partial_bias, weight, bias, out, num_rows, hidden, eps,
     PARTIALS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [T, H] float32 in place; partial [PARTIALS, T, H]; out [T, H]."""
+    """X [T, H] float32 in place; partial [PARTIALS, T, H]; out [T, H]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < num_rows)[:, None] & (column < hidden)[None, :]
@@ -56,7 +56,7 @@ def residual_layer_norm(
     x: Tensor, partial: Tensor | None, partial_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Add partial [P, T, H] + partial_bias [H] to x [T, H] float32 in place; LayerNorm of the sum, [T, H] in `dtype`."""
+    """Add partial [P, T, H] + partial_bias [H] to x [T, H] float32 in place; its LayerNorm [T, H] in `dtype`."""
     rows, hidden = x.shape
     out = torch.empty(rows, hidden, dtype=dtype, device=x.device)
     tiles = norm_tiles(hidden)
@@ -70,7 +70,7 @@ def residual_layer_norm(
 
 @triton.jit
 def bias_squared_relu_kernel(x, bias, out, count, width, BLOCK: tl.constexpr):
-    """out = relu(x + bias)^2 over `count` numbers in rows of `width`."""
+    """Out = relu(x + bias)^2 over `count` numbers in rows of `width`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias + at % width, mask=inside, other=0.0)

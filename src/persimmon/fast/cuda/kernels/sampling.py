@@ -6,12 +6,12 @@
     advance     the best of the blocks; the token is appended to the row's output, becomes its next input, and the
                 position moves on
 
-Noise is counter-based (Philox 4x32-10): keyed by the request's seed, counted by token id and by the number of the token in
-the request, so a request draws the same whatever else runs and wherever it was paused. The stream is another one than
-`infer/sampling.py`'s, which draws in float64 from NumPy's Philox: same distribution, other tokens.
-Filters work in the order of `infer/sampling.py`: temperature, top-k, top-p of what top-k left, min-p. Two limits: tokens
-with exactly the logit of the last one kept are all kept; and top-p without top-k sees no more than CANDIDATES tokens,
-`truncated` says for which rows the nucleus was larger than that (their draw is from the candidates alone).
+Noise is counter-based (Philox 4x32-10): keyed by the request's seed, counted by token id and by the number of the token
+in the request, so a request draws the same whatever else runs and wherever it was paused. The stream is another one
+than `infer/sampling.py`'s, which draws in float64 from NumPy's Philox: same distribution, other tokens.
+Filters work in the order of `infer/sampling.py`: temperature, top-k, top-p of what top-k left, min-p. Two limits:
+tokens with exactly the logit of the last one kept are all kept; and top-p without top-k sees no more than CANDIDATES
+tokens, `truncated` says for which rows the nucleus was larger than that (their draw is from the candidates alone).
 Ties of greedy scores go to the lower id. Banned tokens have been set to -inf by the caller.
 """
 
@@ -32,7 +32,7 @@ CANDIDATES = 1_024
 
 @dataclass
 class SamplingState:
-    """What the rows of a batch ask for, [B] each, on the device: a graph reads what stands there when it is replayed."""
+    """What the rows of a batch ask for, [B] each, on the device: a replayed graph reads what stands there."""
 
     temperature: Tensor
     """float32; 0 is greedy."""
@@ -63,7 +63,7 @@ def threshold_kernel(
     candidates, sums, temperature, top_k, top_p, min_p, truncated, thresholds, num_candidates, vocabulary,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """candidates [B, C] descending; sums [B] of exp((logit - largest) / temperature) over the whole row."""
+    """Candidates [B, C] descending; sums [B] of exp((logit - largest) / temperature) over the whole row."""
     row = tl.program_id(0)
     rank = tl.arange(0, BLOCK)
     inside = rank < num_candidates
@@ -145,8 +145,8 @@ def sample(
 ) -> None:
     """Next tokens of logits [B, V] float32, into ids [B] int32 and outputs [B, room] int32; positions [B] int32 += 1.
 
-    filters: whether any row has temperature with top-k, top-p or min-p; without them no logits are sorted. Output column
-    is the row's `count`.
+    filters: whether any row has temperature with top-k, top-p or min-p; without them no logits are sorted. Output
+    column is the row's `count`.
     """
     rows, vocabulary = logits.shape
     thresholds = torch.full((rows,), float("-inf"), device=logits.device)

@@ -2,12 +2,12 @@
 
 The up projection (`matmul.multiply_active`, or `progressive_up` below) writes the active neurons of every segment of
 neurons and their number; nothing of it ever reaches the host. `down` walks along those lists: a program has BLOCK_H
-columns and the segments of one split, and loads whole pieces of rows, ACTIVE at a time. Splits write partial sums, which
-`norm.residual_layer_norm` adds in a fixed order: the result does not depend on timing.
+columns and the segments of one split, and loads whole pieces of rows, ACTIVE at a time. Splits write partial sums,
+which `norm.residual_layer_norm` adds in a fixed order: the result does not depend on timing.
 
-progressive_up, p44 only, one token. The high plane of every neuron gives an estimate and its deviation `spread`; a neuron
-whose estimate is at most -margin * spread is taken for inactive, and only the others have their low plane read: the
-loads of the rest are masked off. The semantics are those of the CPU engine (fast/cpu/native/sparse_mlp.h): estimate
+progressive_up, p44 only, one token. The high plane of every neuron gives an estimate and its deviation `spread`; a
+neuron whose estimate is at most -margin * spread is taken for inactive, and only the others have their low plane read:
+the loads of the rest are masked off. The semantics are those of the CPU engine (fast/cpu/native/sparse_mlp.h): estimate
 16 high - 120.5 per weight, low part low - 7.5, spread^2 = 256 / 12 sum(scale^2 sum(x^2)); an infinite margin reads
 everything and gives the int8 weights' result. One difference: inputs are not rounded to int8 here.
 
@@ -38,7 +38,7 @@ from persimmon.fast.cuda.kernels.matmul import (
 from persimmon.fast.cuda.layouts import PLANES, Matrix
 
 MOST_ACTIVE_TOKENS = 8
-"""Tokens that may share a list: beyond it their union is most of the layer (at 10 % each and independent, 57 % of 8)."""
+"""Tokens that may share a list: their union grows (57 % of a layer at 10 % each, if independent)."""
 
 
 @triton.jit
@@ -47,17 +47,14 @@ def down_kernel(
     FORMAT: tl.constexpr, LISTED: tl.constexpr, SEGMENT: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
     ACTIVE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out [SPLITS, tokens, outputs]: sums of value * neuron row over a split's segments."""
+    """Out [SPLITS, tokens, outputs]: sums of value * neuron row over a split's segments."""
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     split = tl.program_id(1)
     share = tl.cdiv(num_segments, SPLITS)
     token = tl.arange(0, WIDTH)
     acc = tl.zeros([WIDTH, BLOCK_H], tl.float32)
     for segment in range(split * share, tl.minimum((split + 1) * share, num_segments)):
-        if LISTED:
-            count = tl.load(counts + segment)
-        else:
-            count = tl.minimum(SEGMENT, neurons - segment * SEGMENT)
+        count = tl.load(counts + segment) if LISTED else tl.minimum(SEGMENT, neurons - segment * SEGMENT)
         for first in range(0, count, ACTIVE):
             rank = first + tl.arange(0, ACTIVE)
             there = rank < count
@@ -137,7 +134,10 @@ def progressive_up_kernel(
 
 def down_tiles(width: int, outputs: int) -> dict[str, int]:
     """Compile-time tile sizes of down: for one token 8 rows of 512 columns in flight. Not measured."""
-    return {"ACTIVE": tile(8 if width == 1 else 16, 512), "BLOCK_H": min(tile(512, 4096), max(16, power_of_two(outputs)))}
+    return {
+        "ACTIVE": tile(8 if width == 1 else 16, 512),
+        "BLOCK_H": min(tile(512, 4096), max(16, power_of_two(outputs))),
+    }
 
 
 def down_splits(num_segments: int, outputs: int, processors: int) -> int:
