@@ -1,7 +1,7 @@
 """What the engine is compared with: the same model in plain PyTorch, compiled and captured, and transformers' own.
 
-Dense bfloat16 decoding with a static cache, one compiled function per layer kind, the whole step in a CUDA graph: what a
-careful user of torch.compile gets without kernels of their own.
+Dense bfloat16 decoding with a static cache, one compiled function per layer kind, the whole step in a CUDA graph: what
+a careful user of torch.compile gets without kernels of their own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every kernel against plain torch on this device, at the shape that will be measured. Each check: error and its limit.
 
-The full suite over hard inputs is `PERSIMMON_TEST_ON_GPU=1 pytest tests/fast/cuda`; this is what must hold before any time
-is worth anything.
+The full suite over hard inputs is `PERSIMMON_TEST_ON_GPU=1 pytest tests/fast/cuda`; this is what must hold before any
+time is worth anything.
 """
 
 from __future__ import annotations

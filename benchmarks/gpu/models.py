@@ -1,8 +1,8 @@
 """Random weights of any shape, made on the device in the kernels' layouts. They have a chosen share of active neurons.
 
 Weights are uniform with the release's deviation of 0.02. After a LayerNorm with gain 1 the pre-activations have the
-deviation 0.02 * sqrt(hidden), so a bias of that many deviations below zero leaves the wanted share positive. Which neurons are
-active together is chance; a trained model's tokens share more of them, so batches skip more there.
+deviation 0.02 * sqrt(hidden), so a bias of that many deviations below zero leaves the wanted share positive. Which
+neurons are active together is chance; a trained model's tokens share more of them, so batches skip more there.
 """
 
 from __future__ import annotations

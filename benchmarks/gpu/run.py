@@ -3,9 +3,9 @@
     python benchmarks/gpu/run.py --out results.json                      # the 8B's shape, under 8 minutes
     python benchmarks/gpu/run.py --device cpu --tiny --out dry.json      # the same code in Triton's interpreter
 
-Sections: checks, ceilings, mlp (dense against sparse: the engine's kernel table), decode, prefill, memory, baselines. Each is
-kept as soon as it is done; running again with the same file goes on behind the last one. A section that the budget has
-no time for is listed as not measured. Exit code 1 when a check fails.
+Sections: checks, ceilings, mlp (dense against sparse: the engine's kernel table), decode, prefill, memory, baselines.
+Each is kept as soon as it is done; running again with the same file goes on behind the last one. A section that the
+budget has no time for is listed as not measured. Exit code 1 when a check fails.
 """
 
 from __future__ import annotations

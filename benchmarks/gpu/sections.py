@@ -218,9 +218,9 @@ def describe_row(
         "format": name, "kv_dtype": kv_dtype, "batch": batch, "context": context, "sparse_mlp": sparse,
         "tokens_per_second": round(batch / seconds, 2), "milliseconds_per_step": round(seconds * 1e3, 4),
         "bytes_per_step": step.total, "bytes_per_step_dense": step.dense,
-        "ceiling_tokens_per_second": round(ceiling, 2), "percent_of_ceiling": arithmetic.percent(batch / seconds, ceiling),
-        "memory_bytes": torch.cuda.max_memory_allocated(bench.device) if bench.device.type == "cuda" else None,
-    }  # fmt: skip
+        "ceiling_tokens_per_second": round(ceiling, 2), "percent_of_ceiling": arithmetic.percent(batch / seconds,
+        ceiling), "memory_bytes": torch.cuda.max_memory_allocated(bench.device) if bench.device.type == "cuda" else
+    None, }  # fmt: skip
 
 
 def prefill(bench: Bench) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The measurement's arithmetic, and the whole of it as a dry run in the interpreter: whoever has a GPU can run it at once."""
+"""The measurement's arithmetic, and all of it as a dry run: whoever has a GPU can run it at once."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from persimmon.fast.cuda.decoder import CudaDecoder
 from persimmon.fast.cuda.kernels.matmul import dequantize
 from persimmon.fast.cuda.layouts import Matrix
 from persimmon.fast.cuda.load import load_decoder
+from persimmon.fast.cuda.plan import device_kv_bytes_per_token
 from persimmon.fast.cuda.weights import Weights
 from persimmon.infer.decoder import Chunk
 from persimmon.model import PersimmonModel
@@ -112,7 +113,7 @@ def test_small_caches_stay_close(kv_dtype: str, limit: float, checkpoint: Path) 
     with torch.inference_mode():
         expected = torch.log_softmax(same_numbers(loaded)(torch.tensor([IDS]))[0], -1)
     decoder = CudaDecoder(loaded, cache_tokens=128, kv_dtype=kv_dtype)
-    assert decoder.kv_dtype == kv_dtype
+    assert decoder.kv_dtype == kv_dtype and decoder.token_bytes == device_kv_bytes_per_token(decoder.config, kv_dtype)
     found = torch.log_softmax(torch.from_numpy(run(decoder)), -1)
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
     assert 0 < kl < limit

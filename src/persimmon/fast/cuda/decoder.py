@@ -12,6 +12,7 @@ from persimmon.fast.cuda.choice import DENSE, KernelTable
 from persimmon.fast.cuda.graphs import Capture, cuda_capture
 from persimmon.fast.cuda.network import Network
 from persimmon.fast.cuda.paged import PagedCuda
+from persimmon.fast.cuda.plan import RESERVE_BYTES, device_kv_bytes_per_token, scratch_bytes
 from persimmon.fast.cuda.pool import CACHE_DTYPES, FreeBlocks, Pool
 from persimmon.fast.cuda.runner import MAX_PASS_TOKENS, MOST_STEPS, Decoded, Piece, Runner
 from persimmon.fast.cuda.weights import Weights
@@ -126,6 +127,20 @@ class CudaDecoder:
     def kv_dtype(self) -> str:
         """How keys and values are stored."""
         return self._kv_dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of a token."""
+        return device_kv_bytes_per_token(self.config, self._kv_dtype)
+
+    @property
+    def cache_budget(self) -> int | None:
+        """Bytes of the GPU that a cache of blocks may take now, what a pass needs kept free; None without a GPU."""
+        if self.weights.device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(self.weights.device)
+        needed = scratch_bytes(self.config, self.weights.format, self.context, self._max_pass_tokens)
+        return max(0, free - needed - RESERVE_BYTES // 2)
 
     def new_sequence(self, capacity: int) -> CudaSequence:
         """An empty sequence for up to `capacity` tokens.
