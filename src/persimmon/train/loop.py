@@ -26,6 +26,7 @@ from persimmon.train.loss import IGNORE, chunked_cross_entropy
 from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
 from persimmon.train.parallel import World
 from persimmon.train.schedule import cosine, warmup_stable_decay
+from persimmon.train.sparsity import LayerStatistics, lift_biases, shares_of_zeros, silent_neurons, up_biases
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ class LoopRecipe:
     sparsity_penalty: float = 0.0
     """Weight of the mean of relu(pre-activation) over layers, positions and neurons, added to the loss in nats."""
     sparsity_target: float = 1.0
-    """The penalty of a layer pauses while its share of zeros in the batch is above this: AdamW normalises even a small
-    steady push, so without a target the biases sink until hardly a neuron is left (docs/LOG.md)."""
+    """Share of zeros at which a layer's penalty pauses and its biases are lifted instead (train/sparsity.py)."""
+    sparsity_lift: float = 1.0
+    """Size of one lift, as a multiple of the present rate of the vectors."""
     micro_tokens: int = 8192
     """Most tokens of one forward pass of one process."""
     checkpoint_minutes: float = 5.0
@@ -104,27 +106,6 @@ class LoopRecipe:
 
 class TrainingStopped(PersimmonError, RuntimeError):
     """The loss went wrong; the last checkpoint is from before."""
-
-
-class LayerStatistics:
-    """Observer of the MLPs: the share of zeros per layer, and the penalty that keeps it up."""
-
-    def __init__(self, num_layers: int, target: float) -> None:
-        self._target = target
-        self.penalties: list[Tensor] = []
-        self.zeros: list[list[float]] = [[] for _ in range(num_layers)]
-
-    def __call__(self, layer: int, active: Tensor) -> None:
-        """Take in relu(pre-activation) [B, T, F] of one layer."""
-        zeros = 1.0 - int(torch.count_nonzero(active.detach())) / active.numel()
-        self.zeros[layer].append(zeros)
-        if zeros < self._target:
-            # A sum and a scalar product: the backward pass of mean() divides every element in bfloat16, slowly.
-            self.penalties.append(active.sum(dtype=torch.float32) * (1 / active.numel()))
-
-    def penalty(self) -> Tensor:
-        """Sum over the layers below the target of their mean activation, with gradient, per layer of the model."""
-        return sum(self.penalties, start=torch.zeros(())) / len(self.zeros)
 
 
 class Trainer:
@@ -162,8 +143,8 @@ class Trainer:
         for start in range(0, len(mine), size):
             yield self.source.batch(self.step, mine[start : start + size])
 
-    def _forward_backward(self) -> tuple[float, list[float]]:
-        """Gradients of the whole step in every process; (mean loss in nats per target, zeros per layer)."""
+    def _forward_backward(self) -> tuple[float, Tensor]:
+        """Gradients of the whole step in every process; (mean loss in nats per target, counts of active neurons)."""
         batches = list(self._micro_batches())
         counts = torch.tensor([float(sum(int((b.targets != IGNORE).sum()) for b in batches)), float(len(batches))])
         targets, passes = self.world.sum(counts).tolist()
@@ -185,15 +166,15 @@ class Trainer:
                     loss = loss + self.recipe.sparsity_penalty / passes * statistics.penalty()
             loss.backward()
         self.world.sum_gradients(self.model.parameters())
-        return float(self.world.sum(total)), [sum(z) / len(z) for z in statistics.zeros if z]
+        return float(self.world.sum(total)), self.world.sum(statistics.counts())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtype is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, dtype=self._dtype)
 
-    def _update(self) -> float:
-        """Clip, scale the rates, step the optimizers; returns the gradient's norm before clipping."""
+    def _update(self, active: Tensor) -> float:
+        """Clip, scale the rates, step the optimizers, lift biases; returns the gradient's norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
         factor = self.learning_rate_factor()
         for optimizer in self.optimizers:
@@ -201,15 +182,19 @@ class Trainer:
                 group["lr"] = group["top_lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        recipe = self.recipe
+        if recipe.sparsity_penalty and recipe.sparsity_lift and recipe.sparsity_target < 1:
+            rate = recipe.sparsity_lift * recipe.optimizer.vector_lr * factor
+            lift_biases(up_biases(self.model), active, recipe.sparsity_target, rate)
         return float(norm)
 
     def train_step(self) -> dict[str, Any]:
         """Run one step; returns its row of the metrics."""
         started = time.perf_counter()
-        loss, zeros = self._forward_backward()
+        loss, active = self._forward_backward()
         self._guard(loss)
         factor = self.learning_rate_factor()
-        norm = self._update()
+        norm = self._update(active)
         tokens = self.source.rows(self.step) * self.source.row_length(self.step)
         self.step += 1
         self.tokens_seen += tokens
@@ -221,7 +206,8 @@ class Trainer:
             "lr_factor": round(factor, 6),
             "grad_norm": round(norm, 4),
             "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
-            "zeros": [round(share, 4) for share in zeros],
+            "zeros": [round(share, 4) for share in shares_of_zeros(active)],
+            "silent": silent_neurons(active),
         }
 
     def _guard(self, loss: float) -> None:
