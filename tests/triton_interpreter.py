@@ -1,23 +1,14 @@
-"""Import this before anything that imports triton: kernels then run on the CPU, one program after the other.
-
-The variable must stand when triton is first imported. On a machine with a GPU, run these tests in a process of their
-own without it (PERSIMMON_TEST_ON_GPU=1) to compile and run the kernels there.
-"""
+"""For tests of kernels: skips, saying why, where triton is not installed; makes its interpreter a little faster."""
 
 from __future__ import annotations
 
-import os
-import sys
+from interpreter_environment import DEVICE  # isort: skip - before triton
 
 import pytest
 
-if not os.environ.get("PERSIMMON_TEST_ON_GPU"):
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET"), "triton was imported too early"
-    os.environ["TRITON_INTERPRET"] = "1"
+__all__ = ["DEVICE"]
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'persimmon[gpu]'")
-
-DEVICE = "cuda" if os.environ.get("PERSIMMON_TEST_ON_GPU") else "cpu"
 
 
 def _patch_once() -> None:

@@ -265,14 +265,16 @@ def _show_memory(console: Console, plans: list[dict[str, Any]]) -> None:
 
 
 def _show_gpus(console: Console, plans: list[dict[str, Any]]) -> None:
-    """The choice per card in a table, the reasons below it."""
+    """The choice per card in a table, the reasons below it. In GiB, as cards' sizes are."""
+    from persimmon.fast.cuda.plan import GIB
+
     table = _table(
         console, "On a GPU, one sequence (cuda engine; computed)", "card", "weights", "KV cache", "context", "takes"
     )
     for plan in plans:
         cells = ["does not fit", "", "", ""]
         if plan["fits"]:
-            cells = [plan["weight_format"], plan["kv_dtype"], f"{plan['context']:,}", size(plan["total"])]
+            cells = [plan["weight_format"], plan["kv_dtype"], f"{plan['context']:,}", f"{plan['total'] / GIB:.1f} GiB"]
         table.add_row(plan["card"], *cells)
     console.print(table)
     for plan in plans:

@@ -1,10 +1,10 @@
-"""Kernels run in Triton's interpreter here (triton_interpreter.py); a small model on disk, and its packed forms."""
+"""Kernels run in the interpreter here (interpreter_environment.py); a small model on disk and its packed forms."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import triton_interpreter  # noqa: F401  isort: skip - before any kernel is imported
+import interpreter_environment  # noqa: F401  isort: skip - before any kernel is imported
 
 import pytest
 import torch

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+pytest.importorskip("triton", reason="triton is not installed: pip install 'persimmon[gpu]'")
+
 from persimmon.config import preset
 from persimmon.fast.cuda.choice import load_table
 

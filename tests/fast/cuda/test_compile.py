@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton", reason="triton is not installed: pip install 'persimmon[gpu]'")
+
 PROGRAM = Path(__file__).with_name("compile_kernels.py")
 ROOT = Path(__file__).parents[3]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import triton_interpreter  # noqa: F401 - skips without triton
 from cuda_decoders import cuda_decoder
 from persimmon.infer.block_cache import PagedReference
 from persimmon.infer.engine import Engine, Request

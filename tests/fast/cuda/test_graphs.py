@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import triton_interpreter  # noqa: F401 - skips without triton
 from cuda_decoders import cuda_decoder
 from persimmon.fast.cuda.graphs import BUCKETS, Replay, Step, StepGraphs, bucket_for
 from persimmon.infer.decoder import Chunk

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("persimmon.fast.cpu._native", reason="the packer is part of the CPU engine")
 
 import packed_layouts as packed
+import triton_interpreter  # noqa: F401 - skips without triton
 from persimmon.fast.cuda import layouts
 from persimmon.fast.cuda.kernels.matmul import dequantize
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-import triton_interpreter
+import interpreter_environment
 from persimmon.checkpoints.directory import open_directory
+from persimmon.cli.main import main
 from persimmon.config import preset
 from persimmon.errors import InputError, UnavailableError
 from persimmon.fast.cpu.packed import open_packed
@@ -26,7 +28,7 @@ from persimmon.fast.cuda.plan import (
 from persimmon.fast.cuda.pool import Pool
 
 PRUNED = preset("8b", vocab_size=192_144)
-DEVICE = torch.device(triton_interpreter.DEVICE)
+DEVICE = torch.device(interpreter_environment.DEVICE)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "fp8", "q8", "q4", "p44"])
@@ -121,3 +123,14 @@ def test_what_cannot_fit_is_refused_with_what_is_missing() -> None:
 def test_plans_say_what_they_are() -> None:
     text = describe(choose(PRUNED, 24 * GIB))
     assert text.startswith("19.5 GiB for q8 weights 9.4 GiB, bfloat16 keys and values of 16384 tokens 9.0 GiB")
+
+
+def test_info_shows_the_plan_and_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "8b", "--json"]) == 0
+    cards = json.loads(capsys.readouterr().out)["gpus"]
+    assert [card["card"] for card in cards] == list(CARDS) and all(card["fits"] for card in cards)
+    assert (cards[-1]["weight_format"], cards[-1]["kv_dtype"], cards[-1]["context"]) == ("q4", "int8", 14_336)
+    assert cards[-1]["total"] <= cards[-1]["memory"] == 12 * GIB
+    assert main(["info", "8b"]) == 0
+    shown = capsys.readouterr().out
+    assert "12.5 GiB" in shown and "24 GB: bfloat16 with bfloat16 keys and values would take 27.4 GiB" in shown

@@ -6,6 +6,8 @@ import math
 import weakref
 from collections.abc import Sequence
 
+import torch
+
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, InputError, UnavailableError
 from persimmon.fast.cuda.choice import DENSE, KernelTable
