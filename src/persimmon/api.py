@@ -223,9 +223,11 @@ def load(
     this machine does not have.
     """
     decoder, path, choices = load_decoder(
-        model, device=device, engine=engine, dtype=dtype, threads=threads, rotary_precision=rotary_precision,
-        adapter=adapter, **engine_options,
+        model, device=device, engine=engine, dtype=dtype, threads=threads, context=context,
+        rotary_precision=rotary_precision, adapter=adapter, **engine_options,
     )  # fmt: skip
+    if context is None:
+        context = getattr(decoder, "context", None)  # what the engine planned for, where it plans
     return Persimmon(decoder, Tokenizer.load(path), context=context, choices=choices)
 
 
@@ -236,6 +238,7 @@ def load_decoder(
     engine: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
+    context: int | None = None,
     rotary_precision: str = "checkpoint",
     adapter: str | os.PathLike[str] | None = None,
     **engine_options: Any,
@@ -260,6 +263,8 @@ def load_decoder(
     check_options(by.value, engine_options)
     if threads is not None and "threads" in ENGINES[by.value].options:
         engine_options["threads"] = threads
+    if context is not None and "context" in ENGINES[by.value].options:
+        engine_options["context"] = context
     precision = choose_dtype(dtype, on.value, stored, count_parameters(config).total)
     if rotary_precision != "checkpoint":
         config = config.replace(rotary_precision=rotary_precision)

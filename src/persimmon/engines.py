@@ -85,6 +85,24 @@ def _load_cpu(directory: Path, config: ModelConfig, device: str, dtype: str, **o
     return load_decoder(directory, config, dtype=dtype, **options)
 
 
+def _load_cuda(directory: Path, config: ModelConfig, device: str, dtype: str, **options: Any) -> Decoder:
+    from persimmon.fast.cuda.load import load_decoder
+
+    return load_decoder(directory, config, device=device, dtype=dtype, **options)
+
+
+def _why_no_cuda() -> str | None:
+    from persimmon.fast.cuda.available import why_unavailable
+
+    return why_unavailable()
+
+
+def _why_not_on_cuda(config: ModelConfig) -> str | None:
+    from persimmon.fast.cuda.available import why_unfit
+
+    return why_unfit(config)
+
+
 def _why_no_cpu() -> str | None:
     from persimmon.fast.cpu.native_module import why_unavailable
 
@@ -110,6 +128,17 @@ ENGINES: dict[str, Engine] = {
     ),
     "reference": Engine(
         "reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference, frozenset({"adapter"})
+    ),
+    # Behind the reference, so that `auto` takes it for quantized weights only: it has not run on a GPU (docs/gpu.md).
+    "cuda": Engine(
+        "cuda",
+        "Triton kernels and CUDA graphs, plain or quantized weights",
+        ("cuda",),
+        _load_cuda,
+        frozenset({"context", "kv_dtype", "sparsity_margin", "fp8", "kernel_table", "verify", "progress"}),
+        packed=True,
+        why_unavailable=_why_no_cuda,
+        why_unfit=_why_not_on_cuda,
     ),
 }
 

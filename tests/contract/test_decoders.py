@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpu_decoders import cpu_decoder
+from cuda_decoders import SPARSE, cuda_decoder
 from persimmon.errors import ContextLengthError, InputError
 from persimmon.infer.decoder import Chunk, Decoder
 from persimmon.infer.reference import ReferenceDecoder
@@ -21,11 +22,13 @@ from tiny_model import tiny_model
 DECODERS: dict[str, Callable[[PersimmonModel], Decoder]] = {
     "reference": ReferenceDecoder,
     "cpu": cpu_decoder,
+    "cuda": cuda_decoder,
 }
 # The same with settings that make its inner cuts fall everywhere.
 VARIANTS = DECODERS | {
     "reference, 7 tokens per step": lambda model: ReferenceDecoder(model, max_step_tokens=7),
     "cpu, 3 threads, portable": lambda model: cpu_decoder(model, threads=3, isa="portable"),
+    "cuda, 7 tokens per pass, sparse": lambda model: cuda_decoder(model, max_pass_tokens=7, table=SPARSE),
 }
 
 # float32 sums in another order: a few units in the last place of logits near 10.
@@ -34,8 +37,23 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 MODEL = tiny_model()
 
 
+# Kernels in an interpreter take a tenth of a second per step: they get chosen examples instead of many random ones.
+QUICK = [name for name in VARIANTS if "cuda" not in name]
+INTERPRETED = [name for name in VARIANTS if "cuda" in name]
+
+
 @pytest.fixture(params=VARIANTS, scope="module")
 def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return VARIANTS[request.param](MODEL)
+
+
+@pytest.fixture(params=QUICK, scope="module")
+def quick_decoder(request: pytest.FixtureRequest) -> Decoder:
+    return VARIANTS[request.param](MODEL)
+
+
+@pytest.fixture(params=INTERPRETED, scope="module")
+def interpreted_decoder(request: pytest.FixtureRequest) -> Decoder:
     return VARIANTS[request.param](MODEL)
 
 
@@ -84,9 +102,7 @@ def test_what_is_asked_for_comes_back(decoder: Decoder) -> None:
             np.testing.assert_allclose(logits, expected, **TOLERANCE)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cuts=st.sets(st.integers(1, 39), max_size=12))
-def test_any_chunking_gives_the_same_logits(decoder: Decoder, cuts: set[int]) -> None:
+def check_chunking(decoder: Decoder, cuts: set[int]) -> None:
     ids = some_ids(40)
     sequence = decoder.new_sequence(40)
     edges = [0, *sorted(cuts), 40]
@@ -96,23 +112,45 @@ def test_any_chunking_gives_the_same_logits(decoder: Decoder, cuts: set[int]) ->
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_several_sequences_in_one_call_equal_each_alone(decoder: Decoder, data: st.DataObject) -> None:
-    """Ragged batches of any mix of prefill and decode."""
-    count = data.draw(st.integers(1, 4))
-    ids = [some_ids(data.draw(st.integers(2, 30)), seed) for seed in range(count)]
-    sequences = [decoder.new_sequence(len(row)) for row in ids]
-    done = [0] * count
-    collected: list[list[np.ndarray]] = [[] for _ in range(count)]
-    while any(done[i] < len(ids[i]) for i in range(count)):
-        active = [i for i in range(count) if done[i] < len(ids[i])]
-        sizes = [data.draw(st.integers(1, len(ids[i]) - done[i])) for i in active]
+@given(cuts=st.sets(st.integers(1, 39), max_size=12))
+def test_any_chunking_gives_the_same_logits(quick_decoder: Decoder, cuts: set[int]) -> None:
+    check_chunking(quick_decoder, cuts)
+
+
+@pytest.mark.parametrize("cuts", [{1, 2, 19}, {17, 18, 39}], ids=str)
+def test_chosen_chunkings_give_the_same_logits(interpreted_decoder: Decoder, cuts: set[int]) -> None:
+    check_chunking(interpreted_decoder, cuts)
+
+
+def check_ragged(decoder: Decoder, lengths: list[int], size: Callable[[int, int], int]) -> None:
+    """Sequences of these lengths, each advanced by `size(sequence, tokens left)` in every call."""
+    ids = [some_ids(length, seed) for seed, length in enumerate(lengths)]
+    sequences = [decoder.new_sequence(length) for length in lengths]
+    done = [0] * len(lengths)
+    collected: list[list[np.ndarray]] = [[] for _ in lengths]
+    while any(done[i] < len(ids[i]) for i in range(len(lengths))):
+        active = [i for i in range(len(lengths)) if done[i] < len(ids[i])]
+        sizes = [size(i, len(ids[i]) - done[i]) for i in active]
         chunks = [Chunk(sequences[i], ids[i][done[i] : done[i] + n], "all") for i, n in zip(active, sizes, strict=True)]
         for i, n, logits in zip(active, sizes, decoder.forward(chunks), strict=True):
             collected[i].append(logits)
             done[i] += n
     for row, parts in zip(ids, collected, strict=True):
         np.testing.assert_allclose(np.concatenate(parts), model_logits(row), **TOLERANCE)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_several_sequences_in_one_call_equal_each_alone(quick_decoder: Decoder, data: st.DataObject) -> None:
+    """Ragged batches of any mix of prefill and decode."""
+    lengths = data.draw(st.lists(st.integers(2, 30), min_size=1, max_size=4))
+    check_ragged(quick_decoder, lengths, lambda _, left: data.draw(st.integers(1, left)))
+
+
+def test_a_ragged_batch_equals_each_alone(interpreted_decoder: Decoder) -> None:
+    """A long prompt, a short one and single tokens; then three single tokens, padded to a batch of four."""
+    pieces = {0: [20, 1, 9], 1: [5, 1, 1], 2: [1, 1, 1]}
+    check_ragged(interpreted_decoder, [30, 7, 3], lambda i, _: pieces[i].pop(0))
 
 
 def test_mixed_wishes_in_one_call(decoder: Decoder) -> None:

@@ -114,7 +114,24 @@ def _describe(subject: _Subject, active: float) -> dict[str, Any]:
             for kv in accounting.KV_BYTES
             for plan in (accounting.plan_memory(config, context, weights, kv) for context in contexts)
         ],
+        "gpus": _gpu_plans(config),
     }  # fmt: skip
+
+
+def _gpu_plans(config: ModelConfig) -> list[dict[str, Any]]:
+    """What the cuda engine would choose on GPUs of common sizes, and why; with the parts in bytes."""
+    from persimmon.errors import UnavailableError
+    from persimmon.fast.cuda.plan import CARDS, choose
+
+    plans: list[dict[str, Any]] = []
+    for card, memory in CARDS.items():
+        try:
+            chosen = choose(config, memory)
+        except UnavailableError as error:
+            plans.append({"card": card, "memory": memory, "fits": False, "reason": str(error)})
+            continue
+        plans.append({"card": card, "fits": True, **dataclasses.asdict(chosen), "total": chosen.total})
+    return plans
 
 
 def _licence(subject: _Subject) -> str | None:
@@ -150,6 +167,7 @@ def _show(document: dict[str, Any]) -> None:
     _show_parameters(console, document["parameters"])
     _show_per_token(console, document)
     _show_memory(console, document["memory"])
+    _show_gpus(console, document["gpus"])
 
 
 def _show_heading(console: Console, document: dict[str, Any]) -> None:
@@ -244,6 +262,23 @@ def _show_memory(console: Console, plans: list[dict[str, Any]]) -> None:
     if free is not None:
         colour = " (green fits)" if console.color_system else ""
         console.print(f"free on this machine: {size(free)}{colour}")
+
+
+def _show_gpus(console: Console, plans: list[dict[str, Any]]) -> None:
+    """The choice per card in a table, the reasons below it. In GiB, as cards' sizes are."""
+    from persimmon.fast.cuda.plan import GIB
+
+    table = _table(
+        console, "On a GPU, one sequence (cuda engine; computed)", "card", "weights", "KV cache", "context", "takes"
+    )
+    for plan in plans:
+        cells = ["does not fit", "", "", ""]
+        if plan["fits"]:
+            cells = [plan["weight_format"], plan["kv_dtype"], f"{plan['context']:,}", f"{plan['total'] / GIB:.1f} GiB"]
+        table.add_row(plan["card"], *cells)
+    console.print(table)
+    for plan in plans:
+        console.print(f"{plan['card']}: {plan['reason']}")
 
 
 def size(count: float, unit: str = "B") -> str:

@@ -1,0 +1,154 @@
+"""Check and measure the cuda engine on this GPU; one JSON file.
+
+    python benchmarks/gpu/run.py --out results.json                      # the 8B's shape, under 8 minutes
+    python benchmarks/gpu/run.py --device cpu --tiny --out dry.json      # the same code in Triton's interpreter
+
+Sections: checks, ceilings, mlp (dense against sparse: the engine's kernel table), decode, prefill, memory, baselines.
+Each is kept as soon as it is done; running again with the same file goes on behind the last one. A section that the
+budget has no time for is listed as not measured. Exit code 1 when a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+DEFAULT_BUDGET = 460
+"""Seconds: under 8 minutes with the start of the program."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file; an existing one is continued")
+    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N, or cpu: Triton's interpreter")
+    parser.add_argument("--preset", default="8b", help="shape (default: 8b)")
+    parser.add_argument("--tiny", action="store_true", help="the `test` preset and the smallest cases: a dry run")
+    parser.add_argument("--formats", default="bfloat16,q8,q4,p44", help="comma-separated; also fp8, float32")
+    parser.add_argument("--active", type=float, default=0.10, help="share of active neurons (default: 0.10)")
+    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help=f"seconds (default: {DEFAULT_BUDGET})")
+    parser.add_argument("--sections", default="", help="comma-separated; default all")
+    parser.add_argument("--table", type=Path, help="where to write the kernel table (choice.py); default nowhere")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the sections that are missing."""
+    started = time.monotonic()
+    args = parse_arguments(arguments)
+    if args.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    import sections
+
+    bench = make_bench(args, started + args.budget)
+    steps: dict[str, Callable[[Any], Any]] = {
+        "checks": sections.check_kernels, "ceilings": sections.ceilings, "mlp": sections.mlp_table,
+        "decode": sections.decode, "prefill": sections.prefill, "memory": sections.memory,
+        "baselines": sections.baselines,
+    }  # fmt: skip
+    wanted = [name for name in args.sections.split(",") if name] or list(steps)
+    for name in wanted:
+        if not bench.report["sections"].get(name, {}).get("complete"):
+            run_section(name, steps[name], bench)
+        if name == "mlp" and args.table is not None:
+            sections.kernel_table(bench).save(args.table)
+    failed = [n for n, c in bench.report["sections"].get("checks", {}).get("rows", {}).items() if not c["holds"]]
+    for name in failed:
+        print(f"check failed: {name}", file=sys.stderr)
+    print(json.dumps(bench.report))
+    return 1 if failed else 0
+
+
+def run_section(name: str, step: Callable[[Any], Any], bench: Any) -> None:
+    """Measure a section, keeping what is there after every row."""
+    import sections
+
+    started = time.monotonic()
+    entry: dict[str, Any] = {"complete": False, "rows": []}
+    bench.report["sections"][name] = entry
+    try:
+        bench.check_time()
+        result = step(bench)
+        if isinstance(result, Iterator):
+            for row in result:
+                entry["rows"].append(row)
+                bench.save()
+        else:
+            entry["rows"] = result
+        entry["complete"] = True
+    except sections.OutOfTime:
+        entry["note"] = "not measured: the time was up" if not entry["rows"] else "cut short: the time was up"
+    entry["seconds"] = round(time.monotonic() - started, 2)
+    print(f"{name}: {entry['seconds']} s{'' if entry['complete'] else ', ' + entry['note']}", file=sys.stderr)
+    bench.save()
+
+
+def make_bench(args: argparse.Namespace, deadline: float) -> Any:
+    """The Bench, with the report so far."""
+    import sections
+    import torch
+
+    from persimmon.config import preset
+
+    device = torch.device(args.device)
+    config = preset("test" if args.tiny else args.preset)
+    formats = [
+        name.replace("bfloat16", "float32") if device.type == "cpu" else name for name in args.formats.split(",")
+    ]
+    identity = {
+        "shape": "test" if args.tiny else args.preset, "formats": formats, "active": args.active,
+        "device": describe_device(device),
+    }  # fmt: skip
+    report = read_report(args.out, identity)
+
+    def save() -> None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = args.out.with_name(f"partial.{args.out.name}")
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial.replace(args.out)
+
+    small = args.tiny
+    return sections.Bench(
+        config, device, formats, args.active, batches=[1, 2] if small else [1, 2, 4, 8, 16, 32, 64],
+        contexts=[32, 64] if small else [32, 2_048, 8_192, 16_384], prompts=[40] if small else [2_048, 8_192, 16_384],
+        decode_tokens=2 if small else 32, repeats=1 if small else 5, deadline=deadline, report=report, save=save,
+    )  # fmt: skip
+
+
+def read_report(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The file's report when it is about the same thing, else a new one."""
+    if path.is_file():
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if {key: report.get(key) for key in identity} == identity:
+            return dict(report)
+        raise SystemExit(f"{path} is about another shape, device or version; remove it or choose another file")
+    return {"bench": "gpu", **identity, "sections": {}}
+
+
+def describe_device(device: Any) -> dict[str, Any]:
+    """What was measured on."""
+    import torch
+    import triton
+
+    facts: dict[str, Any] = {
+        "name": platform.processor() or "cpu", "interpreted": device.type == "cpu", "torch": torch.__version__,
+        "triton": triton.__version__, "python": platform.python_version(), "cuda": torch.version.cuda,
+    }  # fmt: skip
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "name": properties.name, "memory": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+        }  # fmt: skip
+    return facts
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

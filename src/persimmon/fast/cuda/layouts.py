@@ -1,0 +1,166 @@
+"""Weight matrices as the GPU kernels read them, made from the packed formats or from plain numbers. torch, no triton.
+
+The packed formats of the CPU engine (`fast/cpu/native/layout.h`) keep scales beside their codes and codes in the order
+of its vector lanes. A GPU reads best when neighbouring threads read neighbouring bytes, so here codes are in plain
+order and scales in an array of their own; the numbers are the same to the last bit. Nothing is quantized anew, but for
+FP8, whose weights come from plain ones.
+
+    q8 row          INT8: int8 codes, a float16 scale per 32
+    q4 row          INT4: two codes a byte, 32 columns apart (kernels/matmul.py)
+    head planes     INT8: 16 high + low - 128 is the int8 code
+    p44 hot, cold   PLANES for the up projection, INT8 neuron-major for the down projection
+    plain           PLAIN: as it is; the down projection neuron-major
+
+All of it is ordinary tensor arithmetic, so packing happens where the tensor lies, matrix by matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from persimmon.fast.cpu.formats import GROUP, OUTLIERS, SUPERBLOCK, row_bytes
+
+PLAIN, INT8, INT4, FP8, PLANES = 0, 1, 2, 3, 4
+"""Formats of a matrix; the kernels compare numbers."""
+
+_LARGEST_E4M3 = 448.0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix that maps `inputs` to `outputs` numbers."""
+
+    format: int
+    outputs: int
+    inputs: int
+    neuron_major: bool
+    """Stored [inputs, outputs]: a row per input, which is skipped when that input is zero."""
+    codes: Tensor
+    """PLAIN, INT8, FP8 [rows, columns]; INT4 and the high PLANES uint8 [rows, columns / 2]."""
+    scales: Tensor | None = None
+    """float16 [rows, columns / 32]; FP8 float32 [rows]."""
+    low: Tensor | None = None
+    """Low PLANES."""
+    outlier_weights: Tensor | None = None
+    """PLANES: float16 [rows, 16] ..."""
+    outlier_columns: Tensor | None = None
+    """... of these input columns, int32 [16], -1 where there are fewer."""
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Rows, and columns without padding."""
+        return (self.inputs, self.outputs) if self.neuron_major else (self.outputs, self.inputs)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a stored row, padding included."""
+        halved = self.format in (INT4, PLANES)
+        return self.codes.shape[1] * (2 if halved else 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        parts = (self.codes, self.scales, self.low, self.outlier_weights, self.outlier_columns)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def plain(weight: Tensor, *, neuron_major: bool = False) -> Matrix:
+    """A hub matrix [outputs, inputs]; neuron-major turns it."""
+    outputs, inputs = weight.shape
+    return Matrix(PLAIN, outputs, inputs, neuron_major, (weight.T if neuron_major else weight).contiguous())
+
+
+def fp8(weight: Tensor, *, neuron_major: bool = False) -> Matrix:
+    """A hub matrix [outputs, inputs] rounded to e4m3, a float32 scale per stored row."""
+    outputs, inputs = weight.shape
+    stored = (weight.T if neuron_major else weight).float()
+    scales = (stored.abs().amax(1) / _LARGEST_E4M3).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (stored / scales[:, None]).clamp(-_LARGEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn)
+    return Matrix(FP8, outputs, inputs, neuron_major, codes.contiguous(), scales)
+
+
+def from_q8(rows: Tensor, inputs: int) -> Matrix:
+    """Packed q8 rows, uint8 [outputs, bytes]."""
+    blocks = _superblocks(rows, 272)
+    codes = _plain_order(blocks[..., :SUPERBLOCK]).view(torch.int8)
+    width = _padded(inputs, GROUP)
+    return Matrix(
+        INT8, rows.shape[0], inputs, False, codes[:, :width].contiguous(), _scales(blocks[..., SUPERBLOCK:], width)
+    )
+
+
+def from_q4(rows: Tensor, inputs: int) -> Matrix:
+    """Packed q4 rows, uint8 [outputs, bytes]."""
+    blocks = _superblocks(rows, 144)
+    width = _padded(inputs, 2 * GROUP)
+    codes = _nibble_pairs(_unpacked_nibbles(blocks[..., :128])[:, :width])
+    return Matrix(INT4, rows.shape[0], inputs, False, codes, _scales(blocks[..., 128:], width))
+
+
+def from_head_planes(high: Tensor, low: Tensor, inputs: int) -> Matrix:
+    """The packed head's planes, joined to int8."""
+    blocks = _superblocks(high, 144)
+    width = _padded(inputs, GROUP)
+    joined = (_unpacked_nibbles(blocks[..., :128]) << 4) + _unpacked_nibbles(_superblocks(low, 128))
+    codes = (joined ^ 128).view(torch.int8)  # minus 128, modulo 256
+    return Matrix(INT8, high.shape[0], inputs, False, codes[:, :width].contiguous(), _scales(blocks[..., 128:], width))
+
+
+def from_neurons(rows: Tensor, outputs: int) -> Matrix:
+    """A packed q8 down projection, uint8 [neurons, bytes] in plain order."""
+    blocks = _superblocks(rows, 272)
+    width = _padded(outputs, GROUP)
+    codes = blocks[..., :SUPERBLOCK].reshape(rows.shape[0], -1).view(torch.int8)
+    return Matrix(
+        INT8, outputs, rows.shape[0], True, codes[:, :width].contiguous(), _scales(blocks[..., SUPERBLOCK:], width)
+    )
+
+
+def from_p44(hot: Tensor, cold: Tensor, outlier_columns: Tensor, hidden: int) -> tuple[Matrix, Matrix]:
+    """A packed p44 MLP: the up projection in planes and the down projection."""
+    neurons = hot.shape[0]
+    plane = row_bytes("high", hidden)
+    blocks = _superblocks(hot[:, :plane].contiguous(), 144)
+    width = _padded(hidden, 2 * GROUP)
+    high = _nibble_pairs(_unpacked_nibbles(blocks[..., :128])[:, :width])
+    low_bytes = row_bytes("low", hidden)
+    low_blocks = _superblocks(cold[:, :low_bytes].contiguous(), 128)
+    low = _nibble_pairs(_unpacked_nibbles(low_blocks)[:, :width])
+    exact = hot[:, plane : plane + 2 * OUTLIERS].contiguous().view(torch.float16)
+    up = Matrix(PLANES, neurons, hidden, False, high, _scales(blocks[..., 128:], width), low, exact, outlier_columns)
+    return up, from_neurons(cold[:, low_bytes:].contiguous(), hidden)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _superblocks(rows: Tensor, size: int) -> Tensor:
+    """[R, bytes] -> [R, superblocks, size]."""
+    return rows.view(rows.shape[0], -1, size)
+
+
+def _plain_order(codes: Tensor) -> Tensor:
+    """Lane order [R, S, 256] -> plain order [R, 256 S]: byte 32 v + 4 g + b is weight 32 g + 4 v + b."""
+    lanes = codes.reshape(codes.shape[0], -1, 8, 8, 4)
+    return lanes.transpose(2, 3).reshape(codes.shape[0], -1)
+
+
+def _unpacked_nibbles(blocks: Tensor) -> Tensor:
+    """[R, S, 128] bytes -> codes 0 .. 15 in plain order, uint8 [R, 256 S]."""
+    return _plain_order(torch.cat((blocks & 15, blocks >> 4), dim=-1))
+
+
+def _nibble_pairs(codes: Tensor) -> Tensor:
+    """Codes [R, 64 n] -> bytes [R, 32 n], columns 32 apart in a byte."""
+    pairs = codes.reshape(codes.shape[0], -1, 2, GROUP)
+    return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(codes.shape[0], -1).contiguous()
+
+
+def _scales(parts: Tensor, width: int) -> Tensor:
+    """[R, S, 16] bytes -> float16 [R, width / 32]."""
+    halves = parts.contiguous().view(torch.float16)
+    return halves.reshape(parts.shape[0], -1)[:, : width // GROUP].contiguous()

@@ -1,0 +1,59 @@
+"""Machines without a GPU: nothing imports triton or CUDA, and what is missing is said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from persimmon import engines
+from persimmon.config import preset
+from persimmon.errors import UnavailableError
+from persimmon.fast.cuda.available import why_unfit
+
+PROGRAM = """
+import sys
+import persimmon, persimmon.api, persimmon.engines, persimmon.cli.main, persimmon.cli.info, persimmon.cli.doctor
+import persimmon.fast.cuda.plan, persimmon.fast.cuda.choice, persimmon.fast.cuda.available, persimmon.fast.cuda.layouts
+from persimmon.engines import installed_engines, missing_engines
+installed_engines(), missing_engines()
+print(sorted(name for name in sys.modules if name.split(".")[0] == "triton"))
+print("torch.cuda initialized:", sys.modules["torch"].cuda.is_initialized() if "torch" in sys.modules else False)
+"""
+
+
+def test_nothing_imports_triton_or_starts_cuda() -> None:
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["[]", "torch.cuda initialized: False"]
+
+
+def test_planning_needs_no_torch() -> None:
+    program = "import sys, persimmon.fast.cuda.plan, persimmon.fast.cuda.choice; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_engine_says_what_is_missing() -> None:
+    assert engines.ENGINES["cuda"].packed
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "finds none" in engines.missing_engines()["cuda"]
+    with pytest.raises(UnavailableError, match="engine 'cuda' runs on cuda, not on cpu"):
+        engines.choose_engine("cuda", "cpu")
+
+
+def test_auto_takes_it_for_quantized_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has not run on a GPU yet, so the reference goes first where both can run."""
+    import dataclasses
+
+    there = dataclasses.replace(engines.ENGINES["cuda"], why_unavailable=lambda: None)
+    monkeypatch.setitem(engines.ENGINES, "cuda", there)
+    assert engines.choose_engine("auto", "cuda").value == "reference"
+    assert engines.choose_engine("auto", "cuda", packed=True).value == "cuda"
+    assert engines.choose_engine("cuda", "cuda:1").value == "cuda"
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    assert why_unfit(preset("8b")) is None
+    assert "head_dim up to 256, got 512" in str(why_unfit(preset("test", hidden_size=512, num_heads=1)))

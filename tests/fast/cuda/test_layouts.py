@@ -1,0 +1,86 @@
+"""Packed weights rearranged for the GPU: the same numbers to the last bit, in every format, padded or not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("persimmon.fast.cpu._native", reason="the packer is part of the CPU engine")
+
+import packed_layouts as packed
+import triton_interpreter  # noqa: F401 - skips without triton
+from persimmon.fast.cuda import layouts
+from persimmon.fast.cuda.kernels.matmul import dequantize
+
+SHAPES = [(5, 16), (3, 256), (40, 80), (7, 320), (2, 600)]
+
+
+def numbers(matrix: layouts.Matrix) -> np.ndarray:
+    return dequantize(matrix, torch.float32).numpy()
+
+
+def random_weights(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["q8", "q4"])
+def test_rows(kind: str, shape: tuple[int, int]) -> None:
+    rows = packed.pack(kind, random_weights(shape))
+    expected = (packed.unpack_q8 if kind == "q8" else packed.unpack_q4)(rows)[:, : shape[1]]
+    make = layouts.from_q8 if kind == "q8" else layouts.from_q4
+    matrix = make(torch.from_numpy(rows), shape[1])
+    np.testing.assert_array_equal(numbers(matrix), expected)
+    assert matrix.columns >= shape[1] and matrix.columns % 32 == 0
+    bits = 8.5 if kind == "q8" else 4.5
+    assert matrix.num_bytes * 8 == matrix.columns * shape[0] * bits
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_head_planes_become_int8(shape: tuple[int, int]) -> None:
+    high, low = packed.pack_planes(random_weights(shape))
+    matrix = layouts.from_head_planes(torch.from_numpy(high), torch.from_numpy(low), shape[1])
+    assert matrix.format == layouts.INT8
+    np.testing.assert_array_equal(numbers(matrix), packed.unpack_planes(high, low)[:, : shape[1]])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_neurons_stay_rows(shape: tuple[int, int]) -> None:
+    rows = packed.pack_neurons(random_weights(shape))
+    matrix = layouts.from_neurons(torch.from_numpy(rows), shape[1])
+    assert matrix.neuron_major and (matrix.inputs, matrix.outputs) == shape
+    np.testing.assert_array_equal(numbers(matrix), packed.unpack_neurons(rows)[:, : shape[1]])
+
+
+@pytest.mark.parametrize("hidden", [48, 256, 320])
+def test_p44_records_come_apart(hidden: int) -> None:
+    neurons, columns = 9, np.array([0, 3, 17, *[-1] * 13], np.int32)
+    up, down = random_weights((neurons, hidden)), random_weights((neurons, hidden), 1)
+    exact = np.zeros((neurons, 16), np.float16)
+    exact[:, :3] = up[:, columns[:3]]
+    up[:, columns[:3]] = 0
+    high, low = packed.pack_planes(up)
+    rows = packed.pack_neurons(down)
+    hot, cold = np.hstack([high, exact.view(np.uint8)]), np.hstack([low, rows])
+    first, second = layouts.from_p44(*map(torch.from_numpy, (hot, cold, columns)), hidden)
+    expected = packed.unpack_planes(high, low)[:, :hidden].copy()
+    expected[:, columns[:3]] = exact[:, :3]
+    np.testing.assert_array_equal(numbers(first), expected)
+    np.testing.assert_array_equal(numbers(second), packed.unpack_neurons(rows)[:, :hidden])
+
+
+@pytest.mark.parametrize("neuron_major", [False, True])
+def test_plain_and_fp8(neuron_major: bool) -> None:
+    weight = torch.from_numpy(random_weights((24, 40)))
+    weight[3] = 0
+    weight[:, 5] *= 1000
+    plain = layouts.plain(weight, neuron_major=neuron_major)
+    assert torch.equal(dequantize(plain, torch.float32), weight.T if neuron_major else weight)
+    rounded = layouts.fp8(weight, neuron_major=neuron_major)
+    assert rounded.num_bytes == 24 * 40 + 4 * rounded.stored_shape[0]
+    stored = weight.T if neuron_major else weight
+    error = (dequantize(rounded, torch.float32) - stored).abs()
+    scale = stored.abs().amax(1, keepdim=True) / 448
+    # Three bits behind the leading one; below the smallest normal number the step is 2^-9.
+    assert (error <= torch.maximum(stored.abs() / 16, scale / 1024) * 1.001).all()

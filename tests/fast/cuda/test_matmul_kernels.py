@@ -1,0 +1,95 @@
+"""Products in every format against torch's, over shapes, types and inputs that are hard."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import triton_interpreter
+from gpu_matrices import as_numbers, make, random
+from persimmon.fast.cuda.kernels import matmul
+from persimmon.fast.cuda.layouts import Matrix
+
+FORMATS = ["float32", "bfloat16", "fp8", "q8", "q4", "planes"]
+DEVICE = triton_interpreter.DEVICE
+
+# Sums of products near 1 in another order. bfloat16 activations: results and, with several tokens, weights are rounded
+# to 8 bits, and the interpreter cuts where a GPU rounds.
+LIMITS = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 5e-2}}
+
+
+def check(x: Tensor, matrix: Matrix, bias: Tensor | None, squared: bool) -> None:
+    expected = x.double() @ as_numbers(matrix).T
+    if bias is not None:
+        expected = expected + bias.double()
+    if squared:
+        expected = expected.relu().square()
+    result = matmul.multiply(x, matrix, bias, squared_relu=squared, dtype=torch.float32)
+    limits = LIMITS[x.dtype]
+    scale = expected.abs().max().clamp_min(1).item()
+    torch.testing.assert_close(result.double(), expected, rtol=limits["rtol"], atol=limits["atol"] * scale)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_equal_torch(name: str, tokens: int) -> None:
+    """Odd sizes, one token and several, with and without epilogues."""
+    for outputs, inputs in ((24, 64), (37, 80), (1, 300)):
+        matrix, x, bias = make(name, outputs, inputs), random(tokens, inputs, seed=3), random(outputs, seed=4)
+        check(x, matrix, bias, squared=False)
+        check(x, matrix, bias, squared=True)
+    check(x, matrix, None, squared=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("name", FORMATS)
+def test_bfloat16_activations(name: str, tokens: int) -> None:
+    check(random(tokens, 80, seed=3).bfloat16(), make(name, 24, 80), random(24, seed=4), squared=False)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "fp8", "q8"])
+def test_neuron_major(name: str) -> None:
+    check(random(3, 50, seed=3), make(name, 40, 50, neuron_major=True), random(40, seed=4), squared=False)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_hard_inputs(name: str) -> None:
+    """Zeros, one token that is not zero, large and tiny numbers."""
+    matrix, bias = make(name, 24, 96), random(24, seed=4)
+    one = torch.zeros(3, 96, device=DEVICE)
+    one[1, 95] = 1.0
+    for x in (torch.zeros(1, 96, device=DEVICE), one, random(1, 96) * 1e4, random(2, 96) * 1e-20):
+        check(x, matrix, bias, squared=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", FORMATS)
+def test_active_lists_are_the_dense_result(name: str, tokens: int) -> None:
+    """Put back where they belong, the listed values are relu(.)^2 of all neurons; nothing else is listed."""
+    matrix, x = make(name, 70, 64), random(tokens, 64, seed=3)
+    for bias in (
+        random(70, seed=4) - 1.0,
+        torch.full((70,), -1e4, device=DEVICE),
+        torch.full((70,), 1e4, device=DEVICE),
+    ):
+        active = matmul.multiply_active(x, matrix, bias)
+        dense = matmul.multiply(x, matrix, bias, squared_relu=True)
+        found, seen = torch.zeros_like(dense), []
+        for segment, count in enumerate(active.counts.tolist()):
+            place = slice(segment * active.segment, segment * active.segment + count)
+            ids = active.ids[place].long()
+            found[:, ids] = active.values[place, :tokens].T
+            seen += ids.tolist()
+        assert seen == sorted(set(seen)) == dense.amax(0).nonzero().flatten().tolist()
+        assert torch.equal(found, dense)
+
+
+def test_a_large_matrix_in_gpu_sized_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile sizes that a GPU gets, several programs each way."""
+    monkeypatch.setattr(matmul, "tile", lambda on_gpu, interpreted: on_gpu)
+    for name in FORMATS:
+        check(random(1, 600, seed=3), make(name, 40, 600), random(40, seed=4), squared=False)
+    check(random(20, 150, seed=3), make("q4", 70, 150), random(70, seed=4), squared=True)
+    assert np.prod(list(matmul.gemm_tiles(20, 150).values())) == 64 * 32 * 64
