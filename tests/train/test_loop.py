@@ -4,53 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from made_rows import RandomRows
 from persimmon.config import preset
 from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
 from persimmon.train.loop import (
-    Batch,
     LoopRecipe,
     ScheduleRecipe,
     Trainer,
     TrainingStopped,
-    truncate_metrics,
 )
 from persimmon.train.loss import IGNORE
 from persimmon.train.optimizer import OptimizerRecipe
 from persimmon.train.parallel import World, run_processes
 from persimmon.train.sparsity import LayerStatistics
-
-
-class RandomRows:
-    """Rows that depend on (step, row) alone, some targets without loss."""
-
-    def __init__(self, rows: int = 6, length: int = 16) -> None:
-        self._rows, self._length = rows, length
-
-    def rows(self, step: int) -> int:
-        return self._rows
-
-    def row_length(self, step: int) -> int:
-        return self._length
-
-    def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        ids, targets, documents = [], [], [0]
-        for index, row in enumerate(rows):
-            generator = torch.Generator().manual_seed(1000 * step + row)
-            stream = torch.randint(0, 320, (self._length + 1,), generator=generator)
-            target = stream[1:].clone()
-            target[: row % 5] = IGNORE
-            ids.append(stream[:-1])
-            targets.append(target)
-            documents += [index * self._length + 5, (index + 1) * self._length]
-        return Batch(torch.stack(ids), torch.stack(targets), documents)
+from persimmon.train.tracking import truncate_metrics
 
 
 def build(recipe: LoopRecipe, directory: Path, world: World | None = None, **changes: Any) -> Trainer:
@@ -63,7 +37,7 @@ def build(recipe: LoopRecipe, directory: Path, world: World | None = None, **cha
 def test_accumulation_does_not_change_the_step(tmp_path: Path, micro_tokens: int) -> None:
     whole = build(LoopRecipe(micro_tokens=96), tmp_path)
     parts = build(LoopRecipe(micro_tokens=micro_tokens), tmp_path)
-    losses = [trainer._forward_backward()[0] for trainer in (whole, parts)]
+    losses = [trainer._passes.run(0).loss for trainer in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
