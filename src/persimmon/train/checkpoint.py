@@ -89,7 +89,8 @@ class Checkpoints:
         final = self._directory / f"step-{step:08d}"
         partial = self._directory / f"{final.name}.partial"
         if self._world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, *self._directory.glob("step-????????.*")):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
         try:
             with warnings.catch_warnings():
@@ -111,7 +112,15 @@ class Checkpoints:
         """Keep the newest `keep`, and for good those whose step is a multiple of `keep_every`."""
         for old in sorted(self._directory.glob("step-????????"))[: -self._keep]:
             if not (self._keep_every and int(old.name[5:]) % self._keep_every == 0):
-                shutil.rmtree(old)
+                _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint under another name first: a kill halfway must not leave half of one."""
+    dropped = checkpoint.with_name(f"{checkpoint.name}.dropped")
+    shutil.rmtree(dropped, ignore_errors=True)
+    os.replace(checkpoint, dropped)
+    shutil.rmtree(dropped)
 
 
 def training_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -168,7 +177,7 @@ def _complete(partial: Path, final: Path, state: dict[str, Any]) -> None:
     (partial / _STATE).write_text(json.dumps({**state, "sha256": hashes}, indent=2))
     _hash_and_flush(partial / _STATE)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.replace(partial, final)
 
 

@@ -1,4 +1,4 @@
-"""Machines that a plan can be made for: peaks and memory are the makers' figures, the share reached is an assumption."""
+"""Machines a plan can be made for: peaks and memory are the makers' figures, the share reached is an assumption."""
 
 from __future__ import annotations
 
