@@ -115,23 +115,26 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, boundaries: Sequence[int])
     neighbouring documents of equal length share a call.
     """
     rows, heads, length, dim = q.shape
-    flat = [x.transpose(1, 2).reshape(rows * length, heads, dim) for x in (q, k, v)]
+    runs = _equal_runs(boundaries)
+    # Split and not sliced: the gradient of a split is one concatenation, that of a slice a tensor of zeros for each.
+    sizes = [size * count for size, count in runs]
+    flat = [x.transpose(1, 2).reshape(rows * length, heads, dim).split(sizes) for x in (q, k, v)]
     pieces = []
-    for start, size, count in _equal_runs(boundaries):
-        part = [x[start : start + size * count].view(count, size, heads, dim).transpose(1, 2) for x in flat]
-        pieces.append(attend_causal(*part).transpose(1, 2).reshape(size * count, heads, dim))
+    for (size, count), part in zip(runs, zip(*flat, strict=True), strict=True):
+        run = (x.view(count, size, heads, dim).transpose(1, 2) for x in part)
+        pieces.append(attend_causal(*run).transpose(1, 2).reshape(size * count, heads, dim))
     return torch.cat(pieces).view(rows, length, heads, dim).transpose(1, 2)
 
 
-def _equal_runs(boundaries: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Group neighbouring documents of equal size: (start, size, count) of each group."""
-    runs: list[tuple[int, int, int]] = []
+def _equal_runs(boundaries: Sequence[int]) -> list[tuple[int, int]]:
+    """Group neighbouring documents of equal size: (size, count) of each group."""
+    runs: list[tuple[int, int]] = []
     for start, end in pairwise(boundaries):
         size = end - start
-        if runs and runs[-1][1] == size:
-            runs[-1] = (runs[-1][0], size, runs[-1][2] + 1)
+        if runs and runs[-1][0] == size:
+            runs[-1] = (size, runs[-1][1] + 1)
         else:
-            runs.append((start, size, 1))
+            runs.append((size, 1))
     return runs
 
 

@@ -23,7 +23,6 @@ from persimmon.train.loop import (
 from persimmon.train.loss import IGNORE
 from persimmon.train.optimizer import OptimizerRecipe
 from persimmon.train.parallel import World, run_processes
-from persimmon.train.sparsity import LayerStatistics
 from persimmon.train.tracking import truncate_metrics
 
 
@@ -70,14 +69,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert first[1] == pytest.approx(one[1], abs=5e-3)
 
 
-def test_the_penalty_pauses_above_the_target() -> None:
-    statistics = LayerStatistics(2, target=0.6)
-    statistics(0, torch.tensor([0.0, 0.0, 0.0, 4.0]))  # 75 % zeros: no push
-    statistics(1, torch.tensor([0.0, 0.0, 2.0, 4.0]))  # 50 % zeros: mean 1.5, over two layers
-    assert float(statistics.penalty()) == pytest.approx(0.75)
-    assert statistics.zeros == [[0.75], [0.5]]
-
-
 def test_the_penalty_raises_the_share_of_zeros(tmp_path: Path) -> None:
     def final_zeros(weight: float) -> float:
         trainer = build(LoopRecipe(sparsity_penalty=weight), tmp_path)
@@ -88,6 +79,18 @@ def test_the_penalty_raises_the_share_of_zeros(tmp_path: Path) -> None:
         return sum(rows[-1]["zeros"]) / 2
 
     assert final_zeros(3.0) > final_zeros(0.0) + 0.1
+
+
+def test_silent_neurons_come_back_under_a_target(tmp_path: Path) -> None:
+    def silent(lift: float) -> int:
+        recipe = LoopRecipe(sparsity_penalty=0.1, sparsity_target=0.9, sparsity_lift=lift)
+        trainer = build(recipe, tmp_path)
+        trainer.num_steps, trainer._tokens_total = 40, 40 * 96
+        with torch.no_grad():
+            trainer.model.layers[0].mlp.dense_h_to_4h.bias.fill_(-3.0)
+        return [trainer.train_step()["silent"][0] for _ in range(40)][-1]
+
+    assert silent(20.0) < silent(0.0)
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path: Path) -> None:

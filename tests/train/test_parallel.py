@@ -35,7 +35,8 @@ def build(directory: Path, world: World, parallel: ParallelRecipe, matrices: str
     # Rates at which the loss falls steadily: a run near the edge of stability would amplify any rounding.
     optimizer = OptimizerRecipe(matrices=matrices, matrix_lr=2e-3, vector_lr=2e-3)
     recipe = LoopRecipe(
-        parallel=parallel, optimizer=optimizer, micro_tokens=64, evaluate_every=0, sparsity_penalty=0.1,
+        parallel=parallel, optimizer=optimizer, micro_tokens=64, evaluate_every=0,
+        sparsity_penalty=0.1, sparsity_target=0.7, sparsity_lift=0.5,
     )  # fmt: skip
     return Trainer(model, RandomRows(rows=4, length=32), STEPS, recipe, directory, world)
 
@@ -47,7 +48,12 @@ def train(world: World, directory: Path, parallel: ParallelRecipe, matrices: str
     model = trainer.whole_model()
     if world.is_main:
         weights = {name: p.detach().double().norm().item() for name, p in model.named_parameters()}
-        found = {"loss": [r["loss"] for r in rows], "norm": [r["grad_norm"] for r in rows], "weights": weights}
+        found = {
+            "loss": [r["loss"] for r in rows],
+            "norm": [r["grad_norm"] for r in rows],
+            "zeros": rows[0]["zeros"],
+            "weights": weights,
+        }
         (directory / "found.json").write_text(json.dumps(found))
 
 
@@ -82,6 +88,7 @@ def test_every_layout_repeats_the_run_of_one_process(
     result, expected = found(tmp_path / "run", size, parallel, matrices), alone[matrices]
     assert expected["loss"][-1] < expected["loss"][0] - 0.01
     assert result["loss"][0] == pytest.approx(expected["loss"][0], abs=2e-6)
+    assert result["zeros"] == pytest.approx(expected["zeros"], abs=2e-4)
     assert result["norm"][0] == pytest.approx(expected["norm"][0], abs=1e-4)
     assert result["loss"] == pytest.approx(expected["loss"], abs=TOLERANCE)
     # A shift of all keys changes attention by rotary alone: this gradient is nearly nought, and AdamW, which normalises

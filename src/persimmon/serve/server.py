@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
@@ -44,6 +45,13 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Run until told to end. A forced end skips the application's shutdown, so the engine is ended here too."""
+        try:
+            await super().serve(sockets)
+        finally:
+            await self._service.worker.stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn for SIGINT and SIGTERM."""

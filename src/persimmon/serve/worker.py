@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import signal
 import threading
 import time
@@ -252,6 +253,8 @@ class EngineWorker:
             target=run_worker, args=(self._build, receive_commands, send_events), name="persimmon-engine", daemon=True
         )
         self._process.start()
+        # At exit, multiprocessing sends its children SIGTERM, which this one ignores, and waits for them.
+        multiprocessing.util.Finalize(None, self._process.kill, exitpriority=1)
         receive_commands.close()
         send_events.close()
         threading.Thread(target=self._read, args=(events,), daemon=True).start()

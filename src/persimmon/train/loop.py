@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from persimmon.errors import CheckpointError, PersimmonError
 from persimmon.model import PersimmonModel
 from persimmon.train.activations import keep_activations
 from persimmon.train.checkpoint import Checkpoints
-from persimmon.train.mesh import clip_gradients, distribute, gather_model, make_layout, reshard
+from persimmon.train.mesh import clip_gradients, distribute, gather_model, make_layout, own_part, reshard
 from persimmon.train.optimizer import build_optimizers
 from persimmon.train.parallel import World
 from persimmon.train.passes import Batch, BatchSource, StepPasses, StepResult
 from persimmon.train.settings import LoopRecipe, ScheduleRecipe
 from persimmon.train.signals import StopSignals, TrainingInterrupted
+from persimmon.train.sparsity import lift_biases, shares_of_zeros, silent_neurons, up_biases
 from persimmon.train.tracking import SpeedMeter, Tracker
 
 __all__ = ["Batch", "BatchSource", "LoopRecipe", "ScheduleRecipe", "Trainer", "TrainingStopped"]
@@ -76,8 +79,8 @@ class Trainer:
         """The schedule's multiplier for the coming step."""
         return self.recipe.schedule.factor(self.tokens_seen / self._tokens_total)
 
-    def _update(self) -> float:
-        """Clip, scale the rates, step the optimizers; returns the gradient's norm before clipping."""
+    def _update(self, active: Tensor) -> float:
+        """Clip, scale the rates, step the optimizers, lift biases; returns the gradient's norm before clipping."""
         norm = clip_gradients(self.model.parameters(), self.recipe.optimizer.clip)
         factor = self.learning_rate_factor()
         for optimizer in self.optimizers:
@@ -85,7 +88,22 @@ class Trainer:
                 group["lr"] = group["top_lr"] * factor
             optimizer.step()
         self._drop_gradients()
+        recipe = self.recipe
+        if recipe.sparsity_penalty and recipe.sparsity_lift and recipe.sparsity_target < 1:
+            self._lift(active, recipe.sparsity_lift * recipe.optimizer.vector_lr * factor)
         return norm
+
+    def _lift(self, active: Tensor, rate: float) -> None:
+        biases, target = up_biases(self.model), self.recipe.sparsity_target
+        if not self._split:
+            lift_biases(biases, active, target, rate)
+            return
+        rises = [torch.zeros(bias.shape, device=active.device) for bias in biases]
+        lift_biases(rises, active, target, rate)
+        with torch.no_grad():
+            for bias, rise in zip(biases, rises, strict=True):
+                assert isinstance(bias, DTensor)
+                bias.to_local().add_(own_part(rise, bias))
 
     def _drop_gradients(self) -> None:
         for optimizer in self.optimizers:
@@ -104,7 +122,7 @@ class Trainer:
             self._drop_gradients()
             row["skipped"] = self._skipped
         else:
-            row["grad_norm"] = round(self._update(), 4)
+            row["grad_norm"] = round(self._update(result.active), 4)
         tokens = self.source.rows(self.step) * self.source.row_length(self.step)
         self.step += 1
         self.tokens_seen += tokens
@@ -117,7 +135,8 @@ class Trainer:
             "lr_factor": round(factor, 6),
             **row,
             **self._meter.measure(tokens, result.squared_lengths, seconds, self._tokens_total - self.tokens_seen),
-            "zeros": [round(share, 4) for share in result.zeros],
+            "zeros": [round(share, 4) for share in shares_of_zeros(result.active)],
+            "silent": silent_neurons(result.active),
             "loss_by_position": result.by_position,
         }
         return row, result

@@ -58,6 +58,7 @@ class Layout:
     data_size: int = 1
     context_rank: int = 0
     context_size: int = 1
+    tensor_rank: int = 0
     tensor_size: int = 1
     context_group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = field(default=None, repr=False)
@@ -83,7 +84,8 @@ def make_layout(world: World, recipe: ParallelRecipe) -> Layout:
     return Layout(
         data_rank=mesh.get_local_rank("data"), data_size=shape[0],
         context_rank=mesh.get_local_rank("context"), context_size=shape[1],
-        tensor_size=shape[2], context_group=mesh.get_group("context"), mesh=mesh, shards=shards,
+        tensor_rank=mesh.get_local_rank("tensor"), tensor_size=shape[2],
+        context_group=mesh.get_group("context"), mesh=mesh, shards=shards,
     )  # fmt: skip
 
 

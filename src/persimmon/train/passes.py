@@ -53,8 +53,8 @@ class StepResult:
 
     loss: float
     """Mean in nats per target that counts."""
-    zeros: list[float]
-    """Share of zeros per layer, in this process's rows."""
+    active: Tensor
+    """Tokens for which each neuron was active, and all tokens (`LayerStatistics.counts`)."""
     by_position: list[float | None]
     """Mean loss of positions 0 .. BUCKET - 1, and so on; None where there was no target."""
     squared_lengths: float
@@ -123,12 +123,24 @@ class StepPasses:
         nats, number = found[:-1].view(2, -1)
         return StepResult(
             loss=float(nats.sum()) / targets,
-            zeros=statistics.shares(),
+            active=self._summed(statistics.counts()),
             by_position=[round(float(a / b), 4) if b else None for a, b in zip(nats, number, strict=True)],
             squared_lengths=float(found[-1]),
             signal=SIGTERM if counts[2] else SIGINT if counts[3] else 0,
             save=counts[4] > 0,
         )  # fmt: skip
+
+    def _summed(self, own: Tensor) -> Tensor:
+        """Counts [layers, F + 1] over all processes; with tensor parallelism each has some of the neurons."""
+        copies = self._layout.tensor_size
+        if copies == 1:
+            return self._world.sum(own)
+        neurons = own.shape[1] - 1
+        whole = torch.zeros(len(own), copies * neurons + 1, device=own.device)
+        start = self._layout.tensor_rank * neurons
+        whole[:, start : start + neurons] = own[:, :-1]
+        whole[:, -1] = own[:, -1] / copies
+        return self._world.sum(whole)
 
     def _splits_weights(self) -> bool:
         return self._layout.mesh is not None and self._recipe.parallel.splits_weights

@@ -46,8 +46,9 @@ class LoopRecipe:
     sparsity_penalty: float = 0.0
     """Weight of the mean of relu(pre-activation) over layers, positions and neurons, added to the loss in nats."""
     sparsity_target: float = 1.0
-    """The penalty of a layer pauses while its share of zeros in the batch is above this: AdamW normalises even a small
-    steady push, so without a target the biases sink until hardly a neuron is left (docs/LOG.md)."""
+    """Share of zeros at which a layer's penalty pauses and its biases are lifted instead (train/sparsity.py)."""
+    sparsity_lift: float = 1.0
+    """Size of one lift, as a multiple of the present rate of the vectors."""
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     compile: bool = False
     """Whether the blocks are compiled (torch.compile): pays on GPUs after a minute's start."""

@@ -1,31 +1,74 @@
-"""Zeros after the squared ReLU as a metric and as an aim: the one place that watches and regularises them."""
+"""Zeros after the squared ReLU as a metric and as an aim: the one place that watches and regularises them.
+
+Two forces hold a layer near its target share of zeros. Below the target an L1 on relu(pre-activation) pushes
+activations down. It alone does not stop there: AdamW gives even a small steady push on a bias its full rate, and a
+neuron that is negative for every token gets no gradient that could bring it back, so whole layers die (docs/LOG.md,
+2026-11-23). Hence the second force: above the target the biases of a layer are lifted, and those of silent neurons are
+lifted always. Both keep no state, so a resumed run repeats them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from persimmon.model import PersimmonModel
 
 
 class LayerStatistics:
-    """Observer of the MLPs: the share of zeros per layer, and the penalty that keeps it up."""
+    """Observer of the MLPs: how often each neuron was active, and the penalty that keeps the zeros up."""
 
     def __init__(self, num_layers: int, target: float) -> None:
         self._target = target
         self.penalties: list[Tensor] = []
-        self.zeros: list[list[float]] = [[] for _ in range(num_layers)]
+        self._active: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self._tokens = [0] * num_layers
 
     def __call__(self, layer: int, active: Tensor) -> None:
         """Take in relu(pre-activation) [B, T, F] of one layer."""
-        zeros = 1.0 - int(torch.count_nonzero(active.detach())) / active.numel()
-        self.zeros[layer].append(zeros)
-        if zeros < self._target:
+        tokens = active.detach().flatten(0, -2)
+        counts = tokens.bool().sum(0, dtype=torch.int32)
+        self._active[layer].append(counts)
+        self._tokens[layer] += len(tokens)
+        if 1.0 - float(counts.sum()) / active.numel() < self._target:
             # A sum and a scalar product: the backward pass of mean() divides every element in bfloat16, slowly.
             self.penalties.append(active.sum(dtype=torch.float32) * (1 / active.numel()))
 
     def penalty(self) -> Tensor:
         """Sum over the layers below the target of their mean activation, with gradient, per layer of the model."""
-        return sum(self.penalties, start=torch.zeros(())) / len(self.zeros)
+        return sum(self.penalties, start=torch.zeros(())) / len(self._active)
 
-    def shares(self) -> list[float]:
-        """Mean share of zeros of every layer over the forward passes so far."""
-        return [sum(zeros) / len(zeros) for zeros in self.zeros if zeros]
+    def counts(self) -> Tensor:
+        """[layers, F + 1] float: tokens for which each neuron was active so far, and in the last column all tokens."""
+        rows = [torch.stack(counts).sum(0) for counts in self._active]
+        tokens = torch.tensor(self._tokens, dtype=torch.float32, device=rows[0].device)
+        return torch.cat((torch.stack(rows).float(), tokens[:, None]), dim=1)
+
+
+def shares_of_zeros(counts: Tensor) -> list[float]:
+    """Share of zeros of every layer, from `LayerStatistics.counts` (summed over processes)."""
+    return (1 - counts[:, :-1].mean(1) / counts[:, -1]).tolist()
+
+
+def silent_neurons(counts: Tensor) -> list[int]:
+    """Neurons of every layer that no token activated."""
+    return (counts[:, :-1] == 0).sum(1).tolist()
+
+
+def up_biases(model: PersimmonModel) -> list[nn.Parameter]:
+    """Biases [F] of the up projections, layer by layer."""
+    return [p for name, p in model.named_parameters() if name.endswith("mlp.dense_h_to_4h.bias")]
+
+
+@torch.no_grad()
+def lift_biases(biases: Sequence[Tensor], counts: Tensor, target: float, rate: float) -> None:
+    """Raise up-projection biases [F] of each layer by up to `rate` (pre-activation units) per call and force.
+
+    A silent neuron is raised by `rate`; all neurons of a layer above `target` by `rate` times its excess of zeros, as
+    a share of the room above the target. `counts` as from `LayerStatistics.counts`, the same in all processes.
+    """
+    for bias, row, zeros in zip(biases, counts, shares_of_zeros(counts), strict=True):
+        excess = max(0.0, (zeros - target) / (1 - target))
+        bias.add_((row[:-1] == 0).to(bias.dtype) + excess, alpha=rate)
