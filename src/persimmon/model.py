@@ -201,13 +201,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Map x [B, T, H] to [B, T, H]."""
-        rows, tokens, hidden = x.shape
-        fused = self.query_key_value(x).view(rows, tokens, self.num_heads, 3, self.head_dim)
+        rows, tokens, _ = x.shape
+        # -1: under tensor parallelism (train/mesh.py) the projection yields this process's heads only.
+        fused = self.query_key_value(x).view(rows, tokens, -1, 3, self.head_dim)
         q, k, v = fused.unbind(3)  # each [B, T, N, D]
         q = apply_rotary(self.q_layernorm(q), cos, sin)
         k = apply_rotary(self.k_layernorm(k), cos, sin)
         out = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.dense(out.transpose(1, 2).reshape(rows, tokens, hidden))
+        return self.dense(out.transpose(1, 2).reshape(rows, tokens, -1))
 
 
 class MLP(nn.Module):
@@ -262,6 +263,7 @@ class PersimmonModel(nn.Module):
         documents: Sequence[int] | None = None,
         cache: Cache | None = None,
         observe: Observer | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """token_ids [B, T] -> final hidden states [B, T, H], ready for the head.
 
@@ -272,6 +274,7 @@ class PersimmonModel(nn.Module):
             documents: offsets as in `attend_documents`; default one document per row.
             cache: keys and values before these tokens; extended by them. Excludes `documents`.
             observe: called once per layer with relu(pre-activation).
+            attend: another way to attend (train/attention.py); excludes `documents` and `cache`.
 
         Raises:
             ContextLengthError: a position is max_positions or more.
@@ -281,7 +284,10 @@ class PersimmonModel(nn.Module):
             raise InputError(f"token_ids must be [rows, tokens], each at least 1, got {list(token_ids.shape)}")
         rows, tokens = token_ids.shape
         self._check_dtype(token_ids.device.type)
-        attend = _choose_attention(documents, cache, rows, tokens)
+        if attend is None:
+            attend = _choose_attention(documents, cache, rows, tokens)
+        elif documents is not None or cache is not None:
+            raise InputError("attend excludes documents and cache")
         if positions is None and cache is not None:
             positions = cache.positions(rows, tokens)
         else:

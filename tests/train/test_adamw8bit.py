@@ -14,9 +14,10 @@ from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
 from persimmon.train import adamw8bit
 from persimmon.train.adamw8bit import AdamW8bit
-from persimmon.train.checkpoint import load_newest, save_checkpoint
+from persimmon.train.checkpoint import Checkpoints
 from persimmon.train.objective import TokenLoss
 from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
+from persimmon.train.parallel import World
 from tiny_model import tiny_config, tiny_ids
 
 GENERATOR = torch.Generator()
@@ -145,10 +146,12 @@ def test_chunks_change_nothing_but_the_random_numbers(monkeypatch: pytest.Monkey
 def test_a_resumed_run_repeats_the_losses(tmp_path: Path) -> None:
     model, optimizers = build("int8")
     train(model, optimizers, range(4))
-    save_checkpoint(tmp_path, 4, model, optimizers, {})
+    checkpoints = Checkpoints(tmp_path, World())
+    checkpoints.save(4, model, optimizers, {})
+    checkpoints.wait()
     expected = train(model, optimizers, range(4, 8))
     again, fresh = build("int8")
-    assert load_newest(tmp_path, again, fresh) is not None
+    assert checkpoints.load_newest(again, fresh) is not None
     assert train(again, fresh, range(4, 8)) == expected
     assert isinstance(fresh[0], AdamW8bit)
 

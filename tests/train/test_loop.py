@@ -4,52 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from made_rows import RandomRows
 from persimmon.config import preset
 from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
 from persimmon.train.loop import (
-    Batch,
     LoopRecipe,
     ScheduleRecipe,
     Trainer,
     TrainingStopped,
-    truncate_metrics,
 )
 from persimmon.train.loss import IGNORE
 from persimmon.train.optimizer import OptimizerRecipe
 from persimmon.train.parallel import World, run_processes
-
-
-class RandomRows:
-    """Rows that depend on (step, row) alone, some targets without loss."""
-
-    def __init__(self, rows: int = 6, length: int = 16) -> None:
-        self._rows, self._length = rows, length
-
-    def rows(self, step: int) -> int:
-        return self._rows
-
-    def row_length(self, step: int) -> int:
-        return self._length
-
-    def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        ids, targets, documents = [], [], [0]
-        for index, row in enumerate(rows):
-            generator = torch.Generator().manual_seed(1000 * step + row)
-            stream = torch.randint(0, 320, (self._length + 1,), generator=generator)
-            target = stream[1:].clone()
-            target[: row % 5] = IGNORE
-            ids.append(stream[:-1])
-            targets.append(target)
-            documents += [index * self._length + 5, (index + 1) * self._length]
-        return Batch(torch.stack(ids), torch.stack(targets), documents)
+from persimmon.train.tracking import truncate_metrics
 
 
 def build(recipe: LoopRecipe, directory: Path, world: World | None = None, **changes: Any) -> Trainer:
@@ -62,7 +36,7 @@ def build(recipe: LoopRecipe, directory: Path, world: World | None = None, **cha
 def test_accumulation_does_not_change_the_step(tmp_path: Path, micro_tokens: int) -> None:
     whole = build(LoopRecipe(micro_tokens=96), tmp_path)
     parts = build(LoopRecipe(micro_tokens=micro_tokens), tmp_path)
-    losses = [trainer._forward_backward()[0] for trainer in (whole, parts)]
+    losses = [trainer._passes.run(0).loss for trainer in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
@@ -178,3 +152,77 @@ def test_wrong_schedules_are_refused_at_once(changes: dict[str, Any]) -> None:
 def test_the_recipe_chooses_the_schedule() -> None:
     assert ScheduleRecipe(warmup=0.0, decay=0.5).factor(0.75) == pytest.approx(0.5)
     assert ScheduleRecipe(kind="cosine", warmup=0.0).factor(0.5) == pytest.approx(0.5)
+
+
+def test_a_spike_is_skipped_where_the_recipe_says_so(tmp_path: Path) -> None:
+    trainer = build(LoopRecipe(on_spike="skip", max_loss_jump=0.5, max_skipped=1), tmp_path)
+    trainer.train_step()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(40)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    row = trainer.train_step()
+    assert row["skipped"] == 1 and "grad_norm" not in row and trainer.step == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert all(p.grad is None for p in trainer.model.parameters())
+    with pytest.raises(TrainingStopped, match="step 3"):
+        trainer.train_step()
+
+
+def test_loss_by_position_adds_up_to_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persimmon.train.passes.BUCKET", 4)
+    trainer = build(LoopRecipe(micro_tokens=32), tmp_path)
+    batch = trainer.source.batch(0, range(6))
+    found = trainer._passes.run(0)
+    logits = trainer.model(batch.token_ids, documents=batch.documents).detach()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    from persimmon.model import document_positions
+
+    positions = document_positions(batch.documents, 6, 16).flatten()
+    for bucket in range(3):
+        chosen = (positions // 4 == bucket) & (batch.targets.flatten() != IGNORE)
+        assert found.by_position[bucket] == pytest.approx(float(losses[chosen].mean()), abs=1e-4)
+    assert found.by_position[3] is None
+    assert found.squared_lengths == 6 * (5**2 + 11**2)
+
+
+def test_a_failed_checkpoint_is_told_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from persimmon.train import checkpoint
+
+    complete, calls = checkpoint._complete, []
+
+    def full_once(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        complete(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_complete", full_once)
+    trainer = build(LoopRecipe(checkpoint_minutes=0.0, evaluate_every=0), tmp_path)
+    rows: list[dict[str, Any]] = []
+    trainer._report = rows.append
+    trainer.run()
+    assert sum("No space" in row.get("checkpoint_error", "") for row in rows) == 1
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_tensorboard_files_and_names(tmp_path: Path) -> None:
+    from persimmon.train.tracking import flat_scalars
+
+    pytest.importorskip("tensorboard")
+    build(LoopRecipe(evaluate_every=0), tmp_path, evaluate=lambda m: {"text": 1.5}, sample=lambda m: "So.").run()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    row = {"step": 3, "loss": 2.0, "zeros": [0.5], "held_out": {"text": 1.5}, "loss_by_position": [1.0, None]}
+    assert flat_scalars(row) == {
+        "loss": 2.0, "zeros/layer_1": 0.5, "held_out/text": 1.5, "loss_by_position/0-2k": 1.0,
+    }  # fmt: skip
+
+
+def test_compiled_blocks_train_the_same(tmp_path: Path) -> None:
+    import shutil
+
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    losses = [[build(LoopRecipe(compile=compiled), tmp_path).train_step()["loss"]][0] for compiled in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

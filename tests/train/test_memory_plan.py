@@ -21,11 +21,11 @@ from persimmon.errors import InputError
 from persimmon.fast.cpu.quantize import quantize
 from persimmon.model import PersimmonModel
 from persimmon.train import memory_plan, qlora
+from persimmon.train.activations import keep_activations
 from persimmon.train.loop import Batch
 from persimmon.train.memory_plan import Setup, advice, plan, total_bytes
 from persimmon.train.objective import AnswerLoss
 from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
-from persimmon.train.recompute import recompute_blocks
 from tiny_directory import write_tiny_directory
 from tiny_model import tiny_ids
 
@@ -88,7 +88,7 @@ def built(setup: Setup, place: Path) -> PersimmonModel:
     if setup.lora is not None:
         lora.attach(model, setup.lora)
     if setup.recompute:
-        recompute_blocks(model)
+        keep_activations(model, "none")
     return model
 
 

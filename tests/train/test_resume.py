@@ -80,7 +80,7 @@ def test_a_killed_save_leaves_the_older_checkpoint(
     pretrain_settings: dict[str, Any], tmp_path: Path, program: Path
 ) -> None:
     """SIGKILL at arbitrary moments, also inside a save: what is found is whole."""
-    from persimmon.train.checkpoint import _verified_state
+    from persimmon.train.checkpoint import verified_state
 
     pretrain_settings["loop"] |= {"checkpoint_minutes": 0.0}
     recipe = write_recipe(pretrain_settings, tmp_path / "recipe.yaml")
@@ -98,4 +98,41 @@ def test_a_killed_save_leaves_the_older_checkpoint(
         checkpoints = Path(pretrain_settings["output"]) / "checkpoints"
         found = sorted(checkpoints.glob("step-????????"))
         assert found, f"no checkpoint after attempt {attempt}"
-        assert all(_verified_state(path) is not None for path in found)
+        assert all(verified_state(path) is not None for path in found)
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "code"), [("SIGTERM", 1, 143), ("SIGINT", 1, 130), ("SIGTERM", 2, 143)]
+)
+def test_a_signal_saves_and_leaves_and_the_run_goes_on_as_if_nothing_was(
+    pretrain_settings: dict[str, Any], tmp_path: Path, program: Path, number: str, processes: int, code: int
+) -> None:
+    pretrain_settings |= {"processes": processes}
+    whole = pretrain_settings | {"output": str(tmp_path / "whole")}
+    run(program, write_recipe(whole, tmp_path / "whole.yaml"), "new")
+    recipe = write_recipe(pretrain_settings, tmp_path / "recipe.yaml")
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(recipe), "new"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(getattr(signal, number))
+    process.stdout.read()
+    process.stdout.close()
+    assert process.wait(timeout=120) == code
+    done = len(losses(pretrain_settings))
+    found = [p.name for p in (Path(pretrain_settings["output"]) / "checkpoints").iterdir()]
+    assert found == [f"step-{done:08d}"] and done < 12  # the clock alone would have saved nothing
+    run(program, recipe, "resume")
+    assert losses(pretrain_settings) == losses(whole)
+
+
+def test_torchrun_starts_the_same_run(pretrain_settings: dict[str, Any], tmp_path: Path, program: Path) -> None:
+    local = pretrain_settings | {"output": str(tmp_path / "local"), "processes": 2}
+    run(program, write_recipe(local, tmp_path / "local.yaml"), "new")
+    recipe = write_recipe(pretrain_settings, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, str(program), str(recipe), "new"], check=True, capture_output=True, timeout=240)
+    assert losses(pretrain_settings) == losses(local)
+    assert (Path(pretrain_settings["output"]) / "model" / "config.json").is_file()
+    assert list((Path(pretrain_settings["output"]) / "tensorboard").iterdir())

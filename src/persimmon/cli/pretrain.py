@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from persimmon.train.pretrain import PretrainRecipe
 
 HELP = "pretrain a model from a recipe"
 
@@ -22,6 +26,22 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_recipe_arguments(parser)
+    parser.add_argument("--plan", action="store_true", help="print memory, FLOPs and days, and start nothing")
+    parser.add_argument(
+        "--hardware", default="8xH100", metavar="NxNAME", help="with --plan: A100, H100, H200, laptop (8xH100)"
+    )
+    parser.add_argument("--json", action="store_true", help="with --plan: machine-readable")
+
+
+def print_plan(recipe: PretrainRecipe, hardware: str, as_json: bool) -> None:
+    """Print the plan of a recipe on some hardware."""
+    import json
+
+    from persimmon.train.hardware import parse_hardware
+    from persimmon.train.plan import make_plan, render
+
+    plan = make_plan(recipe, *parse_hardware(hardware))
+    print(json.dumps(plan.as_dict()) if as_json else render(plan))
 
 
 def draw_curves(output: str, picture: str | None, result: str = "model") -> None:
@@ -50,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
     from persimmon.train.recipe import load_recipe
 
     recipe = load_recipe(PretrainRecipe, args.recipe, args.overrides)
+    if args.plan:
+        print_plan(recipe, args.hardware, args.json)
+        return 0
     pretrain(recipe, resume=args.resume, report=ConsoleReport(quiet=args.quiet))
     draw_curves(recipe.output, args.plot)
     return 0

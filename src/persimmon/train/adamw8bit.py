@@ -53,7 +53,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]
         if not state:
-            state.update(_fresh_state(parameter))
+            state.update(fresh_state(parameter))
         state["step"] += 1
         step = int(state["step"])
         generator = torch.Generator(parameter.device).manual_seed((step << 20) + place)
@@ -73,7 +73,8 @@ class AdamW8bit(torch.optim.Optimizer):
             weights[part] = round_stochastically(new, generator) if weights.dtype is torch.bfloat16 else new
 
 
-def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+def fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter before its first step."""
     count = parameter.numel()
     state = {"step": torch.zeros((), dtype=torch.int64)}
     for name in ("first", "second"):

@@ -25,13 +25,13 @@ def windows(length: int, window: int, context: int) -> list[tuple[int, int, int]
     return ranges
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that FSDP2 gathers here are used in training again
 def document_bits(model: PersimmonModel, token_ids: Sequence[int], *, window: int) -> float:
     """Bits the model needs for all `token_ids` but the first (the opening end-of-text).
 
     Documents longer than `window` are read in windows that overlap by a quarter, which serves as context only.
     """
-    ids = torch.tensor(token_ids)
+    ids = torch.tensor(token_ids, device=next(model.parameters()).device)
     nats = 0.0
     for start, end, first in windows(len(ids) - 1, window, window // 4):
         hidden = model.features(ids[None, start:end])[0, first - start :]

@@ -25,6 +25,7 @@ from persimmon.errors import ConfigError
 from persimmon.fast.cpu.packed import is_packed
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
+from persimmon.train.activations import keep_activations
 from persimmon.train.conversation_rows import ConversationRows, EncodedConversation
 from persimmon.train.finetune_data import (
     FinetuneSource,
@@ -39,7 +40,6 @@ from persimmon.train.objective import AnswerLoss, Objective, cross_entropy
 from persimmon.train.parallel import World, run_processes
 from persimmon.train.preference import PreferenceLoss, PreferenceSource, preference_scores, reference_margins
 from persimmon.train.pretrain import Report, process_restored, refuse_overwriting, set_up_process
-from persimmon.train.recompute import recompute_blocks
 
 _EVALUATED = 200
 """Most held-out conversations, or pairs, that an evaluation reads."""
@@ -68,7 +68,7 @@ def load_for_training(recipe: FinetuneRecipe, directory: Path) -> tuple[Persimmo
     elif recipe.adapter is not None:
         settings = lora.load_adapter(model, Path(recipe.adapter)).settings
     if recipe.recompute:
-        recompute_blocks(model)
+        keep_activations(model, "none")
     return model, settings
 
 
@@ -151,7 +151,7 @@ def _run(world: World, recipe: FinetuneRecipe, resume: bool, report: Report) -> 
     task = _preferences(recipe, tokenizer, model) if recipe.preference else _answers(recipe, tokenizer)
     trainer = Trainer(
         model, task.source, task.num_steps, recipe.loop, Path(recipe.output), world,
-        task.evaluate, report if world.is_main else lambda row: None, task.objective,
+        task.evaluate, report if world.is_main else lambda row: None, objective=task.objective,
     )  # fmt: skip
     if resume:
         trainer.resume()

@@ -6,104 +6,31 @@ repeats the same losses bit for bit (same number of processes, threads and dtype
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from persimmon.errors import ConfigError, PersimmonError
+from persimmon.errors import CheckpointError, PersimmonError
 from persimmon.model import PersimmonModel
-from persimmon.train.checkpoint import load_newest, save_checkpoint
-from persimmon.train.objective import Objective, TokenLoss
-from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
+from persimmon.train.activations import keep_activations
+from persimmon.train.checkpoint import Checkpoints
+from persimmon.train.mesh import clip_gradients, distribute, gather_model, make_layout, own_part, reshard
+from persimmon.train.objective import Objective
+from persimmon.train.optimizer import build_optimizers
 from persimmon.train.parallel import World
-from persimmon.train.schedule import cosine, warmup_stable_decay
-from persimmon.train.sparsity import LayerStatistics, lift_biases, shares_of_zeros, silent_neurons, up_biases
+from persimmon.train.passes import Batch, BatchSource, StepPasses, StepResult
+from persimmon.train.settings import LoopRecipe, ScheduleRecipe
+from persimmon.train.signals import StopSignals, TrainingInterrupted
+from persimmon.train.sparsity import lift_biases, shares_of_zeros, silent_neurons, up_biases
+from persimmon.train.tracking import SpeedMeter, Tracker
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one step: ids and targets [B, T], and the document offsets over the B * T flattened positions."""
-
-    token_ids: Tensor
-    targets: Tensor
-    documents: list[int]
-    seeds: tuple[int, ...] = ()
-    """One per row where the objective draws random numbers."""
-
-
-class BatchSource(Protocol):
-    """Where a step's rows come from."""
-
-    def rows(self, step: int) -> int:
-        """Number of rows of the step."""
-
-    def batch(self, step: int, rows: Sequence[int]) -> Batch:
-        """Those rows (numbered 0 .. rows(step) - 1) of the step."""
-
-    def row_length(self, step: int) -> int:
-        """Tokens of each row of the step."""
-
-
-@dataclass(frozen=True)
-class ScheduleRecipe:
-    """How the learning rates go over the run."""
-
-    kind: str = "stable"
-    """`stable`: warm-up, constant, linear decay; `cosine`: warm-up, then half a cosine."""
-    warmup: float = 0.02
-    """Share of the run's tokens."""
-    decay: float = 0.5
-    """Share of the run's tokens at its end (`stable` only)."""
-    floor: float = 0.0
-    """Where the decay ends, as a share of the top rates."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("stable", "cosine"):
-            raise ConfigError(f"schedule.kind must be stable or cosine, got {self.kind!r}")
-        self.factor(0.0)
-
-    def factor(self, progress: float) -> float:
-        """The multiplier after `progress`, the share of the run's tokens already seen."""
-        if self.kind == "cosine":
-            return cosine(progress, warmup=self.warmup, floor=self.floor)
-        return warmup_stable_decay(progress, warmup=self.warmup, decay=self.decay, floor=self.floor)
-
-
-@dataclass(frozen=True)
-class LoopRecipe:
-    """What the loop needs to know beside model and data."""
-
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
-    dtype: str = "float32"
-    """Dtype of the matrix products: float32, or bfloat16 (autocast; weights and sums stay float32)."""
-    sparsity_penalty: float = 0.0
-    """Weight of the mean of relu(pre-activation) over layers, positions and neurons, added to the loss in nats."""
-    sparsity_target: float = 1.0
-    """Share of zeros at which a layer's penalty pauses and its biases are lifted instead (train/sparsity.py)."""
-    sparsity_lift: float = 1.0
-    """Size of one lift, as a multiple of the present rate of the vectors."""
-    micro_tokens: int = 8192
-    """Most tokens of one forward pass of one process."""
-    checkpoint_minutes: float = 5.0
-    keep_checkpoints: int = 2
-    evaluate_every: int = 250
-    """Steps between evaluations on held-out documents; 0: only at the end."""
-    max_loss_jump: float = 3.0
-    """A step whose loss exceeds the running mean by this many nats, or is not finite, stops the run."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r} (float16 overflows in relu^2)")
+__all__ = ["Batch", "BatchSource", "LoopRecipe", "ScheduleRecipe", "Trainer", "TrainingStopped"]
 
 
 class TrainingStopped(PersimmonError, RuntimeError):
@@ -123,17 +50,30 @@ class Trainer:
         world: World,
         evaluate: Callable[[PersimmonModel], dict[str, Any]] | None = None,
         report: Callable[[dict[str, Any]], None] = lambda row: None,
+        sample: Callable[[PersimmonModel], str] | None = None,
         objective: Objective | None = None,
     ) -> None:
-        self.model, self.source, self.num_steps = model, source, num_steps
+        self.model, self.source, self.num_steps = model.to(world.device), source, num_steps
         self.recipe, self.directory, self.world = recipe, directory, world
-        self._evaluate, self._report = evaluate, report
-        self._objective = objective or TokenLoss()
-        self._dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
-        self.optimizers = build_optimizers(model, recipe.optimizer, self._dtype)
+        self._evaluate, self._sample, self._report = evaluate, sample, report
+        dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
+        layout = make_layout(world, recipe.parallel)
+        self._passes = StepPasses(model, source, recipe, world, layout, objective)
+        for rows, length in {(source.rows(s), source.row_length(s)) for s in range(num_steps)}:
+            self._passes.check(rows, length)
+        keep_activations(model, recipe.activations)
+        if recipe.compile:
+            for block in model.layers:
+                block.compile()
+        distribute(model, layout, recipe.parallel, dtype)
+        self._split = layout.mesh is not None and recipe.parallel.splits_weights
+        self.optimizers = build_optimizers(model, recipe.optimizer, dtype)
+        self.checkpoints = Checkpoints(directory / "checkpoints", world, recipe.keep_checkpoints, recipe.keep_every)
         self._tokens_total = sum(source.rows(s) * source.row_length(s) for s in range(num_steps))
         self.step, self.tokens_seen = 0, 0
         self._running_loss: float | None = None
+        self._skipped = 0
+        self._meter = SpeedMeter(model.config, world, dtype)
 
     # -- one step ------------------------------------------------------------------------------------
 
@@ -141,149 +81,149 @@ class Trainer:
         """The schedule's multiplier for the coming step."""
         return self.recipe.schedule.factor(self.tokens_seen / self._tokens_total)
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        mine = range(self.world.rank, self.source.rows(self.step), self.world.size)
-        size = max(1, self.recipe.micro_tokens // self.source.row_length(self.step))
-        for start in range(0, len(mine), size):
-            yield self.source.batch(self.step, mine[start : start + size])
-
-    def _forward_backward(self) -> tuple[float, Tensor]:
-        """Gradients of the whole step in every process; (the objective's mean loss, counts of active neurons)."""
-        batches = list(self._micro_batches())
-        counts = torch.tensor([float(sum(self._objective.count(b) for b in batches)), float(len(batches))])
-        terms, passes = self.world.sum(counts).tolist()
-        statistics = LayerStatistics(self.model.config.num_layers, self.recipe.sparsity_target)
-        total = torch.zeros(())
-        for batch in batches:
-            with self._autocast():
-                statistics.penalties.clear()
-                loss = self._objective.loss(self.model, batch, 1 / terms, statistics)
-                total += loss.detach()
-                if self.recipe.sparsity_penalty:
-                    loss = loss + self.recipe.sparsity_penalty / passes * statistics.penalty()
-            loss.backward()
-        self.world.sum_gradients(self.model.parameters())
-        return float(self.world.sum(total)), self.world.sum(statistics.counts())
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._dtype is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, dtype=self._dtype)
-
     def _update(self, active: Tensor) -> float:
         """Clip, scale the rates, step the optimizers, lift biases; returns the gradient's norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
+        norm = clip_gradients(self.model.parameters(), self.recipe.optimizer.clip)
         factor = self.learning_rate_factor()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["top_lr"] * factor
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         recipe = self.recipe
         if recipe.sparsity_penalty and recipe.sparsity_lift and recipe.sparsity_target < 1:
-            rate = recipe.sparsity_lift * recipe.optimizer.vector_lr * factor
-            if biases := up_biases(self.model):
-                lift_biases(biases, active, recipe.sparsity_target, rate)
-        return float(norm)
+            self._lift(active, recipe.sparsity_lift * recipe.optimizer.vector_lr * factor)
+        return norm
 
-    def train_step(self) -> dict[str, Any]:
+    def _lift(self, active: Tensor, rate: float) -> None:
+        biases, target = up_biases(self.model), self.recipe.sparsity_target
+        if not biases:  # frozen under adapters
+            return
+        if not self._split:
+            lift_biases(biases, active, target, rate)
+            return
+        rises = [torch.zeros(bias.shape, device=active.device) for bias in biases]
+        lift_biases(rises, active, target, rate)
+        with torch.no_grad():
+            for bias, rise in zip(biases, rises, strict=True):
+                assert isinstance(bias, DTensor)
+                bias.to_local().add_(own_part(rise, bias))
+
+    def _drop_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def train_step(self, signal: int = 0, save: bool = False) -> dict[str, Any]:
         """Run one step; returns its row of the metrics."""
+        return self._train_step(signal, save)[0]
+
+    def _train_step(self, signal: int, save: bool) -> tuple[dict[str, Any], StepResult]:
         started = time.perf_counter()
-        loss, active = self._forward_backward()
-        self._guard(loss)
+        result = self._passes.run(self.step, signal, save)
         factor = self.learning_rate_factor()
-        norm = self._update(active)
+        row: dict[str, Any] = {}
+        if self._is_spike(result.loss):
+            self._drop_gradients()
+            row["skipped"] = self._skipped
+        else:
+            row["grad_norm"] = round(self._update(result.active), 4)
         tokens = self.source.rows(self.step) * self.source.row_length(self.step)
         self.step += 1
         self.tokens_seen += tokens
-        return {
+        seconds = time.perf_counter() - started
+        row = {
             "step": self.step,
             "tokens": self.tokens_seen,
             "of_tokens": self._tokens_total,
-            "loss": loss,
+            "loss": result.loss,
             "lr_factor": round(factor, 6),
-            "grad_norm": round(norm, 4),
-            "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
-            "zeros": [round(share, 4) for share in shares_of_zeros(active)],
-            "silent": silent_neurons(active),
+            **row,
+            **self._meter.measure(tokens, result.squared_lengths, seconds, self._tokens_total - self.tokens_seen),
+            "zeros": [round(share, 4) for share in shares_of_zeros(result.active)],
+            "silent": silent_neurons(result.active),
+            "loss_by_position": result.by_position,
         }
+        return row, result
 
-    def _guard(self, loss: float) -> None:
+    def _is_spike(self, loss: float) -> bool:
+        """Whether the step's update is to be left out; raises TrainingStopped where the recipe wants that."""
         mean = self._running_loss
-        if not math.isfinite(loss) or (mean is not None and loss > mean + self.recipe.max_loss_jump):
-            raise TrainingStopped(
-                f"step {self.step + 1}: the loss is {loss:.3f} after a running mean of "
-                f"{mean if mean is None else round(mean, 3)}; stopped before this update"
-            )
-        self._running_loss = loss if mean is None else 0.98 * mean + 0.02 * loss
+        if math.isfinite(loss) and (mean is None or loss <= mean + self.recipe.max_loss_jump):
+            self._running_loss = loss if mean is None else 0.98 * mean + 0.02 * loss
+            self._skipped = 0
+            return False
+        self._skipped += 1
+        if self.recipe.on_spike == "skip" and self._skipped <= self.recipe.max_skipped:
+            return True
+        raise TrainingStopped(
+            f"step {self.step + 1}: the loss is {loss:.3f} after a running mean of "
+            f"{mean if mean is None else round(mean, 3)}; stopped before this update"
+        )
 
     # -- the run -------------------------------------------------------------------------------------
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint of the run's directory, if there is one."""
-        state = load_newest(self.directory / "checkpoints", self.model, self.optimizers)
+        state = self.checkpoints.load_newest(self.model, self.optimizers)
         if state is None:
             return False
         self.step, self.tokens_seen = state["step"], state["tokens"]
-        self._running_loss = state["running_loss"]
+        self._running_loss, self._skipped = state["running_loss"], state["skipped"]
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of the present step (main process)."""
-        if self.world.is_main:
-            state = {"tokens": self.tokens_seen, "running_loss": self._running_loss}
-            save_checkpoint(
-                self.directory / "checkpoints",
-                self.step, self.model, self.optimizers, state, self.recipe.keep_checkpoints,
-            )  # fmt: skip
+        """Start writing a checkpoint of the present step; every process takes part."""
+        state = {"tokens": self.tokens_seen, "running_loss": self._running_loss, "skipped": self._skipped}
+        self.checkpoints.save(self.step, self.model, self.optimizers, state)
 
     def run(self) -> None:
-        """Train until the plan is done; checkpoints by the clock, metrics every step."""
+        """Train until the plan is done; checkpoints by the clock, metrics every step.
+
+        Raises TrainingInterrupted after SIGTERM or SIGINT, once a checkpoint of the last step is written.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         saved = time.monotonic()
-        with _metrics_file(self.directory, self.step, self.world) as write:
+        with StopSignals() as signals, Tracker(self.directory, self.step, self.world, self.recipe.wandb) as tracker:
             while self.step < self.num_steps:
-                row = self.train_step()
-                if self._evaluate is not None and self._evaluation_due():
-                    row["held_out"] = self._evaluate(self.model)
-                write(row)
-                self._report(row)
-                if time.monotonic() - saved > 60 * self.recipe.checkpoint_minutes:
-                    self.save()
+                due = time.monotonic() - saved > 60 * self.recipe.checkpoint_minutes
+                row, result = self._train_step(signals.received, due and self.world.is_main)
+                self._look_closer(row)
+                if not result.signal and (result.save or self._kept_for_good()) and self.step < self.num_steps:
+                    self._save_or_tell(row)
                     saved = time.monotonic()
+                tracker.write(row)
+                if self.world.is_main:
+                    self._report(row)
+                if result.signal and self.step < self.num_steps:
+                    self.save()
+                    self.checkpoints.wait()
+                    raise TrainingInterrupted(result.signal)
+            self.save()
+            self.checkpoints.wait()
+
+    def _kept_for_good(self) -> bool:
+        return bool(self.recipe.keep_every) and self.step % self.recipe.keep_every == 0
+
+    def _save_or_tell(self, row: dict[str, Any]) -> None:
+        """A full disk costs the newest checkpoint, not the run: the row says so, and the next save tries again."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            row["checkpoint_error"] = str(error)
             self.save()
 
-    def _evaluation_due(self) -> bool:
+    def _look_closer(self, row: dict[str, Any]) -> None:
+        """Evaluation and a sample, where they are due; with split weights every process computes, else the main one."""
         every = self.recipe.evaluate_every
-        return self.world.is_main and (self.step == self.num_steps or bool(every and self.step % every == 0))
+        due = self.step == self.num_steps or bool(every and self.step % every == 0)
+        if not due or not (self._split or self.world.is_main):
+            return
+        if self._evaluate is not None:
+            row["held_out"] = self._evaluate(self.model)
+        if self._sample is not None:
+            row["sample"] = self._sample(self.model)
+        reshard(self.model)
 
-
-@contextlib.contextmanager
-def _metrics_file(directory: Path, step: int, world: World) -> Iterator[Callable[[dict[str, Any]], None]]:
-    if not world.is_main:
-        yield lambda row: None
-        return
-    truncate_metrics(directory / "metrics.jsonl", step)
-    with (directory / "metrics.jsonl").open("a") as stream:
-
-        def write(row: dict[str, Any]) -> None:
-            stream.write(json.dumps(row) + "\n")
-            stream.flush()
-
-        yield write
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the rows after `step` (and a torn last line), so that a resumed run leaves one row per step."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    os.replace(partial, path)
+    def whole_model(self) -> PersimmonModel:
+        """The model with whole parameters (every process takes part)."""
+        return gather_model(self.model)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from persimmon.errors import InputError
 
@@ -19,38 +21,77 @@ IGNORE = -100
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass; only hidden and weight have one, and only where it is wanted."""
+    """Gradients are made in the forward pass; only hidden and weight have one, and only where it is wanted.
+
+    With a `group` every process holds consecutive rows of the head: maxima, sums and the target's logit are reduced
+    over the group, and so is the gradient of the hidden states, which all of them hold.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int, group: Any
+    ) -> tuple[Tensor, Tensor]:
         compute = _product_dtype(hidden)
         sums = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 throughout
         head = weight.to(compute)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=sums) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), dtype=sums, device=hidden.device)
+        losses = torch.zeros(len(hidden), dtype=sums, device=hidden.device)
+        first = group.rank() * len(weight) if group is not None else 0
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             x, kept = hidden[rows].to(compute), targets[rows] != IGNORE
-            picked = torch.where(kept, targets[rows], 0)[:, None]
-            log_probabilities = (x @ head.t()).to(sums).log_softmax(1)  # [chunk, V]
-            total -= (log_probabilities.gather(1, picked)[:, 0] * kept).sum()
+            wanted = torch.where(kept, targets[rows], first) - first
+            logits = (x @ head.t()).to(sums)  # [chunk, V]
+            if group is None:
+                picked, here = wanted[:, None], None
+                probabilities, losses[rows] = _softmax(logits, picked, kept)
+            else:
+                here = (wanted >= 0) & (wanted < len(weight))
+                picked = torch.where(here, wanted, 0)[:, None]
+                probabilities, losses[rows] = _split_softmax(logits, picked, here, kept, group)
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad_logits = log_probabilities.exp_().scatter_add_(1, picked, -torch.ones_like(picked, dtype=sums))
+            minus = -torch.ones_like(picked, dtype=sums) if here is None else -here[:, None].to(sums)
+            grad_logits = probabilities.scatter_add_(1, picked, minus)
             grad_logits = grad_logits.mul_((kept * scale)[:, None]).to(compute)
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += grad_logits.t() @ x
+        if group is not None and grad_hidden is not None:
+            dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total * scale
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() * scale, losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> Any:
         grads = (None if grad is None else grad * grad_output for grad in ctx.saved_tensors)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def _softmax(logits: Tensor, picked: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [chunk, V] (in the memory of the logits' logarithms) and the loss of each row."""
+    logarithms = logits.log_softmax(1)
+    losses = -logarithms.gather(1, picked)[:, 0] * kept
+    return logarithms.exp_(), losses
+
+
+def _split_softmax(
+    logits: Tensor, picked: Tensor, here: Tensor, kept: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """The same where every process of the group holds some columns; `here`: the target is one of them."""
+    peak = logits.amax(1)
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    shifted = logits.sub_(peak[:, None])
+    target = shifted.gather(1, picked)[:, 0] * here
+    probabilities = shifted.exp_()
+    both = torch.stack((probabilities.sum(1), target))
+    dist.all_reduce(both, group=group)
+    total, target = both
+    return probabilities.div_(total[:, None]), (total.log() - target) * kept
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -64,11 +105,23 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sc
 
     hidden [M, H], weight [V, H], targets [M] with IGNORE where there is no loss. `scale` is 1 / the number of
     targets that count over all micro-batches and processes of a step. At most `chunk` * V logits exist at a time.
-    Under autocast the products run in its dtype, sums and softmax in float32. First derivatives only.
+    Under autocast the products run in its dtype, sums and softmax in float32. A weight that tensor
+    parallelism splits by rows is used where it lies. First derivatives only.
     """
+    return cross_entropy_by_position(hidden, weight, targets, scale=scale, chunk=chunk)[0]
+
+
+def cross_entropy_by_position(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 512
+) -> tuple[Tensor, Tensor]:
+    """`chunked_cross_entropy`, and the loss in nats [M] of every position by itself, without gradient."""
     if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
         shapes = ", ".join(f"{k} {list(t.shape)}" for k, t in (("hidden", hidden), ("weight", weight)))
         raise InputError(f"{shapes} and targets {list(targets.shape)} do not fit [M, H], [V, H] and [M]")
     if not torch.is_grad_enabled():  # a Function cannot see it and would make gradients nobody wants
         hidden, weight = hidden.detach(), weight.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, chunk)
+    group = None
+    if isinstance(weight, DTensor):
+        group, weight = weight.device_mesh.get_group(), weight.to_local()
+    loss, losses = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, chunk, group)
+    return loss, losses

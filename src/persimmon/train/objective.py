@@ -1,4 +1,4 @@
-"""What a step minimises: an objective turns a batch into a loss with gradients; the loop does the rest.
+"""What a step of fine-tuning minimises: an objective turns a batch into a loss with gradients; the loop does the rest.
 
 `TokenLoss` is the cross-entropy of every target; `AnswerLoss` adds what fine-tuning wants, noise and dropout that
 follow from (seed, step, row) alone; preference.py has the preference loss.
@@ -21,7 +21,7 @@ from persimmon.model import Observer, PersimmonModel, document_positions
 from persimmon.train.loss import IGNORE, chunked_cross_entropy
 
 if TYPE_CHECKING:
-    from persimmon.train.loop import Batch
+    from persimmon.train.passes import Batch
 
 CHUNK = 512
 """Positions whose logits exist at a time."""

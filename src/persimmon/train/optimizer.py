@@ -7,16 +7,19 @@ matrix is three matrices for this purpose and is taken apart first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
 from persimmon.train.adamw8bit import AdamW8bit
+from persimmon.train.mesh import own_part, whole
 
 # Quintic iteration coefficients of the Muon reference: fast, to a singular value of about 0.7-1.2.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -81,6 +84,7 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
         batches: dict[tuple[int, int], list[tuple[MatrixParameter, bool, Tensor]]] = {}
+        shared: list[tuple[MatrixParameter, Tensor]] = []
         for matrix in self._matrices:
             parameter = matrix.parameter
             if parameter.grad is None:
@@ -89,7 +93,11 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
-            parts = matrix.split(parameter.grad.lerp(average, momentum))
+            update = parameter.grad.lerp(average, momentum)
+            if isinstance(parameter, DTensor):
+                shared.append((matrix, update))
+                continue
+            parts = matrix.split(update)
             tall = parts.shape[1] > parts.shape[2]
             parts = parts.mT if tall else parts
             batches.setdefault((parts.shape[1], parts.shape[2]), []).append((matrix, tall, parts))
@@ -101,6 +109,36 @@ class Muon(torch.optim.Optimizer):
                 # A tall matrix moves its outputs as far as a square one when scaled by sqrt(rows / cols).
                 scale = max(1.0, update.shape[1] / update.shape[2]) ** 0.5
                 matrix.parameter.mul_(1 - lr * decay).add_(matrix.join(update), alpha=-lr * scale)
+        for matrix, full in self._orthogonalized_together(shared):
+            parameter = matrix.parameter
+            assert isinstance(parameter, DTensor)
+            parameter.to_local().mul_(1 - lr * decay).add_(own_part(full, parameter), alpha=-lr)
+
+    def _orthogonalized_together(
+        self, shared: list[tuple[MatrixParameter, Tensor]]
+    ) -> Iterator[tuple[MatrixParameter, Tensor]]:
+        """Whole scaled updates of matrices that are split over processes.
+
+        Every process takes part. Each matrix is gathered whole, one process in turn orthogonalises it and sends the
+        result to the others, so that the work is divided and the mathematics is that of one process.
+        """
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for start in range(0, len(shared), size):
+            turn = shared[start : start + size]
+            gathered = [whole(update) for _, update in turn]
+            for owner, ((matrix, _), full) in enumerate(zip(turn, gathered, strict=True)):
+                if owner == rank:
+                    full = self._scaled_update(matrix, full).contiguous()
+                if size > 1:
+                    dist.broadcast(full, src=owner)
+                yield matrix, full
+
+    def _scaled_update(self, matrix: MatrixParameter, full: Tensor) -> Tensor:
+        parts = matrix.split(full)
+        scale = max(1.0, parts.shape[1] / parts.shape[2]) ** 0.5
+        tall = parts.shape[1] > parts.shape[2]
+        update = orthogonalize(parts.mT if tall else parts, dtype=self._dtype)
+        return matrix.join(update.mT if tall else update) * scale
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,28 @@ def held_out_evaluation(data: Path, tokenizer: Tokenizer) -> Callable[[Persimmon
     return evaluate
 
 
+def sample_text(tokenizer: Tokenizer, tokens: int = 32) -> Callable[[PersimmonModel], str]:
+    """What the model writes by itself, always its likeliest piece: a line for the log, not a measure."""
+
+    @torch.no_grad()
+    def sample(model: PersimmonModel) -> str:
+        device = next(model.parameters()).device
+        ids = [tokenizer.eos_id]
+        for _ in range(tokens):
+            hidden = model.features(torch.tensor([ids], device=device))
+            ids.append(int(model.lm_head(hidden)[0, -1].argmax()))
+        return tokenizer.decode(ids[1:])
+
+    return sample
+
+
+def export(trainer: Trainer, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write the trained model as a hub directory (every process takes part)."""
+    model = trainer.whole_model()
+    if trainer.world.is_main:
+        hub.save_model(model, tokenizer, directory, dtype=torch.bfloat16)
+
+
 def _run(world: World, recipe: PretrainRecipe, resume: bool, report: Report) -> None:
     set_up_process(recipe.threads)
     data, output = Path(recipe.data), Path(recipe.output)
@@ -201,13 +223,12 @@ def _run(world: World, recipe: PretrainRecipe, resume: bool, report: Report) -> 
     evaluate = held_out_evaluation(data, tokenizer)
     trainer = Trainer(
         model, source, source.num_steps, recipe.loop, output, world,
-        evaluate, report if world.is_main else lambda row: None,
+        evaluate, report, sample_text(tokenizer),
     )  # fmt: skip
     if resume:
         trainer.resume()
     trainer.run()
-    if world.is_main:
-        hub.save_model(model, tokenizer, output / "model", dtype=torch.bfloat16)
+    export(trainer, tokenizer, output / "model")
 
 
 def refuse_overwriting(output: str, resume: bool) -> None:

@@ -34,7 +34,9 @@ def tool(name: str) -> str:
 
 def runtime(compiler: str, library: str) -> str:
     """Path of one of the compiler's own libraries."""
-    path = subprocess.run([compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
+    path = subprocess.run(
+        [compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     if not Path(path).is_absolute():
         pytest.skip(f"the compiler has no {library}")
     return path
