@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import yaml
 for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance", "openai", "httpx"):
     pytest.importorskip(package)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_raylet_start_wait_time_s"] = "150"  # a busy machine is no failure
 ray = pytest.importorskip("ray", reason="needs the extra packages of persimmon[ray]")
 serve = pytest.importorskip("ray.serve")
 import httpx  # noqa: E402
@@ -31,7 +33,8 @@ from persimmon.infer.engine import EngineState  # noqa: E402
 from persimmon.infer.paged import page  # noqa: E402
 from persimmon.serve.protocol import ChatRequest  # noqa: E402
 from persimmon.serve.replica_settings import ReplicaSettings  # noqa: E402
-from persimmon.serve.replicas import LOST, combined  # noqa: E402
+from persimmon.serve.replicas import LOST, PublicNeedsKey, combined  # noqa: E402
+from persimmon.serve.settings import ServerSettings  # noqa: E402
 from persimmon.tokenizer import Tokenizer  # noqa: E402
 
 CONFIG = Path(__file__).parents[2] / "configs" / "ray-serve.yaml"
@@ -180,3 +183,26 @@ def test_states_are_added_up() -> None:
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(ValueError, match="replica_count"):
         ReplicaSettings.model_validate({"replica_count": 2})
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "served_by_app"),
+    [
+        ("127.0.0.1", {}, True),
+        ("192.0.2.7", {}, False),
+        ("192.0.2.7", {"api_keys": ("test-key-0123456789",)}, True),
+        ("192.0.2.7", {"allow_public_without_key": True}, True),
+    ],
+)
+def test_a_public_address_needs_a_key(address: str, settings: dict[str, Any], served_by_app: bool) -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "server": (address, 8000), "headers": []}
+    asyncio.run(PublicNeedsKey(app, ServerSettings(**settings))(scope, None, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == (200 if served_by_app else 403)
