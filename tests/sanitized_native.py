@@ -1,4 +1,4 @@
-"""pytest plugin: the kernels of the extension file that PERSIMMON_SANITIZED_NATIVE names instead of the installed ones."""
+"""pytest plugin: kernels from the extension file that PERSIMMON_SANITIZED_NATIVE names, not the installed ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The kernel tests again, under the address and undefined-behaviour sanitizers, in every instruction set of this machine.
+"""The kernel tests under the address and undefined-behaviour sanitizers, in every instruction set of this machine.
 
-The extension is built once more into a folder of its own (kept, so that a second run builds nothing). The sanitizers must
-be in the process before Python's first allocation, so the tests run in a process that preloads them.
+The extension is built once more into a folder of its own (kept, so that a second run builds nothing). The sanitizers
+must be in the process before Python's first allocation, so the tests run in a process that preloads them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TESTS = [
     for name in ("row_kernels", "sparse_mlp_kernels", "attention_kernels", "packing_kernels", "fingerprint_kernel")
 ]
 
-# Python and torch keep memory until they end, which is no leak of ours; losing the report in pytest's capture is prevented by -s.
+# Python and torch keep memory until they end, which is no leak of ours. Without -s the report would be lost.
 SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 

@@ -6,7 +6,7 @@
 #include "int4_scale.h"
 #include "rows.h"
 #include "sparse_mlp.h"
-#include "tiles.h"
+#include "tiled_rows.h"
 
 namespace persimmon {
 namespace PERSIMMON_ISA {

@@ -1,0 +1,208 @@
+// What the products of tiles.h become: rows with their epilogue, estimates of the head, active neurons of the MLP.
+//
+// Each does what its namesake for few tokens does (rows.h, sparse_mlp.h), with the same bits.
+#pragma once
+#include "sparse_mlp.h"
+#include "tiles.h"
+
+#if defined(__AVX512VNNI__)
+
+namespace persimmon {
+namespace PERSIMMON_ISA {
+
+// ---- rows ----------------------------------------------------------------------------------------------------------------
+
+INLINE __mmask16 rows_mask(int first, int end) {
+  return static_cast<__mmask16>(end - first >= kPanelRows ? 0xFFFF : (1 << (end - first)) - 1);
+}
+
+INLINE void finish_panel(const RowsArgs& a, int first, int end, int t, f32x16 product) {
+  const __mmask16 mask = rows_mask(first, end);
+  float* y = a.y + t * a.y_stride + first;
+  f32x16 v = a.bias ? add(product, _mm512_maskz_loadu_ps(mask, a.bias + first)) : product;
+  if (a.epilogue == Epilogue::add) v = add(_mm512_maskz_loadu_ps(mask, y), v);
+  if (a.epilogue == Epilogue::squared_relu) v = _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(v, zero16(), _CMP_GT_OQ), v, v);
+  _mm512_mask_storeu_ps(y, mask, v);
+}
+
+// Sums of rows [first, end), at most kPanelsAtOnce panels.
+template <class F, bool kSpread>
+static void products_of(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  int panels = 0;
+  for (int r = first; r < end; r += kPanelRows)
+    unpack_panel<F>(panel_rows<F>(a.weights, a.row_bytes, r, end), a.blocks, m.panel(panels++));
+  panel_products<F, kSpread>(m, panels, a.tiles, a.tokens);
+}
+// The same of the low plane, whose scales lie in the high one.
+static void low_products(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  int panels = 0;
+  for (int r = first; r < end; r += kPanelRows) {
+    PanelRows rows = panel_rows<High>(a.weights, a.row_bytes, r, end);
+    for (int i = 0; i < kPanelRows; i++) rows.codes[i] = a.low + static_cast<size_t>(min_int(r + i, end - 1)) * a.low_bytes;
+    rows.bytes = Low::bytes;
+    unpack_panel<Low>(rows, a.blocks, m.panel(panels++));
+  }
+  panel_products<Low, false>(m, panels, a.tiles, a.tokens);
+}
+
+// Call body(panel, first row of it, token, sum) for all results; a token's panels together, as its outputs are neighbours.
+template <class F, class Body>
+INLINE void each_product(const TileScratch& m, int tokens, int first, int end, Body body) {
+  for (int t = 0; t < tokens; t++)
+    for (int p = 0, r = first; r < end; r += kPanelRows, p++) body(p, r, t, mul(set16(F::factor), load16(m.at(kSum, p, t))));
+}
+
+template <class F>
+static void rows_of_panels(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  products_of<F, false>(m, a, first, end);
+  each_product<F>(m, a.tokens, first, end, [&](int, int r, int t, f32x16 product) { finish_panel(a, r, end, t, product); });
+}
+
+static void planes_of_panels(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  products_of<High, false>(m, a, first, end);
+  each_product<High>(m, a.tokens, first, end, [&](int p, int, int t, f32x16 high) { store16(m.at(kEstimate, p, t), high); });
+  low_products(m, a, first, end);
+  each_product<Low>(m, a.tokens, first, end, [&](int p, int r, int t, f32x16 low) {
+    finish_panel(a, r, end, t, add(load16(m.at(kEstimate, p, t)), low));
+  });
+}
+
+// Rows of a call that are unpacked together: one panel while all tokens fit into a tile, so that memory is read evenly.
+INLINE int rows_at_once(int tokens) { return kPanelRows * (tokens > kTileTokens ? kPanelsAtOnce : 1); }
+
+static void tiled_rows(const RowsArgs& a, int begin, int end, uint8_t* scratch) {
+  const TileScratch m(scratch, a.blocks, a.tokens);
+  const int step = rows_at_once(a.tokens);
+  for (int first = begin; first < end; first += step) {
+    const int last = min_int(first + step, end);
+    if (a.format == Format::q4) rows_of_panels<Q4>(m, a, first, last);
+    if (a.format == Format::q8) rows_of_panels<Q8>(m, a, first, last);
+    if (a.format == Format::planes) planes_of_panels(m, a, first, last);
+  }
+  release();
+}
+
+INLINE f32x16 spread_of(const TileScratch& m, int p, int t) {
+  return _mm512_sqrt_ps(mul(load16(m.at(kVariance, p, t)), set16(256.0f / 12.0f)));
+}
+
+static void tiled_estimates(const RowsArgs& a, int begin, int end, float sigmas, float* estimate, float* bound, size_t stride,
+                            uint8_t* scratch) {
+  const TileScratch m(scratch, a.blocks, a.tokens);
+  const int step = rows_at_once(a.tokens);
+  for (int first = begin; first < end; first += step) {
+    const int last = min_int(first + step, end);
+    products_of<High, true>(m, a, first, last);
+    each_product<High>(m, a.tokens, first, last, [&](int p, int r, int t, f32x16 high) {
+      const __mmask16 mask = rows_mask(r, last);
+      _mm512_mask_storeu_ps(estimate + t * stride + r, mask, high);
+      _mm512_mask_storeu_ps(bound + t * stride + r, mask, add(high, mul(set16(sigmas), spread_of(m, p, t))));
+    });
+  }
+  release();
+}
+
+// ---- the MLP's up projection (sparse_mlp.h) --------------------------------------------------------------------------------
+
+INLINE RowsArgs up_rows(const MlpArgs& a) {
+  RowsArgs rows = {};
+  rows.format = a.format, rows.weights = a.up, rows.row_bytes = a.up_bytes, rows.low = a.down, rows.low_bytes = a.down_bytes;
+  rows.blocks = a.blocks, rows.x = a.x, rows.tokens = a.tokens, rows.tiles = a.tiles;
+  return rows;
+}
+
+// Products of the outlier columns, in the order of outlier_product.
+struct OutlierPanel {
+  f32x16 weight[kOutliers];  // [column], a row in each lane
+  OutlierPanel(const MlpArgs& a, int first, int end) {
+    __m512i r[kPanelRows];
+    for (int i = 0; i < kPanelRows; i++)
+      r[i] = _mm512_castps_si512(load_half16(a.up + static_cast<size_t>(min_int(first + i, end - 1)) * a.up_bytes + a.blocks * kQ4Bytes));
+    transpose16(r);
+    for (int i = 0; i < kOutliers; i++) weight[i] = _mm512_castsi512_ps(r[i]);
+  }
+  INLINE f32x16 pair(const OutlierPanel& w, const float* x, int i) {
+    return add(mul(w.weight[i], set16(x[i])), mul(w.weight[i + 8], set16(x[i + 8])));
+  }
+  INLINE f32x16 product(const OutlierPanel& w, const float* x) {
+    f32x16 four[4];
+    for (int i = 0; i < 4; i++) four[i] = add(pair(w, x, i), pair(w, x, i + 4));
+    return add(add(four[0], four[2]), add(four[1], four[3]));
+  }
+};
+
+// Append a row's positive pre-activations.
+template <class Value>
+INLINE void append_row(const MlpArgs& a, int r, ActiveBlock* const* out, MlpCounts* counts, Value value) {
+  for (int t = 0; t < a.tokens; t++) {
+    const float p = value(t);
+    if (p > 0.0f) append(out[t], r % kNeuronBlock, p), counts->active++;
+  }
+}
+
+static void activate_bytes(const TileScratch& m, const MlpArgs& a, int first, int end, ActiveBlock* const* out, MlpCounts* counts) {
+  products_of<Q8, false>(m, up_rows(a), first, end);
+  for (int r = first; r < end; r++)
+    append_row(a, r, out, counts, [&](int t) { return m.at(kSum, (r - first) / kPanelRows, t)[(r - first) % kPanelRows] + a.bias[r]; });
+  counts->candidates += static_cast<int64_t>(end - first) * a.tokens;
+}
+
+// Above this share of candidates the low plane is multiplied as a whole, below it for them alone; the results are the same.
+constexpr float kDenseCandidates = 0.2f;
+
+static void activate_high(const TileScratch& m, const MlpArgs& a, int first, int end, ActiveBlock* const* out, MlpCounts* counts) {
+  const RowsArgs rows = up_rows(a);
+  products_of<High, true>(m, rows, first, end);
+  int64_t candidates = 0;
+  for (int p = 0, r = first; r < end; r += kPanelRows, p++) {
+    const OutlierPanel outliers(a, r, end);
+    const __mmask16 mask = rows_mask(r, end);
+    const f32x16 bias = _mm512_maskz_loadu_ps(mask, a.bias + r);
+    for (int t = 0; t < a.tokens; t++) {
+      float* estimate = m.at(kEstimate, p, t);
+      const f32x16 high = mul(set16(High::factor), load16(m.at(kSum, p, t)));
+      const f32x16 value = add(add(high, OutlierPanel::product(outliers, a.outliers + t * kOutliers)), bias);
+      const f32x16 least = mul(set16(-a.margin), spread_of(m, p, t));
+      const __mmask16 wanted = _mm512_mask_cmp_ps_mask(mask, value, least, _CMP_NLE_UQ);
+      candidates += __builtin_popcount(wanted);
+      // What is skipped becomes -inf, which no low plane makes positive.
+      store16(estimate, _mm512_mask_blend_ps(wanted, set16(-HUGE_VALF), value));
+    }
+  }
+  counts->candidates += candidates;
+  const auto estimate = [&](int r, int t) { return m.at(kEstimate, (r - first) / kPanelRows, t)[(r - first) % kPanelRows]; };
+  if (candidates > kDenseCandidates * static_cast<float>(end - first) * static_cast<float>(a.tokens)) {
+    low_products(m, rows, first, end);
+    for (int r = first; r < end; r++)
+      append_row(a, r, out, counts, [&](int t) { return estimate(r, t) + m.at(kSum, (r - first) / kPanelRows, t)[(r - first) % kPanelRows]; });
+    return;
+  }
+  for (int r = first; r < end; r++) {
+    if (r + 2 < end) prefetch(a.down + static_cast<size_t>(r + 2) * a.down_bytes, a.blocks * kLowBytes);
+    append_row(a, r, out, counts, [&](int t) {
+      const float value = estimate(r, t);
+      if (value == -HUGE_VALF) return value;
+      const ActivationBlock* x = token_input(static_cast<const ActivationBlock*>(a.x), t, a.blocks);
+      float low;
+      low_row<1>(a.down + r * a.down_bytes, a.up + r * a.up_bytes, a.blocks, &x, &low);
+      return value + low;
+    });
+  }
+}
+
+// Neurons [begin, end) of one block, all tokens: as activate() does.
+static void tiled_activate(const MlpArgs& a, int begin, int end, ActiveBlock* const* out, MlpCounts* counts, uint8_t* scratch) {
+  const TileScratch m(scratch, a.blocks, a.tokens);
+  const int step = rows_at_once(a.tokens);
+  for (int first = begin; first < end; first += step) {
+    const int last = min_int(first + step, end);
+    if (a.format == Format::q8) activate_bytes(m, a, first, last, out, counts);
+    if (a.format == Format::planes) activate_high(m, a, first, last, out, counts);
+  }
+  release();
+}
+
+}  // namespace PERSIMMON_ISA
+}  // namespace persimmon
+
+#endif
