@@ -47,6 +47,8 @@ def norm_cases() -> Iterator[Case]:
         types = {"num_rows": "i32", "hidden": "i32", "eps": "fp32", "out": "*bf16"}
         constants = {"PARTIALS": partials, **norm.norm_tiles(HIDDEN)}
         yield Case(f"residual_layer_norm-{partials}", norm.residual_layer_norm_kernel, types, constants, 8)
+        one = constants | {"num_rows": 1}  # a launch turns an integer that is 1 into a constant
+        yield Case(f"residual_layer_norm-{partials}-one", norm.residual_layer_norm_kernel, types, one, 8)
     types = {"x": "*bf16", "out": "*bf16", "count": "i32", "width": "i32"}
     yield Case("bias_squared_relu", norm.bias_squared_relu_kernel, types, norm.activation_tiles())
 
@@ -113,7 +115,9 @@ def sparse_cases() -> Iterator[Case]:
         for width, listed in ((1, True), (16, True), (1, False)):
             segment = matmul.gemv_tiles(number, HIDDEN)["BLOCK_N"] if width == 1 else 64
             constants = {"FORMAT": number, "LISTED": listed, "SEGMENT": segment, "SPLITS": 8, "WIDTH": width}
-            constants |= {"UPCAST": False, **sparse_mlp.down_tiles(width, HIDDEN)}
+            constants |= {"UPCAST": False, **sparse_mlp.down_tiles(width, HIDDEN)} | (
+                {"tokens": 1} if width == 1 else {}
+            )
             yield Case(f"down-{NAMES[number]}-{width}-{listed}", sparse_mlp.down_kernel, types, constants)
     types = matrix_types(PLANES) | {"is_outlier": "*u8", "margin": "fp32"}
     yield Case("progressive_up", sparse_mlp.progressive_up_kernel, types, matmul.gemv_tiles(PLANES, HIDDEN))
@@ -123,6 +127,7 @@ def sampling_cases() -> Iterator[Case]:
     names = ("top_k", "truncated", "count", "best_id", "ids", "positions", "outputs")
     ints = {name: "*i32" for name in names} | {"seed": "*i64"}
     sizes = dict.fromkeys(("num_candidates", "vocabulary", "num_blocks", "output_stride"), "i32")
+    yield Case("advance-one", sampling.advance_kernel, ints | sizes, {"BLOCK": 1, "num_blocks": 1, "output_stride": 1})
     yield Case("threshold", sampling.threshold_kernel, ints | sizes, {"BLOCK": sampling.CANDIDATES})
     yield Case("pick", sampling.pick_kernel, ints | sizes, sampling.pick_tiles())
     yield Case("advance", sampling.advance_kernel, ints | sizes, {"BLOCK": 64})

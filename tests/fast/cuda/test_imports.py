@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,11 +12,13 @@ import torch
 from persimmon import engines
 from persimmon.config import preset
 from persimmon.errors import UnavailableError
+from persimmon.fast.cuda import available
 from persimmon.fast.cuda.available import why_unfit
 
 PROGRAM = """
 import sys
 import persimmon, persimmon.api, persimmon.engines, persimmon.cli.main, persimmon.cli.info, persimmon.cli.doctor
+assert "torch" in sys.modules  # by api; what follows adds nothing of a GPU
 import persimmon.fast.cuda.plan, persimmon.fast.cuda.choice, persimmon.fast.cuda.available, persimmon.fast.cuda.layouts
 from persimmon.engines import installed_engines, missing_engines
 installed_engines(), missing_engines()
@@ -38,7 +41,7 @@ def test_the_engine_says_what_is_missing() -> None:
     assert engines.ENGINES["cuda"].packed
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "finds none" in engines.missing_engines()["cuda"]
+    assert "needs an NVIDIA GPU" in engines.missing_engines()["cuda"]
     with pytest.raises(UnavailableError, match="engine 'cuda' runs on cuda, not on cpu"):
         engines.choose_engine("cuda", "cpu")
 
@@ -52,6 +55,20 @@ def test_auto_takes_it_for_quantized_weights_only(monkeypatch: pytest.MonkeyPatc
     assert engines.choose_engine("auto", "cuda").value == "reference"
     assert engines.choose_engine("auto", "cuda", packed=True).value == "cuda"
     assert engines.choose_engine("cuda", "cuda:1").value == "cuda"
+
+
+def test_what_the_driver_says_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    monkeypatch.setattr(metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: object())
+    for capability, message in ((None, "the driver finds none"), ((7, 5), "8.0 .* this GPU has 7.5")):
+        monkeypatch.setattr(available, "compute_capability", lambda found=capability: found)
+        assert re.search(message, str(available.why_unavailable()))
+    monkeypatch.setattr(available, "compute_capability", lambda: (9, 0))
+    assert available.why_unavailable() is None
+    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: None)
+    assert "needs triton" in str(available.why_unavailable())
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

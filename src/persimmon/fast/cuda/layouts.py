@@ -28,6 +28,9 @@ PLAIN, INT8, INT4, FP8, PLANES = 0, 1, 2, 3, 4
 
 _LARGEST_E4M3 = 448.0
 
+_SLICE_ROWS = 16_384
+"""Rows of the head that are unpacked at a time: 64 MiB of codes for the 8B."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -101,12 +104,17 @@ def from_q4(rows: Tensor, inputs: int) -> Matrix:
 
 
 def from_head_planes(high: Tensor, low: Tensor, inputs: int) -> Matrix:
-    """The packed head's planes, joined to int8."""
-    blocks = _superblocks(high, 144)
-    width = _padded(inputs, GROUP)
-    joined = (_unpacked_nibbles(blocks[..., :128]) << 4) + _unpacked_nibbles(_superblocks(low, 128))
-    codes = (joined ^ 128).view(torch.int8)  # minus 128, modulo 256
-    return Matrix(INT8, high.shape[0], inputs, False, codes[:, :width].contiguous(), _scales(blocks[..., 128:], width))
+    """The packed head's planes, joined to int8; in slices, as unpacking takes several times the size."""
+    rows, width = high.shape[0], _padded(inputs, GROUP)
+    codes = torch.empty(rows, width, dtype=torch.int8, device=high.device)
+    scales = torch.empty(rows, width // GROUP, dtype=torch.float16, device=high.device)
+    for start in range(0, rows, _SLICE_ROWS):
+        part = slice(start, start + _SLICE_ROWS)
+        blocks = _superblocks(high[part], 144)
+        joined = (_unpacked_nibbles(blocks[..., :128]) << 4) + _unpacked_nibbles(_superblocks(low[part], 128))
+        codes[part] = (joined ^ 128).view(torch.int8)[:, :width]  # minus 128, modulo 256
+        scales[part] = _scales(blocks[..., 128:], width)
+    return Matrix(INT8, rows, inputs, False, codes, scales)
 
 
 def from_neurons(rows: Tensor, outputs: int) -> Matrix:

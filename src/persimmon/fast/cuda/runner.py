@@ -10,6 +10,7 @@ prompt pieces share one pass, so the weights are read once for both.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -122,9 +123,16 @@ class Runner:
         self._graphs = StepGraphs(capture)
         self._buffers: dict[int, _Buffers] = {}
 
-    @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> list[Logits | None]:
         """Store the pieces' tokens; float32 logits of each: None, [V] or [T, V]."""
+        with torch.inference_mode(), self._on_device():
+            return self._run(pieces)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on PyTorch's current device, which need not be this one."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _run(self, pieces: Sequence[Piece]) -> list[Logits | None]:
         if pieces and all(len(piece.token_ids) == 1 for piece in pieces):
             rows = [row for group in _groups(pieces) for row in self._decode_logits(group)]
             return [_shaped(row[None], piece) for row, piece in zip(rows, pieces, strict=True)]
@@ -144,7 +152,6 @@ class Runner:
         self._graphs.replay(key)
         return np.asarray(buffers.logits[: len(pieces)].to("cpu", copy=True).numpy())
 
-    @torch.inference_mode()
     def decode(
         self, pieces: Sequence[Piece], params: Sequence[SamplingParams], num_tokens: int, banned: Sequence[int] = ()
     ) -> Decoded:
@@ -154,6 +161,12 @@ class Runner:
         noise counts from the piece's position. banned: ids that are never drawn.
         """
         assert 1 <= num_tokens <= MOST_STEPS and len(pieces) <= BUCKETS[-1], "room in the buffers"
+        with torch.inference_mode(), self._on_device():
+            return self._decode(pieces, params, num_tokens, banned)
+
+    def _decode(
+        self, pieces: Sequence[Piece], params: Sequence[SamplingParams], num_tokens: int, banned: Sequence[int]
+    ) -> Decoded:
         buffers, paged = self._ready(pieces)
         filters = any(p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p) for p in params)
         key = ("sample", buffers.size, paged, filters)
