@@ -39,6 +39,7 @@ SMALLER = {
 }  # fmt: skip
 ONLY_PARSED = {
     "pip install -e . -c constraints.txt": "this is how the environment of the tests was made",
+    "torchrun --nproc-per-node 8 -m persimmon.cli.main pretrain configs/1b.yaml": "test_resume.py starts a small one",
     "make test": "it would start the tests again",
     "make check": "the gate runs it beside the tests",
 }
