@@ -21,6 +21,7 @@ from persimmon.checkpoints import hub
 from persimmon.checkpoints.adapters import LoraSettings, open_adapter, write_adapter
 from persimmon.checkpoints.directory import read_config
 from persimmon.checkpoints.releases import derived_notice, write_derived_card
+from persimmon.data.tokens import check_vocabulary
 from persimmon.errors import ConfigError
 from persimmon.fast.cpu.packed import is_packed
 from persimmon.model import PersimmonModel
@@ -115,6 +116,8 @@ class _Task:
 
 
 def _answers(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> _Task:
+    if recipe.replay is not None:
+        check_vocabulary(Path(recipe.replay.data), tokenizer.serialized)
     kept, held = load_conversations(recipe)
     items = [(item,) for item in encode_all(recipe, tokenizer, kept)]
     rows = ConversationRows(items, recipe.row_length, tokenizer.eos_id, recipe.seed)
