@@ -55,5 +55,7 @@ class EngineSettings:
         token_bytes = (
             decoder.token_bytes if isinstance(decoder, Pageable) else 8 * config.num_layers * config.hidden_size
         )
-        budget = int((memory_available() or 4 << 30) * _CACHE_SHARE)
+        budget = getattr(decoder, "cache_budget", None)  # of an engine whose cache is not in the host's memory
+        if budget is None:
+            budget = int((memory_available() or 4 << 30) * _CACHE_SHARE)
         return num_blocks_for(context, self.max_running, token_bytes, budget, BLOCK_SIZE)
