@@ -144,8 +144,8 @@ async def _ask(address: Address, body: dict[str, Any], leave: int | None, outcom
 
 async def stream(address: Address, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """The events of a streamed answer. Raises ValueError for a refusal; leaving early closes the connection."""
-    connection = asyncio.open_connection(address.host, address.port)
-    reader, writer = await asyncio.wait_for(connection, _OPEN_SECONDS)
+    async with asyncio.timeout(_OPEN_SECONDS):  # wait_for of Python 3.11 can swallow the cancellation of a client
+        reader, writer = await asyncio.open_connection(address.host, address.port)
     try:
         data = json.dumps(body).encode()
         writer.write(
