@@ -136,7 +136,7 @@ def measure(model: str, text: str, tokens: int) -> dict[str, Any]:
             formats[name] = measure_format(name, packed, source, ids, prompts)
             print(json.dumps({"model": model, "format": name, **formats[name]}), file=sys.stderr)
     return {
-        "bench": "quality",
+        "report": "quality",
         "model": Path(model).name,
         "tokens": len(ids) - 1,
         "prompts": len(prompts),

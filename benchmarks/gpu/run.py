@@ -129,7 +129,7 @@ def read_report(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         if {key: report.get(key) for key in identity} == identity:
             return dict(report)
         raise SystemExit(f"{path} is about another shape, device or version; remove it or choose another file")
-    return {"bench": "gpu", **identity, "sections": {}}
+    return {"report": "gpu", **identity, "sections": {}}
 
 
 def describe_device(device: Any) -> dict[str, Any]:
