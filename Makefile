@@ -1,7 +1,7 @@
 # Set-up and everyday commands. Each target makes what it needs; nothing is installed twice.
 #   make chat    talk with the shipped model        make test    all tests of this machine
-#   make check   format, lint, types, imports       make bench   speed of the shipped model
-#   make clean   forget the environment
+#   make serve   the same as a server with a page   make check   format, lint, types, imports
+#   make bench   speed of the shipped model         make clean   forget the environment
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # An older PyTorch is enough when it is all there is: make chat TORCH=torch==2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test check bench format clean
+.PHONY: help chat serve test check bench format clean
 .SILENT:
 
 help:
@@ -48,6 +48,14 @@ $(AXE):
 
 chat: $(VENV)/base.done
 	$(BIN)/persimmon chat
+
+$(VENV)/serve.done: $(VENV)/base.done
+	echo "installing what the server needs (once)" >&2
+	$(INSTALL) --editable '.[serve]'
+	touch $@
+
+serve: $(VENV)/serve.done
+	$(BIN)/persimmon serve
 
 test: $(VENV)/dev.done $(if $(shell command -v npm),| $(AXE))
 	$(BIN)/python -m pytest

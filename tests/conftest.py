@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+import interpreter_environment  # noqa: F401  (first: it must stand before anything imports triton)
 from leftovers import describe, end, remaining_children, remaining_threads
 
 # Deterministic, and no time limit per example: a busy machine is no failure.

@@ -75,7 +75,7 @@ def test_json_is_one_document_with_everything(
     usage = expected.usage
     assert document["usage"] == {
         "prompt_tokens": usage.prompt_tokens, "completion_tokens": 12, "cached_tokens": 0,
-        "total_tokens": usage.prompt_tokens + 12,
+        "guessed_tokens": 0, "accepted_tokens": 0, "total_tokens": usage.prompt_tokens + 12,
     }  # fmt: skip
     assert document["timings"]["tokens_per_second"] > 0
     assert isinstance(document["seed"], int)

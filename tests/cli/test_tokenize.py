@@ -84,7 +84,7 @@ def test_train_writes_a_vocabulary_and_reports(tmp_path: Path, capsys: pytest.Ca
     arguments = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "360", "--output", output]
     assert main([*arguments, "--threads", "1"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"{output}: 360 pieces, ")
+    assert out.startswith(f"{output}: 360 pieces (")
     assert "bytes per token" in out
     assert "documents: 1, " in err and "training 360 pieces on" in err
     assert Tokenizer.load(output).vocab_size == 360

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.memory is not None or args.weights is not None or args.json:
         raise InputError("--memory, --weights and --json belong to --plan")
     finetune(recipe, resume=args.resume, report=ConsoleReport(quiet=args.quiet))
-    draw_curves(recipe.output, args.plot, "adapter" if recipe.trains_adapters else "model")
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this program once for every process
+        draw_curves(recipe.output, args.plot, "adapter" if recipe.trains_adapters else "model")
     return 0
 
 

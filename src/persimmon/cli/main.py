@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from persimmon.cli.console import warn
-from persimmon.errors import PersimmonError, StorageError, UnavailableError
+from persimmon.errors import PersimmonError, StorageError
 
 VERB_GROUPS: dict[str, dict[str, str]] = {
     "Use a model": {
@@ -217,7 +217,8 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
         known = isinstance(error, (PersimmonError, OSError))
         hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
         print(f"persimmon: error: {error}{hint}", file=sys.stderr)
-        usage = isinstance(error, PersimmonError) and not isinstance(error, (UnavailableError, StorageError))
+        failed = isinstance(error, (StorageError, RuntimeError))  # what a machine lacks, a training that went wrong
+        usage = isinstance(error, PersimmonError) and not failed
         return EXIT_USAGE if usage else EXIT_FAILED
 
 

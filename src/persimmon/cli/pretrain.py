@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -74,5 +75,6 @@ def run(args: argparse.Namespace) -> int:
         print_plan(recipe, args.hardware, args.json)
         return 0
     pretrain(recipe, resume=args.resume, report=ConsoleReport(quiet=args.quiet))
-    draw_curves(recipe.output, args.plot)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this program once for every process
+        draw_curves(recipe.output, args.plot)
     return 0

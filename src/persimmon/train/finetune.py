@@ -77,10 +77,10 @@ def load_for_training(recipe: FinetuneRecipe, directory: Path) -> tuple[Persimmo
 def answer_bits_per_byte(model: PersimmonModel, items: Sequence[EncodedConversation]) -> float:
     """Bits per UTF-8 byte of the assistant's answers (end-of-text included in the bits)."""
     model.eval()
-    nats, size = 0.0, 0
+    nats, size, device = 0.0, 0, next(model.parameters()).device
     for item in items:
-        hidden = model.features(torch.from_numpy(item.token_ids)[None])[0]
-        nats += float(cross_entropy(model, hidden, torch.from_numpy(item.targets), 1.0))
+        hidden = model.features(torch.from_numpy(item.token_ids)[None].to(device))[0]
+        nats += float(cross_entropy(model, hidden, torch.from_numpy(item.targets).to(device), 1.0))
         size += item.answer_bytes
     return nats / float(torch.log(torch.tensor(2.0))) / max(1, size)
 

@@ -84,6 +84,8 @@ class Trainer:
     def _update(self, active: Tensor) -> float:
         """Clip, scale the rates, step the optimizers, lift biases; returns the gradient's norm before clipping."""
         norm = clip_gradients(self.model.parameters(), self.recipe.optimizer.clip)
+        if not math.isfinite(norm):
+            raise TrainingStopped(f"step {self.step + 1}: the gradient's norm is {norm}; stopped before this update")
         factor = self.learning_rate_factor()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -195,10 +197,10 @@ class Trainer:
                 if self.world.is_main:
                     self._report(row)
                 if result.signal and self.step < self.num_steps:
-                    self.save()
+                    self._save_or_tell(row)
                     self.checkpoints.wait()
                     raise TrainingInterrupted(result.signal)
-            self.save()
+            self._save_or_tell({})
             self.checkpoints.wait()
 
     def _kept_for_good(self) -> bool:

@@ -42,7 +42,7 @@ def features(model: PersimmonModel, batch: Batch, observe: Observer | None = Non
 
     Documents count from 0: it matters where positions are rounded (rotary_precision bfloat16).
     """
-    positions = document_positions(batch.documents, *batch.token_ids.shape)
+    positions = document_positions(batch.documents, *batch.token_ids.shape).to(batch.token_ids.device)
     return model.features(batch.token_ids, positions=positions, documents=batch.documents, observe=observe)
 
 

@@ -66,7 +66,7 @@ def under_torchrun() -> bool:
 def _joined_from_environment() -> Iterator[World]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
-    if torch.cuda.is_available():  # not run here: no GPU
+    if torch.cuda.is_available():  # not tested on a GPU
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
@@ -123,7 +123,7 @@ def run_processes(size: int, work: Callable[..., None], *arguments: Any) -> None
             work(world, *arguments)
         return
     if size == 1:
-        work(World(), *arguments)
+        work(World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), *arguments)
         return
     context = mp.get_context("spawn")
     port, failures = _free_port(), context.SimpleQueue()

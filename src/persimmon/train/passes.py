@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from signal import SIGINT, SIGTERM
 from typing import Any, Protocol
@@ -106,6 +106,8 @@ class StepPasses:
     def check(self, rows: int, length: int) -> None:
         """Raise ConfigError unless the rows of a step divide over the processes as the layout needs it."""
         data, context = self._layout.data_size, self._layout.context_size
+        if rows < data:
+            raise ConfigError(f"{rows} rows per step for {data} processes: each needs at least one")
         if self._layout.mesh is not None and rows % data:
             raise ConfigError(f"{rows} rows per step do not divide over {data} data-parallel processes")
         if context > 1 and length % (2 * context):
@@ -171,8 +173,9 @@ class StepPasses:
 
     def _whole(self, batch: Batch) -> Pass:
         """A pass of the objective, which sees whole rows."""
-        objective = self._objective
+        objective, device = self._objective, self._world.device
         assert objective is not None
+        batch = replace(batch, token_ids=batch.token_ids.to(device), targets=batch.targets.to(device))
 
         def loss(scale: float, observe: Observer) -> tuple[Tensor, Tensor]:
             return objective.loss(self._model, batch, scale, observe), torch.zeros(2, self._buckets)

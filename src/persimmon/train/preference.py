@@ -159,18 +159,19 @@ class PreferenceSource:
 def reference_margins(model: PersimmonModel, items: Sequence[Item], progress: Callable[[int], None]) -> Tensor:
     """Log-probability of every chosen answer minus that of its rejected one, [items], under the model as it is."""
     model.eval()
-    margins = []
+    margins, device = [], next(model.parameters()).device
     for number, item in enumerate(items):
-        sums = answer_log_probabilities(model, pair_batch(item))
+        sums = answer_log_probabilities(model, pair_batch(item, device))
         margins.append(sums[0] - sums[1])
         progress(number + 1)
     return torch.stack(margins)
 
 
-def pair_batch(item: Item) -> Batch:
+def pair_batch(item: Item, device: torch.device | None = None) -> Batch:
     """One pair as a row of two documents."""
     ids, targets = (
-        torch.cat([torch.from_numpy(getattr(part, name)) for part in item])[None] for name in ("token_ids", "targets")
+        torch.cat([torch.from_numpy(getattr(part, name)) for part in item])[None].to(device)
+        for name in ("token_ids", "targets")
     )
     return Batch(ids, targets, [0, len(item[0].token_ids), ids.shape[1]])
 
@@ -182,7 +183,7 @@ def preference_scores(
     """On held-out pairs: mean loss, share of pairs judged as the people did, and mean margin d in nats."""
     model.eval()
     now = reference_margins(model, items, lambda done: None)
-    margins = now - reference
+    margins = now - reference.to(now)
     loss = -F.logsigmoid(recipe.beta * margins).mean()
     figures = {"loss": loss, "preferred": (margins > 0).float().mean(), "margin": margins.mean()}
     return {name: round(float(value), 4) for name, value in figures.items()}

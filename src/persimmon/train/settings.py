@@ -79,5 +79,7 @@ class LoopRecipe:
         for name, choices in (("activations", ("all", "selective", "none")), ("on_spike", ("stop", "skip"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.parallel.splits_weights and self.optimizer.state == "int8":
+            raise ConfigError("optimizer.state int8 goes with neither parallel.shard nor parallel.tensor")
         if self.micro_tokens < 1 or self.keep_checkpoints < 1:
             raise ConfigError("micro_tokens and keep_checkpoints must be at least 1")

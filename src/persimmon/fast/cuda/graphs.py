@@ -48,7 +48,7 @@ class StepGraphs:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Recording into CUDA graphs. Not run so far: no GPU was at hand (docs/gpu.md)."""
+    """Recording into CUDA graphs. Not tested on a GPU (docs/gpu.md)."""
     memory = torch.cuda.graph_pool_handle()
 
     def capture(step: Step) -> Replay:
