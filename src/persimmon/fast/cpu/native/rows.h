@@ -16,7 +16,7 @@ constexpr int kTile = 8;              // tokens that share unpacked weights; thi
 #else
 constexpr int kTile = 4;              // ... or sixteen
 #endif
-constexpr int kPrefetchAhead = 2048;  // bytes; rows follow each other in memory, so it crosses their ends
+constexpr int kPrefetchAhead = 4096;  // bytes; rows follow each other in memory, so it crosses their ends
 
 // Products of one packed row of `blocks` superblocks with N tokens.
 template <class F, int N>

@@ -196,9 +196,10 @@ INLINE f32x8 fold(f32x16 a) { return add(a.lo, a.hi); }
 
 INLINE float sum_lanes(f32x16 a) { return sum_lanes(fold(a)); }
 
-// Ask for the cache lines of [p, p + bytes).
+// Ask for the cache lines of [p, p + bytes), into the second-level cache: the few line buffers of the first are what limits
+// one core's reading, and requests for the second hold them for a shorter time (docs/LOG.md, 2026-11-26).
 INLINE void prefetch(const void* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
 // e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, a polynomial of degree 6 (Taylor, next term below 2e-7 relative), and 0
