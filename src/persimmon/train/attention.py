@@ -103,7 +103,7 @@ def _attend_stretch(q: Tensor, k: Tensor, v: Tensor, start: int, documents: list
 
 
 def variable_length(documents: Sequence[int], device: torch.device) -> Attend:
-    """All documents of a batch in one call of PyTorch's variable-length flash attention. GPU only, not tested on one."""
+    """All documents of a batch in one call of PyTorch's variable-length flash attention (GPU only, untested)."""
     from torch.nn.attention.varlen import varlen_attn
 
     offsets = torch.tensor(documents, dtype=torch.int32, device=device)
