@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
 
-from persimmon.bench.load import Load, Outcome, address_of, run_load
+from persimmon.bench.load import Load, Outcome, _ask, address_of, run_load
 from persimmon.bench.serve import Level, ServeWork, Target, measure_levels
 from persimmon.bench.servers import RssWatch, cache_share_held, free_port, is_ready, parse_cache_share, tree_rss_bytes
 from persimmon.errors import InputError, UnavailableError
@@ -49,6 +50,30 @@ def test_clients_that_leave_are_counted_and_leave_nothing_behind(server: Server)
 def test_a_refusal_is_an_error_with_its_words(server: Server) -> None:
     outcome = run_load(address_of(server.url), load_of(prompts=[[1, 999_999]], seconds=0.3))
     assert outcome.tokens == 0 and any("status 4" in error and "999999" in error for error in outcome.errors)
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (b'data: {"choices": [{"text": "a"}]}\n\n', "without [DONE]"),
+        (b'data: {"error": {"message": "lost"}}\n\n', "lost"),
+    ],
+)
+def test_a_stream_that_breaks_off_is_an_error(event: bytes, words: str) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        chunk = b"%x\r\n%s\r\n" % (len(event), event)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk + b"0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def ask() -> None:
+        port = free_port()
+        async with await asyncio.start_server(answer, "127.0.0.1", port):
+            with pytest.raises(ValueError, match=re.escape(words)):
+                await _ask(address_of(f"http://127.0.0.1:{port}"), {}, None, Outcome())
+
+    asyncio.run(ask())
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:

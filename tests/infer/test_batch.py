@@ -94,6 +94,8 @@ def test_what_does_not_fit_is_an_answer_with_an_error(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("{", "line 2"),
+        ('{"messages": "abc"}', "line 2"),
+        ('{"prompt": "x", "stop": 5}', "line 2"),
         ("[]", "either prompt or messages"),
         ('{"prompt": 3}', "must be a text"),
         ('{"prompt": "a", "max_new_tokens": 3}', "max_tokens"),

@@ -177,3 +177,22 @@ def test_a_second_signal_stops_at_once() -> None:
             server.thread.join(10)
             assert not server.thread.is_alive()
             assert server.service.worker.process_id is None and not psutil.pid_exists(engine), "nothing is left behind"
+
+
+def test_a_long_idle_engine_is_not_taken_for_hung() -> None:
+    with running(build_deadly) as server:
+        worker = server.service.worker
+        server.loop.call_soon_threadsafe(setattr, worker, "_heard_at", time.monotonic() - 1000)
+        time.sleep(0.1)
+        process = worker.process_id
+        body = {"messages": [{"role": "user", "content": "light"}], "max_tokens": 400, "logit_bias": {"1": -100}}
+        done: list[int] = []
+        thread = threading.Thread(
+            target=lambda: done.append(server.http.post("/v1/chat/completions", json=body).status_code)
+        )
+        thread.start()
+        while not worker.in_flight:
+            time.sleep(0.005)
+        assert time.monotonic() - worker._heard_at < 100
+        thread.join(100)
+        assert done == [200] and worker.process_id == process and worker.restarts == 0

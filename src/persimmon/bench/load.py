@@ -115,7 +115,7 @@ async def _client(address: Address, load: Load, number: int, outcome: Outcome) -
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        leave = chance.randrange(1, load.max_tokens) if chance.random() < load.disconnects else None
+        leave = chance.randrange(1, max(2, load.max_tokens)) if chance.random() < load.disconnects else None
         try:
             await _ask(address, body, leave, outcome)
         except (OSError, ValueError, asyncio.IncompleteReadError, TimeoutError) as error:
@@ -130,6 +130,8 @@ async def _ask(address: Address, body: dict[str, Any], leave: int | None, outcom
     pieces = 0
     async for event in stream(address, "/v1/completions", body):
         now = time.perf_counter()
+        if "error" in event:
+            raise ValueError(f"an error in the stream: {event['error']}")
         if any(choice.get("text") for choice in event.get("choices", ())):
             (outcome.first_token if pieces == 0 else outcome.between).append(now - (started if pieces == 0 else last))
             pieces, last = pieces + 1, now
@@ -164,6 +166,7 @@ async def stream(address: Address, path: str, body: dict[str, Any]) -> AsyncIter
                     return
                 if event.startswith(b"data: "):
                     yield json.loads(text)
+        raise ValueError("the stream ended without [DONE]")
     finally:
         writer.close()
 
@@ -180,5 +183,5 @@ async def _check_status(reader: asyncio.StreamReader) -> None:
 
 async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     """The parts of a chunked body."""
-    while size := int((await reader.readline()).strip() or b"0", 16):
+    while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
         yield (await reader.readexactly(size + 2))[:-2]

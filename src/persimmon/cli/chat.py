@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--lookup", type=int, default=0, metavar="N",
-        help="guess up to N tokens from the text itself and check them in one go: faster, the same text (default: 0)",
+        help="guess up to N tokens from the text itself and check them in one go; the text is the same (default: 0)",
     )  # fmt: skip
     group.add_argument("--drop-oldest", action="store_true", help="let the oldest turns go when the context is full")
     group = parser.add_argument_group("how answers are picked")

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text.add_argument(
         "--lookup", type=int, default=0, metavar="N",
-        help="guess up to N tokens from the text itself and check them in one go: faster, the same text (default: 0)",
+        help="guess up to N tokens from the text itself and check them in one go; the text is the same (default: 0)",
     )  # fmt: skip
     text.add_argument("--json", action="store_true", help="print text, token ids, usage and timings as JSON")
     batch = parser.add_argument_group("many prompts")

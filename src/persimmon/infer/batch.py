@@ -151,7 +151,7 @@ def read_jobs(source: Path, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -
                 continue
             try:
                 job = _job(number, json.loads(text), tokenizer, sampling)
-            except (ValueError, InputError) as error:
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise DataError(f"{source}, line {number}: {error}") from None
             if job.id in seen:
                 raise DataError(f"{source}, line {number}: the id {job.id!r} appears twice")

@@ -113,8 +113,12 @@ class ReplicatedEngine:
         self._waiting = asyncio.create_task(self._wait_ready())
 
     async def _wait_ready(self) -> None:
-        self.engine_name = (await self._engines.describe.remote())["engine"]
-        self.ready.set()
+        while not self.ready.is_set():
+            try:
+                self.engine_name = (await self._engines.describe.remote())["engine"]
+                self.ready.set()
+            except Exception:  # a replica that died while it loaded; the next answers
+                await asyncio.sleep(1.0)
 
     async def stop(self) -> None:
         """Give up everything that runs."""

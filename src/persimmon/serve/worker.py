@@ -159,6 +159,8 @@ class EngineWorker:
 
     def submit(self, ticket: Ticket) -> None:
         """Run a request; its updates go to the ticket's queue, an empty one first when it is accepted."""
+        if not self._tickets:
+            self._heard_at = time.monotonic()  # the silence of an idle process is no sign of hanging
         self._tickets[ticket.request.id] = ticket
         self._send_tickets()
 
