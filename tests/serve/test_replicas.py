@@ -151,7 +151,7 @@ def test_a_killed_replica_loses_only_its_own_requests_and_is_replaced(served: Se
     begun: set[int] = set()
 
     def stream(number: int) -> None:
-        body = {"messages": conversations[number], "stream": True, "max_tokens": 150, "seed": 1} | ENDLESS
+        body = {"messages": conversations[number], "stream": True, "max_tokens": 1000, "seed": 1} | ENDLESS
         with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=200) as answer:
             found[number] = []
             for line in answer.iter_lines():
@@ -171,7 +171,7 @@ def test_a_killed_replica_loses_only_its_own_requests_and_is_replaced(served: Se
             error = json.loads(events[-1])["error"]
             assert (error["message"], error["code"]) == (LOST, "engine_failure")
         else:
-            assert events[-1] == "[DONE]" and len(events) > 20, number
+            assert events[-1] == "[DONE]", number
     assert 0 < sum(home_of == victim for home_of in homes) < 8
 
     def replaced() -> bool:
