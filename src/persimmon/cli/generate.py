@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--json", action="store_true", help="print text, token ids, usage and timings as JSON")
     batch = parser.add_argument_group("many prompts")
     batch.add_argument("--input", metavar="FILE", help="JSON Lines, one prompt or conversation per line")
-    batch.add_argument("--output", metavar="FILE", help="one line per answer; the lines that are there are kept")
+    batch.add_argument(
+        "--output", metavar="FILE", help="one line per answer; answers that are there are kept, errors tried again"
+    )
     batch.add_argument(
         "--ray", type=int, metavar="N", help="answer with N engines through Ray Data (RAY_ADDRESS: where)"
     )
@@ -106,7 +108,7 @@ def answer_prompts(args: argparse.Namespace) -> int:
                 build, tokenizer, source, target, sampling, engines=args.ray, progress=progress, **share
             )
         else:
-            tally = answer_file(build(), tokenizer, source, target, sampling, progress=progress)
+            tally = answer_file(build, tokenizer, source, target, sampling, progress=progress)
     counts = f"{tally.answered} answered, {tally.failed} failed, {tally.skipped} were there already"
     note(f"{target}: {counts}", quiet=args.quiet)
     return 1 if tally.failed else 0
