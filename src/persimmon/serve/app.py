@@ -138,7 +138,8 @@ async def _respond(
     try:
         if body.stream:
             options = body.stream_options or protocol.StreamOptions()
-            await _until_disconnected(request.receive, submission.accepted())
+            accepting = asyncio.wait_for(submission.accepted(), service.settings.request_seconds)
+            await _until_disconnected(request.receive, accepting)
             if (failure := submission.refusal()) is not None:
                 raise _as_error(failure)
             return EventStream(_events(service, submission, answer, options, log), submission)
