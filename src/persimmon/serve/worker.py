@@ -106,8 +106,11 @@ def _take_commands(engine: Engine, commands: Connection) -> list[Update]:
 
 
 class _Outbox:
-    """Commands on their way to a process. A thread sends them: a pipe that a hung process lets fill up holds up
-    this thread alone, never the event loop, and the death of the process ends it."""
+    """Commands on their way to a process.
+
+    A thread sends them: a pipe that a hung process lets fill up holds up this thread alone, never the event loop, and
+    the death of the process ends it.
+    """
 
     def __init__(self, commands: Connection) -> None:
         self._commands = commands
