@@ -162,6 +162,9 @@ def test_models_tokens_and_information(server: Server, client: Any) -> None:
 BAD_BODIES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": []}, 400, "messages", "at least 1"),
     ({"messages": HELLO, "tools": []}, 400, "tools", "not trained to call tools"),
+    ({"messages": HELLO, "tool_choice": "auto"}, 400, "tool_choice", "not trained to call tools"),
+    ({"messages": HELLO, "store": True}, 400, "store", "not kept"),
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, 400, "tool_calls", "unknown field"),
     ({"messages": HELLO, "frobnicate": 1}, 400, "frobnicate", "unknown field"),
     ({"messages": HELLO, "temperature": "hot"}, 400, "temperature", "number"),
     ({"messages": HELLO, "temperature": -1}, 400, "temperature", "greater than or equal to 0"),

@@ -108,7 +108,7 @@ class Service:
 
     def encode_messages(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The prompt of a conversation."""
-        return chat.encode(self.tokenizer, [{"role": m.role, "content": m.text} for m in messages])
+        return chat.encode(self.tokenizer, [{"role": m.speaker, "content": m.text} for m in messages])
 
     def _encode(self, prompt: str | list[int], bos: bool) -> list[int]:
         return self.tokenizer.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt
