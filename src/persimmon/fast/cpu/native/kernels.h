@@ -25,6 +25,7 @@ struct RowsArgs {
   size_t y_stride;
   Epilogue epilogue;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
+  const float* panels;     // panel kernels: x by make_panels
 };
 
 // The non-zero squared activations of one block of kNeuronBlock neurons, ascending.
@@ -49,6 +50,7 @@ struct MlpArgs {
   float margin;          // p44: a neuron is skipped when estimate <= -margin * spread; infinite never skips
   int tokens;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
+  const float* panels;     // panel kernels: x by make_panels
 };
 
 struct MlpCounts {
@@ -100,6 +102,13 @@ struct Kernels {
                           size_t stride, uint8_t* scratch);
   void (*tiled_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts,
                          uint8_t* scratch);
+  // float32 and bfloat16 rows and many tokens (panels.h): pays from kFewestPanelTokens on. x [T][inputs] becomes panels
+  // [begin, end) of kPanelTokens tokens; scratch holds panel_scratch_floats.
+  void (*make_panels)(const float* x, int inputs, int tokens, int begin, int end, float* panels);
+  size_t (*panel_scratch_floats)(int inputs);
+  void (*panel_rows)(const RowsArgs& args, int begin, int end, float* scratch);
+  void (*panel_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts,
+                         float* scratch);
   // Planes: estimate[t * stride + r] from the high plane, and bound = estimate + sigmas standard deviations of its error.
   void (*estimate_rows)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
                         size_t stride);
@@ -123,6 +132,9 @@ struct Kernels {
   // Fingerprint of memory (see fingerprint.h).
   uint64_t (*fingerprint)(const uint8_t* p, size_t n);
 };
+
+constexpr int kPanelTokens = 32;
+constexpr int kFewestPanelTokens = 12;
 
 constexpr int kDownColumns = 64;
 constexpr int kMostDownColumns = 256;  // columns that a kernel may take at a time: a whole superblock

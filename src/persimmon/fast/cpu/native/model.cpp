@@ -121,6 +121,7 @@ std::unique_ptr<KvCache> Model::new_cache(int num_blocks, int block_size, bool i
 
 void Model::forward(const std::vector<Chunk>& chunks, int exact_top, float* logits) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  const Pool::Awake awake(pool_);
   std::vector<Token> tokens;
   const auto flush = [&] {
     run_step(tokens, exact_top, logits);
@@ -183,6 +184,7 @@ void Model::run_step(const std::vector<Token>& tokens, int exact_top, float* log
     multiply(layer.qkv, input(), count, qkv_.data(), 3 * shape_.hidden, Epilogue::store);
     attention(layer, i, tokens);
     if (packed_inputs_) pack(attended_.data(), count, shape_.hidden, width_ / kSuperblock, packed_.get());
+    else make_panels(attended_.data(), count);
     multiply(layer.dense, packed_inputs_ ? input() : attended_.data(), count, x_.data(), width_, Epilogue::add);
     normalize(layer.post, x_.data(), count, layer.outlier_columns);
     mlp(layer, i, count);
@@ -228,6 +230,18 @@ void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_
     }
   });
   if (packed_inputs_) pack(normed_.data(), tokens, shape_.hidden, width_ / kSuperblock, packed_.get());
+  else make_panels(normed_.data(), tokens);
+}
+
+void Model::make_panels(const float* x, int tokens) {
+  if (!in_panels(tokens)) return;
+  const int panels = (tokens + kPanelTokens - 1) / kPanelTokens;
+  panels_.resize(std::max(panels_.size(), static_cast<size_t>(panels) * kPanelTokens * width_));
+  panel_scratch_stride_ = round_up(kernels_->panel_scratch_floats(width_), 16);
+  panel_scratch_.resize(panel_scratch_stride_ * pool_.threads());
+  pool_.parallel_for(panels, 1, [&](int begin, int end, int) {
+    kernels_->make_panels(x, width_, tokens, begin, end, panels_.data());
+  });
 }
 
 // Round tokens of `size` inputs (rows padded to 256 * blocks floats) to int8.
@@ -250,7 +264,7 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
                           Epilogue epilogue) const {
   return {linear.format, linear.weights, linear.row_bytes, linear.low, linear.low_bytes, linear.blocks,
-          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data()};
+          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels_.data()};
 }
 
 int Model::grain(const Linear& linear, bool tiled) const {
@@ -260,8 +274,10 @@ int Model::grain(const Linear& linear, bool tiled) const {
 void Model::multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue) {
   const RowsArgs args = rows_args(linear, x, tokens, y, y_stride, epilogue);
   const bool in_tiles = tiled(tokens) && is_packed(linear.format);
-  pool_.parallel_for(linear.rows, grain(linear, in_tiles), [&](int begin, int end, int thread) {
+  const bool panels = in_panels(tokens) && !is_packed(linear.format);
+  pool_.parallel_for(linear.rows, grain(linear, in_tiles || panels), [&](int begin, int end, int thread) {
     if (in_tiles) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
+    else if (panels) kernels_->panel_rows(args, begin, end, panel_scratch(thread));
     else kernels_->rows(args, begin, end);
   });
 }
@@ -327,7 +343,8 @@ void Model::mlp(const Layer& layer, int index, int tokens) {
   if (formats_.mlp == Format::q4) return mlp_dense_q4(layer, tokens);
   MlpArgs args = {formats_.mlp,        layer.up.weights,     layer.up.row_bytes, layer.neurons, layer.neuron_bytes,
                   layer.neuron_offset, layer.up_bias,        shape_.intermediate, width_ / kSuperblock, input(),
-                  outliers_.data(),    margin,               tokens,             tiles_.data()};
+                  outliers_.data(),    margin,               tokens,             tiles_.data(),
+                  panels_.data()};
   MlpCounts found;
   if (tokens > 1) {
     found = mlp_many(args, layer.down_bias);
@@ -382,7 +399,7 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
 // Many tokens: all activations first, then the down projection by columns; the same sums in the same order as mlp_one.
 MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
   const int tokens = args.tokens;
-  const bool in_tiles = tiled(tokens) && is_packed(args.format);
+  const bool in_tiles = tiled(tokens) && is_packed(args.format), panels = in_panels(tokens) && !is_packed(args.format);
   pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int thread) {
     std::vector<ActiveBlock*> out(tokens);
     for (int b = begin; b < end; b++) {
@@ -392,7 +409,8 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
       }
       MlpCounts found = {};
       const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-      if (in_tiles) kernels_->tiled_activate(args, b * kNeuronBlock, last, out.data(), &found, tile_scratch(thread));
+      if (panels) kernels_->panel_activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(thread));
+      else if (in_tiles) kernels_->tiled_activate(args, b * kNeuronBlock, last, out.data(), &found, tile_scratch(thread));
       else kernels_->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &found);
       block_counts_[b] = found;
     }

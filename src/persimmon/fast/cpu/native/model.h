@@ -110,6 +110,9 @@ class Model {
   const void* input() const;
   int grain(const Linear& linear, bool tiled) const;
   uint8_t* tile_scratch(int thread) { return reinterpret_cast<uint8_t*>(tile_scratch_.data() + thread * tile_scratch_stride_); }
+  float* panel_scratch(int thread) { return panel_scratch_.data() + thread * panel_scratch_stride_; }
+  bool in_panels(int tokens) const { return tokens >= kFewestPanelTokens; }
+  void make_panels(const float* x, int tokens);
   bool tiled(int tokens) const { return kernels_->tiled_tokens && tokens >= kernels_->tiled_tokens; }
   void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
   void attention(const Layer& layer, int index, const std::vector<Token>& tokens);
@@ -162,6 +165,9 @@ class Model {
   std::vector<TokenGroup> tiles_;          // of the inputs packed last, when the kernels want them
   std::vector<TokenGroup> tile_scratch_;   // per thread; any type that is aligned
   size_t tile_scratch_stride_ = 0;         // elements
+  std::vector<float> panels_;              // of float inputs, when there are many tokens
+  std::vector<float> panel_scratch_;       // per thread
+  size_t panel_scratch_stride_ = 0;        // floats
   int reserved_tokens_ = 0;
 };
 
