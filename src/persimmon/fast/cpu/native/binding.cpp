@@ -104,24 +104,25 @@ class PyModel {
   }
 
   void forward(nb::list chunks, int exact_top, Out<float, 2> logits) {
-    std::vector<Chunk> list;
-    std::vector<std::shared_ptr<KvCache>> caches;
-    std::vector<In<int32_t, 1>> kept;
-    size_t wanted = 0;
-    for (nb::handle item : chunks) {
-      const auto [cache, table, start, ids, count] = nb::cast<std::tuple<Cache*, Table, int, In<int32_t, 1>, int>>(item);
-      cache->open();
-      caches.push_back(cache->kv);
-      kept.push_back(table), kept.push_back(ids);
-      const int blocks = static_cast<int>(table.size()), tokens = static_cast<int>(ids.size());
-      require(count >= 0 && count <= tokens, "more logits than tokens");
-      list.push_back({cache->kv.get(), table.data(), blocks, start, ids.data(), tokens, count});
-      wanted += count;
-    }
-    require(logits.shape(0) == wanted && (wanted == 0 || static_cast<int>(logits.shape(1)) == model_.shape().vocab),
+    const Call call(chunks);
+    require(logits.shape(0) == call.wanted && (call.wanted == 0 || static_cast<int>(logits.shape(1)) == model_.shape().vocab),
             "logits have the wrong shape");
+    Output output;
+    output.exact_top = exact_top, output.logits = logits.data();
     nb::gil_scoped_release release;
-    model_.forward(list, exact_top, logits.data());
+    model_.forward(call.list, output);
+  }
+
+  void score(nb::list chunks, In<int32_t, 1> targets, Out<double, 1> scores, Out<int32_t, 1> likeliest) {
+    const Call call(chunks);
+    require(targets.size() == call.wanted && scores.size() == call.wanted && likeliest.size() == call.wanted,
+            "targets or scores have the wrong shape");
+    for (size_t i = 0; i < targets.size(); i++)
+      require(targets.data()[i] >= 0 && targets.data()[i] < model_.shape().vocab, "a target is outside the vocabulary");
+    Output output;
+    output.targets = targets.data(), output.scores = scores.data(), output.likeliest = likeliest.data();
+    nb::gil_scoped_release release;
+    model_.forward(call.list, output);
   }
 
   nb::list counts() const {
@@ -140,6 +141,26 @@ class PyModel {
   }
 
  private:
+  // The chunks of a call, and what keeps their memory while it runs without the interpreter's lock.
+  struct Call {
+    explicit Call(nb::list chunks) {
+      for (nb::handle item : chunks) {
+        const auto [cache, table, start, ids, count] = nb::cast<std::tuple<Cache*, Table, int, In<int32_t, 1>, int>>(item);
+        cache->open();
+        caches.push_back(cache->kv);
+        kept.push_back(table), kept.push_back(ids);
+        const int blocks = static_cast<int>(table.size()), tokens = static_cast<int>(ids.size());
+        require(count >= 0 && count <= tokens, "more logits than tokens");
+        list.push_back({cache->kv.get(), table.data(), blocks, start, ids.data(), tokens, count});
+        wanted += count;
+      }
+    }
+    std::vector<Chunk> list;
+    std::vector<std::shared_ptr<KvCache>> caches;
+    std::vector<In<int32_t, 1>> kept;
+    size_t wanted = 0;
+  };
+
   static std::map<std::string, Bytes> collect(nb::dict tensors) {
     std::map<std::string, Bytes> result;
     for (auto [name, value] : tensors) {
@@ -410,6 +431,8 @@ NB_MODULE(_native, m) {
       .def("new_cache", &PyModel::new_cache, "num_blocks"_a, "block_size"_a, "int8"_a)
       .def("forward", &PyModel::forward, "chunks"_a, "exact_top"_a, "logits"_a.noconvert(),
            "Store (cache, table, start, ids, wanted) chunks; logits [sum of wanted, vocab] receives the last `wanted` rows of each.")
+      .def("score", &PyModel::score, "chunks"_a, "targets"_a, "scores"_a.noconvert(), "likeliest"_a.noconvert(),
+           "Store such chunks; for every wanted row the log-probability of its target, and the likeliest token.")
       .def("counts", &PyModel::counts)
       .def("reset_counts", &PyModel::reset_counts);
 

@@ -1,4 +1,4 @@
-// The vocabulary head: all logits, or in two passes only the largest.
+// The vocabulary head: all logits, in two passes only the largest, or log-probabilities of given tokens.
 //
 // Two passes (head stored in planes): the high plane of every row gives an estimate and the standard deviation of its
 // error. The exact logits of the rows with the `top` largest estimates give a value that the top-th largest exact logit
@@ -15,6 +15,7 @@ namespace {
 
 constexpr float kHeadSigmas = 6.0f;
 constexpr int kHeadChunk = 1024;     // rows a thread ranks at a time
+constexpr int kScoreRows = 256;      // rows whose logits are kept at a time when only scores are wanted
 constexpr int kMostTop = 256;        // above this many wanted logits the full head is as fast
 constexpr int kTokensAtOnce = kTileTokens;  // bounds the estimates to 16 * vocabulary
 
@@ -32,11 +33,14 @@ void keep_best(std::vector<Ranked>* ranked, int count) {
 
 }  // namespace
 
-void Model::head(const std::vector<int>& wanted, int exact_top, float* logits) {
+void Model::head(const std::vector<int>& wanted, const Output& output) {
   const int count = static_cast<int>(wanted.size());
   for (int i = 0; i < count; i++)  // wanted ascends, so rows move to the front without overwriting later ones
     if (wanted[i] != i) std::copy_n(x_.data() + static_cast<size_t>(wanted[i]) * width_, width_, x_.data() + static_cast<size_t>(i) * width_);
   normalize(final_norm_, x_.data(), count, nullptr);
+  if (output.targets) return head_scores(count, output);
+  const int exact_top = output.exact_top;
+  float* logits = output.logits;
   const bool two_pass = lm_head_.format == Format::planes && exact_top > 0 && exact_top <= kMostTop &&
                         shape_.vocab > 4 * kHeadChunk && std::isfinite(margin);
   if (!two_pass) return multiply(lm_head_, input(), count, logits, shape_.vocab, Epilogue::store);
@@ -45,6 +49,41 @@ void Model::head(const std::vector<int>& wanted, int exact_top, float* logits) {
                               std::min(kTokensAtOnce, count - first), nullptr, shape_.vocab, Epilogue::store);
     args.tiles += static_cast<size_t>(first / kTileTokens) * kLanes * lm_head_.blocks;
     head_top(args, exact_top, logits + static_cast<size_t>(first) * shape_.vocab);
+  }
+}
+
+// Log-probabilities without keeping the logits: each piece of the vocabulary leaves its largest logit and its sum of
+// exponentials, and these are put together in double precision. The pieces are the same whatever runs them.
+void Model::head_scores(int tokens, const Output& output) {
+  const int vocab = shape_.vocab, pieces = (vocab + kScoreRows - 1) / kScoreRows;
+  score_logits_.resize(static_cast<size_t>(pool_.threads()) * tokens * kScoreRows);
+  summaries_.resize(static_cast<size_t>(tokens) * pieces);
+  const RowsArgs all = rows_args(lm_head_, input(), tokens, nullptr, kScoreRows, Epilogue::store);
+  pool_.parallel_for(pieces, 1, [&](int begin, int end, int thread) {
+    float* logits = score_logits_.data() + static_cast<size_t>(thread) * tokens * kScoreRows;
+    for (int p = begin; p < end; p++) {
+      const int first = p * kScoreRows, count = std::min(kScoreRows, vocab - first);
+      RowsArgs args = all;  // the rows of the piece, so that their logits begin at 0
+      args.weights += first * args.row_bytes;
+      if (args.low) args.low += first * args.low_bytes;
+      args.y = logits;
+      multiply_range(args, 0, count, thread);
+      for (int t = 0; t < tokens; t++) {
+        const float* row = logits + static_cast<size_t>(t) * kScoreRows;
+        summaries_[static_cast<size_t>(t) * pieces + p] = kernels_->summarize(row, count);
+        const int target = output.targets[t] - first;
+        if (target >= 0 && target < count) output.scores[t] = row[target];
+      }
+    }
+  });
+  for (int t = 0; t < tokens; t++) {
+    const RowSummary* found = summaries_.data() + static_cast<size_t>(t) * pieces;
+    int best = 0;
+    for (int p = 1; p < pieces; p++) best = found[p].top > found[best].top ? p : best;
+    double sum = 0;
+    for (int p = 0; p < pieces; p++) sum += found[p].sum * std::exp(static_cast<double>(found[p].top) - found[best].top);
+    output.scores[t] -= found[best].top + std::log(sum);
+    output.likeliest[t] = best * kScoreRows + found[best].at;
   }
 }
 

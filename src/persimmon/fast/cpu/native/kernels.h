@@ -58,6 +58,13 @@ struct MlpCounts {
   int64_t active;      // of them positive
 };
 
+// Logits of some rows, for a softmax over all of them.
+struct RowSummary {
+  float top;   // the largest
+  int at;      // the first that is as large
+  float sum;   // of e^(logit - top)
+};
+
 constexpr int kKeyGroup = 16;    // tokens of a record of the cache (kv_cache.h)
 constexpr int kMaxHeadDim = 256;
 
@@ -123,6 +130,7 @@ struct Kernels {
   // active[block * tokens + t]; scratch holds down_scratch_floats.
   void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,
                        size_t y_stride, float* scratch);
+  RowSummary (*summarize)(const float* logits, int count);
   void (*attend_int8)(const AttentionArgs& args);
   void (*attend_float)(const AttentionArgs& args);
   // Round [D] floats to int8 with one scale, returned.

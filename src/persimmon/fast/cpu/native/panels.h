@@ -1,6 +1,6 @@
 // Products of float32 or bfloat16 rows with many tokens.
 //
-// The kernel for few tokens (float_row of rows.h) holds the sixteen partial sums of a row and a token in one register and adds
+// The kernel for few tokens (float_rows of rows.h) holds the sixteen partial sums of a row and a token in one register and adds
 // them up at the end; with 256 inputs that end costs as much as the products. Here a register holds the same partial sum of
 // sixteen tokens: inputs lie transposed, [panel of 32 tokens][input][token], a weight is broadcast to all of them, and a
 // block of eight rows and 32 tokens takes partial sum after partial sum. These are added up in the order of sum_lanes, as a
