@@ -103,6 +103,27 @@ def test_same_bits_for_every_cut_and_company(name: str, checkpoint: Path, packed
     assert np.array_equal(np.concatenate(rows), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_steps_of_many_tokens_give_the_same_bits(threads: int, checkpoint: Path) -> None:
+    """Several sequences in steps of up to 256 tokens, cut into groups for threads (native/wide_step.cpp)."""
+    decoder = load_decoder(checkpoint, threads=threads)
+    texts = [np.random.default_rng(i).integers(0, 4_500, size).tolist() for i, size in enumerate((70, 1, 130, 33, 97))]
+    alone = []
+    for text in texts:
+        sequence = decoder.new_sequence(len(text))
+        alone.append(np.stack([decoder.forward([Chunk(sequence, [token])])[0] for token in text]))
+    sequences = [decoder.new_sequence(len(text)) for text in texts]
+    together = decoder.forward([Chunk(s, text, "all") for s, text in zip(sequences, texts, strict=True)])
+    for one, rows in zip(alone, together, strict=True):
+        assert np.array_equal(rows, one)
+    scored = decoder.score([Chunk(decoder.new_sequence(len(text)), text) for text in texts], texts)
+    for one, text, found in zip(alone, texts, scored, strict=True):
+        exact = torch.log_softmax(torch.from_numpy(one).double(), -1).numpy()[np.arange(len(text)), text]
+        np.testing.assert_allclose(found.log_probabilities, exact, rtol=0, atol=2e-6)
+    again = decoder.score([Chunk(decoder.new_sequence(70), texts[0][:7])], [texts[0][:7]])[0]
+    assert np.array_equal(again.log_probabilities, scored[0].log_probabilities[:7])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_scores_are_those_of_the_logits_and_the_same_for_every_cut(
     name: str, checkpoint: Path, packed: dict[str, Path]

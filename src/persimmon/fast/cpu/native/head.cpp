@@ -56,24 +56,15 @@ void Model::head(const std::vector<int>& wanted, const Output& output) {
 // exponentials, and these are put together in double precision. The pieces are the same whatever runs them.
 void Model::head_scores(int tokens, const Output& output) {
   const int vocab = shape_.vocab, pieces = (vocab + kScoreRows - 1) / kScoreRows;
-  score_logits_.resize(static_cast<size_t>(pool_.threads()) * tokens * kScoreRows);
+  // Float rows: a thread takes tokens through all pieces (see wide_step.cpp); else it takes pieces, for all tokens.
+  const int size = wide(tokens) ? group_tokens(tokens) : tokens, groups = (tokens + size - 1) / size;
+  const int stretch = groups > 1 ? pieces : 1, stretches = pieces / stretch;
+  score_logits_.resize(static_cast<size_t>(pool_.threads()) * size * kScoreRows);
   summaries_.resize(static_cast<size_t>(tokens) * pieces);
-  const RowsArgs all = rows_args(lm_head_, input(), tokens, nullptr, kScoreRows, Epilogue::store);
-  pool_.parallel_for(pieces, 1, [&](int begin, int end, int thread) {
-    float* logits = score_logits_.data() + static_cast<size_t>(thread) * tokens * kScoreRows;
-    for (int p = begin; p < end; p++) {
-      const int first = p * kScoreRows, count = std::min(kScoreRows, vocab - first);
-      RowsArgs args = all;  // the rows of the piece, so that their logits begin at 0
-      args.weights += first * args.row_bytes;
-      if (args.low) args.low += first * args.low_bytes;
-      args.y = logits;
-      multiply_range(args, 0, count, thread);
-      for (int t = 0; t < tokens; t++) {
-        const float* row = logits + static_cast<size_t>(t) * kScoreRows;
-        summaries_[static_cast<size_t>(t) * pieces + p] = kernels_->summarize(row, count);
-        const int target = output.targets[t] - first;
-        if (target >= 0 && target < count) output.scores[t] = row[target];
-      }
+  pool_.parallel_for(groups * stretches, 1, [&](int begin, int end, int thread) {
+    for (int i = begin; i < end; i++) {
+      const int first = i / stretches * size, at = i % stretches * stretch;
+      score_pieces({first, std::min(size, tokens - first), thread}, at, at + stretch, output);
     }
   });
   for (int t = 0; t < tokens; t++) {
@@ -84,6 +75,27 @@ void Model::head_scores(int tokens, const Output& output) {
     for (int p = 0; p < pieces; p++) sum += found[p].sum * std::exp(static_cast<double>(found[p].top) - found[best].top);
     output.scores[t] -= found[best].top + std::log(sum);
     output.likeliest[t] = best * kScoreRows + found[best].at;
+  }
+}
+
+// Pieces [begin, end) of the vocabulary for a group of tokens; groups other than all tokens are in panels.
+void Model::score_pieces(const Group& group, int begin, int end, const Output& output) {
+  const int vocab = shape_.vocab, pieces = (vocab + kScoreRows - 1) / kScoreRows;
+  float* logits = score_logits_.data() + score_logits_.size() / pool_.threads() * group.thread;
+  for (int p = begin; p < end; p++) {
+    const int first = p * kScoreRows, count = std::min(kScoreRows, vocab - first);
+    RowsArgs args = rows_args(lm_head_, input(), group.count, logits, kScoreRows, Epilogue::store);
+    args.weights += first * args.row_bytes;  // so that the logits of the piece begin at 0
+    if (args.low) args.low += first * args.low_bytes;
+    if (group.first) args.x = normed_.data() + static_cast<size_t>(group.first) * width_;
+    if (group.first) args.panels += static_cast<size_t>(group.first) * width_;
+    multiply_range(args, 0, count, group.thread);
+    for (int t = 0; t < group.count; t++) {
+      const float* row = logits + static_cast<size_t>(t) * kScoreRows;
+      summaries_[static_cast<size_t>(group.first + t) * pieces + p] = kernels_->summarize(row, count);
+      const int target = output.targets[group.first + t] - first;
+      if (target >= 0 && target < count) output.scores[group.first + t] = row[target];
+    }
   }
 }
 

@@ -176,12 +176,14 @@ void Model::run_step(const std::vector<Token>& tokens, const Output& output) {
   for (int t = 0; t < count; t++) {
     if (tokens[t].wanted) wanted.push_back(t);
     const bool follows = t > 0 && tokens[t].table == tokens[t - 1].table && tokens[t].position == tokens[t - 1].position + 1;
-    if (!follows || queries_.back().count == kQueryTile) queries_.push_back({t, 0});
+    const bool edge = wide(count) && t % group_tokens(count) == 0;  // of what one thread attends to
+    if (!follows || edge || queries_.back().count == kQueryTile) queries_.push_back({t, 0});
     queries_.back().count++;
   }
   reserve(count);
   embed(tokens);
-  for (int i = 0; i < shape_.layers; i++) {
+  if (wide(count)) run_wide(tokens);
+  for (int i = 0; !wide(count) && i < shape_.layers; i++) {
     const Layer& layer = layers_[i];
     normalize(layer.input, x_.data(), count, nullptr);
     if (count == 1 && !packed_inputs_) {
@@ -240,12 +242,16 @@ void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_
   else make_panels(normed_.data(), tokens);
 }
 
+void Model::reserve_panels(int tokens) {
+  panels_.resize(std::max(panels_.size(), round_up(tokens, kPanelTokens) * width_));
+  panel_scratch_stride_ = round_up(kernels_->panel_scratch_floats(width_), 16);
+  panel_scratch_.resize(panel_scratch_stride_ * pool_.threads());
+}
+
 void Model::make_panels(const float* x, int tokens) {
   if (!in_panels(tokens)) return;
   const int panels = (tokens + kPanelTokens - 1) / kPanelTokens;
-  panels_.resize(std::max(panels_.size(), static_cast<size_t>(panels) * kPanelTokens * width_));
-  panel_scratch_stride_ = round_up(kernels_->panel_scratch_floats(width_), 16);
-  panel_scratch_.resize(panel_scratch_stride_ * pool_.threads());
+  reserve_panels(tokens);
   pool_.parallel_for(panels, 1, [&](int begin, int end, int) {
     kernels_->make_panels(x, width_, tokens, begin, end, panels_.data());
   });
@@ -365,13 +371,16 @@ void Model::attend_head(int index, const std::vector<Token>& tokens, const Queri
 
 // ---- MLP ---------------------------------------------------------------------------------------------------------------
 
+MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
+  return {formats_.mlp,        layer.up.weights, layer.up.row_bytes,  layer.neurons,        layer.neuron_bytes,
+          layer.neuron_offset, layer.up_bias,    shape_.intermediate, width_ / kSuperblock, input(),
+          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels_.data()};
+}
+
 void Model::mlp(const Layer& layer, int index, int tokens) {
   counts[index].tokens += tokens;
   if (formats_.mlp == Format::q4) return mlp_dense_q4(layer, tokens);
-  MlpArgs args = {formats_.mlp,        layer.up.weights,     layer.up.row_bytes, layer.neurons, layer.neuron_bytes,
-                  layer.neuron_offset, layer.up_bias,        shape_.intermediate, width_ / kSuperblock, input(),
-                  outliers_.data(),    margin,               tokens,             tiles_.data(),
-                  panels_.data()};
+  const MlpArgs args = mlp_args(layer, tokens);
   MlpCounts found;
   if (tokens > 1) {
     found = mlp_many(args, layer.down_bias);

@@ -111,7 +111,20 @@ class Model {
   void resolve_neurons(const Resolver& tensors, const std::string& prefix, Layer* layer) const;
   const float* padded(const float* values, int count);
 
+  struct Group {  // consecutive tokens of a step that one thread has, from a multiple of kPanelTokens on
+    int first, count, thread;
+  };
+
   void run_step(const std::vector<Token>& tokens, const Output& output);
+  bool wide(int tokens) const;
+  int group_tokens(int tokens) const;
+  void run_wide(const std::vector<Token>& tokens);
+  void begin_layer(const Layer& layer, int index, const std::vector<Token>& tokens, const Group& group);
+  MlpCounts finish_layer(const Layer& layer, int index, const std::vector<Token>& tokens, const Group& group);
+  void normalize_group(const Norm& norm, const Group& group);
+  void panels_of_group(const float* x, const Group& group);
+  void multiply_group(const Linear& linear, const float* x, const Group& group, float* y, size_t stride, Epilogue epilogue);
+  MlpCounts mlp_group(const Layer& layer, const Group& group);
   void reserve(int tokens);
   void embed(const std::vector<Token>& tokens);
   void normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns);
@@ -121,6 +134,7 @@ class Model {
   uint8_t* tile_scratch(int thread) { return reinterpret_cast<uint8_t*>(tile_scratch_.data() + thread * tile_scratch_stride_); }
   float* panel_scratch(int thread) { return panel_scratch_.data() + thread * panel_scratch_stride_; }
   bool in_panels(int tokens) const { return tokens >= kFewestPanelTokens; }
+  void reserve_panels(int tokens);
   void make_panels(const float* x, int tokens);
   bool tiled(int tokens) const { return kernels_->tiled_tokens && tokens >= kernels_->tiled_tokens; }
   void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
@@ -129,6 +143,7 @@ class Model {
   void attention(const Layer& layer, int index, const std::vector<Token>& tokens);
   void prepare_head(const Layer& layer, int index, const Token& token, int t, int head);
   void attend_head(int index, const std::vector<Token>& tokens, const Queries& queries, int head);
+  MlpArgs mlp_args(const Layer& layer, int tokens) const;
   void mlp(const Layer& layer, int index, int tokens);
   void mlp_dense_q4(const Layer& layer, int tokens);
   MlpCounts mlp_one(const MlpArgs& args, float* output);
@@ -136,6 +151,7 @@ class Model {
   void audit(const MlpArgs& args, const MlpCounts& found, LayerCounts* counts);
   void head(const std::vector<int>& wanted, const Output& output);
   void head_scores(int tokens, const Output& output);
+  void score_pieces(const Group& group, int begin, int end, const Output& output);
   void head_top(const RowsArgs& args, int top, float* logits);
   RowsArgs rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride, Epilogue epilogue) const;
 

@@ -2,7 +2,7 @@
 //
 // The kernel for few tokens (float_rows of rows.h) holds the sixteen partial sums of a row and a token in one register and adds
 // them up at the end; with 256 inputs that end costs as much as the products. Here a register holds the same partial sum of
-// sixteen tokens: inputs lie transposed, [panel of 32 tokens][input][token], a weight is broadcast to all of them, and a
+// sixteen tokens: inputs lie transposed, [panel of 32 tokens][input mod 16][input / 16][token], a weight is broadcast to all of them, and a
 // block of eight rows and 32 tokens takes partial sum after partial sum. These are added up in the order of sum_lanes, as a
 // binary counter does it: partial sums come in bit-reversed order, and two of equal weight are added at once.
 // So every row and token has exactly the sum of the one-token kernel; rounding differs nowhere.
@@ -29,14 +29,55 @@ INLINE const float* panel_of(const float* panels, int token, int inputs) {
   return panels + static_cast<size_t>(token / kPanelTokens) * kPanelTokens * inputs;
 }
 
+// The columns of 16 rows of 16, `stride` apart.
+INLINE void transpose(const float* in, size_t stride, f32x16* out) {
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = load16(in + i * stride);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // a[i + c]: column c of each quarter, of rows i to i + 3
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) {  // column 4 q + c is quarter q of a[c], a[4 + c], a[8 + c], a[12 + c]
+    const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xEE);
+    const __m512 low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44), high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xEE);
+    out[c] = _mm512_shuffle_f32x4(low, low2, 0x88), out[4 + c] = _mm512_shuffle_f32x4(low, low2, 0xDD);
+    out[8 + c] = _mm512_shuffle_f32x4(high, high2, 0x88), out[12 + c] = _mm512_shuffle_f32x4(high, high2, 0xDD);
+  }
+#else
+  for (int t = 0; t < 16; t++) {
+    float column[16];
+    for (int r = 0; r < 16; r++) column[r] = in[r * stride + t];
+    out[t] = load16(column);
+  }
+#endif
+}
+
 static void make_panels(const float* x, int inputs, int tokens, int begin, int end, float* panels) {
   for (int p = begin; p < end; p++) {
     float* panel = panels + static_cast<size_t>(p) * kPanelTokens * inputs;
     const int first = p * kPanelTokens, count = min_int(kPanelTokens, tokens - first);
-    for (int i = 0; i < inputs; i += 16)  // a line of every token at a time
-      for (int j = i; j < i + 16; j++)
-        for (int t = 0; t < kPanelTokens; t++)
-          panel[j * kPanelTokens + t] = t < count ? x[static_cast<size_t>(first + t) * inputs + j] : 0.0f;
+    for (int from = 0; from < kPanelTokens; from += 16) {
+      const float* source = x + static_cast<size_t>(first + from) * inputs;
+      for (int i = 0; i < inputs; i += 16) {
+        f32x16 columns[16];
+        if (from + 16 <= count) {
+          transpose(source + i, inputs, columns);
+        } else {
+          float some[16][16] = {};
+          for (int t = 0; from + t < count; t++) memcpy(some[t], source + static_cast<size_t>(t) * inputs + i, sizeof some[t]);
+          transpose(some[0], 16, columns);
+        }
+        for (int j = 0; j < 16; j++) store16(panel + (j * (inputs / 16) + i / 16) * kPanelTokens + from, columns[j]);
+      }
+    }
   }
 }
 
@@ -47,10 +88,11 @@ INLINE void lane_sums(const float* rows, const float* panel, int inputs, int lan
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[r][v] = zero16();
-  for (int i = lane; i < inputs; i += 16) {
+  panel += static_cast<size_t>(lane) * (inputs / 16) * kPanelTokens;
+  for (int i = lane; i < inputs; i += 16, panel += kPanelTokens) {
     f32x16 x[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) x[v] = load16(panel + i * kPanelTokens + 16 * v);
+    for (int v = 0; v < V; v++) x[v] = load16(panel + 16 * v);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const f32x16 w = set16(rows[static_cast<size_t>(r) * inputs + i]);
@@ -112,37 +154,6 @@ INLINE const float* float_rows(const uint8_t* weights, size_t row_bytes, bool wi
 
 static size_t panel_scratch_floats(int inputs) { return static_cast<size_t>(kRowBlock) * inputs; }
 
-// The products of 16 rows with 16 tokens, token by token.
-INLINE void transpose(const float (*in)[kPanelTokens], f32x16* out) {
-#if defined(__AVX512F__)
-  __m512 a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) a[i] = load16(in[i]);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // a[i + c]: column c of each quarter, of rows i .. i + 3
-    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
-    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
-    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
-    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; c++) {  // token 4 q + c is quarter q of a[c], a[4 + c], a[8 + c], a[12 + c]
-    const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xEE);
-    const __m512 low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44), high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xEE);
-    out[c] = _mm512_shuffle_f32x4(low, low2, 0x88), out[4 + c] = _mm512_shuffle_f32x4(low, low2, 0xDD);
-    out[8 + c] = _mm512_shuffle_f32x4(high, high2, 0x88), out[12 + c] = _mm512_shuffle_f32x4(high, high2, 0xDD);
-  }
-#else
-  for (int t = 0; t < 16; t++) {
-    float column[kRowBlock];
-    for (int r = 0; r < kRowBlock; r++) column[r] = in[r][t];
-    out[t] = load16(column);
-  }
-#endif
-}
-
 // finish(row, token, products of kRowBlock rows from `row`), for whole blocks of rows from `begin`.
 // Returns the first row that is left.
 template <class Finish>
@@ -157,7 +168,7 @@ INLINE int for_panels(Format format, const uint8_t* weights, size_t row_bytes, c
       panel_rows_block<kRowsInRegisters, kVectorsInRegisters>(rows, panel_of(panels, token, inputs), inputs, count, out);
       for (int t = 0; t < count; t += 16) {
         f32x16 products[16];
-        transpose(reinterpret_cast<const float(*)[kPanelTokens]>(out[0] + t), products);
+        transpose(out[0] + t, kPanelTokens, products);
         for (int i = 0; i < min_int(16, count - t); i++) finish(row, token + t + i, products[i]);
       }
     }
