@@ -171,10 +171,11 @@ async def _events(
     """The events of a stream; an error after its beginning is one of them."""
     deadline = time.monotonic() + service.settings.request_seconds
     progress = _Progress(service, submission.prompt_tokens)
+    events: list[bytes] = []
     while not submission.finished:
         item = await submission.next(service.settings.ping_seconds)
         if time.monotonic() > deadline:
-            yield sse(error_body("the answer took too long", "server_error", code="timeout"))
+            yield b"".join([*events, sse(error_body("the answer took too long", "server_error", code="timeout"))])
             return
         if item is None:
             yield b": ping\n\n"
@@ -182,17 +183,19 @@ async def _events(
         index, update = item
         if update.failure is not None:
             error = _as_error(update.failure)
-            yield sse(error_body(error.message, error.kind, code=error.code))
+            yield b"".join([*events, sse(error_body(error.message, error.kind, code=error.code))])
             return
         answer.note(index, update)
-        for chunk in answer.chunks(index, update):
-            yield sse(chunk)
+        events += [sse(chunk) for chunk in answer.chunks(index, update)]
         if options.include_progress and (report := progress.report(update)) is not None:
-            yield sse(answer.chunk([], progress=report))
+            events.append(sse(answer.chunk([], progress=report)))
+        if events and not submission.waiting:  # what has gathered goes out in one piece
+            yield b"".join(events)
+            events.clear()
     _log_usage(log, answer)
     if options.include_usage:
-        yield sse(answer.chunk([]) | {"usage": answer.usage()})
-    yield b"data: [DONE]\n\n"
+        events.append(sse(answer.chunk([]) | {"usage": answer.usage()}))
+    yield b"".join([*events, b"data: [DONE]\n\n"])
 
 
 class _Progress:

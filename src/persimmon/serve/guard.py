@@ -173,7 +173,8 @@ class _Exchange:
                 *message.get("headers", []), *_SECURITY_HEADERS, (b"x-request-id", self.request_id.encode())
             ]  # fmt: skip
         try:
-            await asyncio.wait_for(self._send(message), self._settings.send_seconds)
+            async with asyncio.timeout(self._settings.send_seconds):  # wait_for would start a task for every token
+                await self._send(message)
         except TimeoutError:
             raise SlowClient("the client stopped reading") from None
 

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from persimmon.errors import ContextLengthError, PersimmonError, UnavailableError
@@ -218,7 +218,7 @@ class EngineWorker:
         suspects = [ticket for ticket in waiting if ticket.deaths]
         for ticket in suspects[:1] or waiting:
             ticket.sent = True
-            self._send(ticket.request)
+            self._send(ticket.rest())
 
     def _send(self, command: Command) -> None:
         assert self._outbox is not None, "a ready process has a pipe"
@@ -266,11 +266,7 @@ class EngineWorker:
         if ticket is None:
             return  # cancelled meanwhile
         if update.piece is not None:
-            ticket.request = replace(
-                ticket.request,
-                replayed=ticket.request.replayed + update.piece.token_ids,
-                replayed_logprobs=ticket.request.replayed_logprobs + update.piece.logprobs,
-            )
+            ticket.answered.append(update.piece)
         ended = update.finish_reason is not None or update.failure is not None
         if ended:
             del self._tickets[update.request_id]

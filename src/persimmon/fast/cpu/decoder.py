@@ -15,7 +15,7 @@ from persimmon.errors import CheckpointError, ContextLengthError, InputError, Un
 from persimmon.fast.cpu.formats import Format, why_unfit
 from persimmon.fast.cpu.memory import GIB, kv_bytes_per_token
 from persimmon.fast.cpu.native_module import native
-from persimmon.infer.decoder import Chunk, Logits, check_token_ids
+from persimmon.infer.decoder import Chunk, Logits, Scored, check_token_ids
 from persimmon.infer.identity import fingerprint
 from persimmon.machine import cpu_threads, memory_available
 
@@ -235,6 +235,29 @@ class CpuDecoder:
         for sequence, chunk in zip(sequences, chunks, strict=True):
             sequence.advance(len(chunk.token_ids))
         return results
+
+    def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> list[Scored]:
+        """Append each chunk; what its last positions say about as many targets (see infer.decoder.ScoringDecoder)."""
+        sequences = self._check(chunks)
+        for chunk, wanted in zip(chunks, targets, strict=True):
+            if len(wanted) > len(chunk.token_ids):
+                raise InputError(f"{len(wanted)} targets for a chunk of {len(chunk.token_ids)} tokens")
+            if wanted:
+                check_token_ids("the targets", wanted, self._config.vocab_size)
+        calls = [
+            (*sequence.place(), np.asarray(chunk.token_ids, np.int32), len(wanted))
+            for sequence, chunk, wanted in zip(sequences, chunks, targets, strict=True)
+        ]
+        flat = np.fromiter((token for wanted in targets for token in wanted), np.int32)
+        scores, likeliest = np.empty(len(flat), np.float64), np.empty(len(flat), np.int32)
+        try:
+            self._model.score(calls, flat, scores, likeliest)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        for sequence, chunk in zip(sequences, chunks, strict=True):
+            sequence.advance(len(chunk.token_ids))
+        ends = np.cumsum([len(wanted) for wanted in targets])[:-1]
+        return [Scored(*parts) for parts in zip(np.split(scores, ends), np.split(likeliest, ends), strict=True)]
 
     def run(
         self, places: Sequence[Place], chunks: Sequence[tuple[Sequence[int], Wanted]], exact_top: int | None
