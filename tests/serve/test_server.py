@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +79,18 @@ def test_n_choices_differ_and_the_first_is_the_only_one(client: Any) -> None:
     assert content(several) == content(single)
     assert len({choice.message.content for choice in several.choices}) > 1
     assert several.usage.prompt_tokens == single.usage.prompt_tokens
+
+
+def test_cached_tokens_count_every_prompt(client: Any) -> None:
+    def cached(prompt: Any, n: int) -> int:
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, n=n, temperature=0)
+        return int(answer.usage.prompt_tokens_details.cached_tokens)
+
+    prompts = [[7 + k] * 40 for k in range(2)]
+    assert cached(prompts[0], 3) == 0, "the first choice computes it, the others find it"
+    alone = cached(prompts[0], 1)
+    cached(prompts[1], 1)
+    assert alone > 0 and cached(prompts, 2) == 2 * alone
 
 
 def test_chat_logprobs(client: Any) -> None:
@@ -202,6 +216,42 @@ def test_bodies_that_are_not_json(server: Server) -> None:
     assert server.http.get("/v1/completions").json()["error"]["type"] == "invalid_request_error"
 
 
+def test_bodies_that_are_too_large_or_too_slow() -> None:
+    """Through the whole application, which takes an error while it reads for a body that it cannot parse."""
+    kind = {"content-type": "application/json"}
+    with running(max_body_bytes=1 << 20, body_seconds=1.0) as small:
+        chunked = (b" " * 65_536 for _ in range(40))
+        large = small.http.post("/v1/chat/completions", content=chunked, headers=kind)
+        assert large.status_code == 413 and "larger than 1048576 bytes" in large.json()["error"]["message"]
+        with socket.create_connection(("127.0.0.1", small.service.settings.port)) as slow:
+            head = (
+                "POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+            )
+            slow.sendall(f"{head}\r\n{{".encode())
+            slow.settimeout(10)
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_requests_that_never_become_whole_do_not_fill_the_house() -> None:
+    with running(header_seconds=1.5, max_connections=20) as small:
+        small.http.close()  # its idle connection would count
+        port = small.service.settings.port
+        half = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+        for one in half:
+            one.sendall(b"GET /health HT")
+        assert httpx.get(f"{small.url}/health", timeout=5).status_code == 200
+        for one in half:  # closed at once, to make room, or after a while
+            one.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(100) == b""
+            one.close()
+        kept = httpx.Client(base_url=small.url)
+        for _ in range(3):  # a connection that is used is none of them
+            assert kept.get("/health").status_code == 200
+            time.sleep(1)
+        kept.close()
+
+
 def test_what_does_not_fit_the_context(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="tiny", prompt=[5] * (CONTEXT + 1), max_tokens=1)
@@ -226,10 +276,21 @@ def test_a_client_that_goes_away_stops_its_request() -> None:
             next(lines)
             assert slow.service.worker.in_flight == 1
         slow.wait_idle()
+        logged(slow, "the client closed the connection", 1)
         with pytest.raises(httpx.ReadTimeout):
             early = httpx.post(f"{slow.url}/v1/chat/completions", json=body | {"stream": False}, timeout=0.3)
             raise AssertionError(f"answered at once: {early.status_code} {early.text[:300]}")
         slow.wait_idle()
+        logged(slow, "the client closed the connection", 2)
+
+
+def logged(server: Server, ended: str, count: int) -> None:
+    """Wait for so many lines about cut answers; each has its tokens."""
+    deadline = time.monotonic() + 30
+    while len(found := [e for e in server.log if e.get("ended") == ended]) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(found) == count and all("prompt_tokens" in entry for entry in found)
+    assert found[0]["completion_tokens"] > 0
 
 
 def test_metrics_count_what_happened(server: Server, client: Any) -> None:

@@ -41,6 +41,11 @@ class _Choice:
     begun: bool = False
 
 
+def _num_tokens(choice: _Choice) -> int:
+    """Of an answer that has ended or not."""
+    return choice.usage.completion_tokens if choice.usage is not None else len(choice.token_ids)
+
+
 class Format(Protocol):
     """How one kind of answer looks."""
 
@@ -82,14 +87,22 @@ class _Answer:
     def usage(self) -> Json:
         """Token counts; a prompt that several choices share counts once."""
         prompts = {id(r.prompt_ids): len(r.prompt_ids) for r in self._requests}
-        done = [choice.usage for choice in self.choices if choice.usage is not None]
-        prompt, answer = sum(prompts.values()), sum(usage.completion_tokens for usage in done)
+        prompt, answer = sum(prompts.values()), sum(map(_num_tokens, self.choices))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
-            "prompt_tokens_details": {"cached_tokens": done[0].cached_tokens if done else 0},
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
         }
+
+    def _cached_tokens(self) -> int:
+        """Prompt tokens that were not computed. Of a prompt's choices the first finds the least, the others find it."""
+        found: dict[int, int] = {}
+        for request, choice in zip(self._requests, self.choices, strict=True):
+            if choice.usage is not None:
+                prompt, cached = id(request.prompt_ids), choice.usage.cached_tokens
+                found[prompt] = min(cached, found.get(prompt, cached))
+        return sum(found.values())
 
     def chunk(self, choices: list[Json], **more: Any) -> Json:
         """A chunk of a stream."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from persimmon.errors import InputError
 from persimmon.infer.engine import Failure, Update
 from persimmon.serve import protocol
 from persimmon.serve.answers import ChatAnswer, CompletionAnswer, token_text
+from persimmon.serve.guard import CLIENT_GONE
 from persimmon.serve.metrics import CONTENT_TYPE as METRICS_TYPE
 from persimmon.serve.protocol import ErrorResponse, UnsupportedField, error_body, sse
 from persimmon.serve.service import ApiError, Service, invalid
@@ -142,17 +144,20 @@ async def _respond(
             await _until_disconnected(request.receive, accepting)
             if (failure := submission.refusal()) is not None:
                 raise _as_error(failure)
-            return EventStream(_events(service, submission, answer, options, log), submission)
+            events = _events(service, submission, answer, options)
+            return EventStream(events, submission, functools.partial(_note_end, log, answer))
         collecting = _collect(submission, answer)
         deadline = service.settings.request_seconds
         await _until_disconnected(request.receive, asyncio.wait_for(collecting, deadline))
-        _log_usage(log, answer)
+        _note_end(log, answer)
         return JSONResponse(answer.whole())
     except TimeoutError:
         submission.close()
+        _note_end(log, answer, "timeout")
         raise ApiError(503, "the answer took too long", "server_error", code="timeout") from None
-    except BaseException:
+    except BaseException as error:
         submission.close()
+        _note_end(log, answer, CLIENT_GONE if isinstance(error, ClientDisconnected) else None)
         raise
 
 
@@ -166,7 +171,7 @@ async def _collect(submission: Submission, answer: Answer) -> None:
 
 
 async def _events(
-    service: Service, submission: Submission, answer: Answer, options: protocol.StreamOptions, log: dict[str, Any]
+    service: Service, submission: Submission, answer: Answer, options: protocol.StreamOptions
 ) -> AsyncIterator[bytes]:
     """The events of a stream; an error after its beginning is one of them."""
     deadline = time.monotonic() + service.settings.request_seconds
@@ -192,7 +197,6 @@ async def _events(
         if events and not submission.waiting:  # what has gathered goes out in one piece
             yield b"".join(events)
             events.clear()
-    _log_usage(log, answer)
     if options.include_usage:
         events.append(sse(answer.chunk([]) | {"usage": answer.usage()}))
     yield b"".join([*events, b"data: [DONE]\n\n"])
@@ -236,7 +240,10 @@ def _as_error(failure: Failure) -> ApiError:
     return invalid(failure.message, code=code)
 
 
-def _log_usage(log: dict[str, Any], answer: Answer) -> None:
+def _note_end(log: dict[str, Any], answer: Answer, ended: str | None = None) -> None:
+    """For the access log: tokens up to here, and what ended an answer before its end."""
+    if ended is not None:
+        log.setdefault("ended", ended)
     usage = answer.usage()
     log["prompt_tokens"], log["completion_tokens"] = usage["prompt_tokens"], usage["completion_tokens"]
     log["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
@@ -244,6 +251,10 @@ def _log_usage(log: dict[str, Any], answer: Answer) -> None:
 
 def _new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+class ClientDisconnected(ApiError):
+    """Nobody waits for the answer."""
 
 
 async def _until_disconnected(receive: Receive, work: Awaitable[T]) -> T:
@@ -254,7 +265,7 @@ async def _until_disconnected(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ApiError(499, "the client closed the connection", "invalid_request_error")
+        raise ClientDisconnected(499, CLIENT_GONE, "invalid_request_error")
     finally:
         for task in (working, gone):
             task.cancel()
@@ -271,10 +282,13 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], submission: Submission) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], submission: Submission, note_end: Callable[[str | None], None]
+    ) -> None:
+        """`note_end` is called at the end, with what cut the answer short."""
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._submission = events, submission
+        self._events, self._submission, self._note_end = events, submission, note_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events end or the client is gone."""
@@ -285,6 +299,7 @@ class EventStream(Response):
             if pump.done():
                 pump.result()
         finally:
+            self._note_end(CLIENT_GONE if not pump.done() else None)
             self._submission.close()
             for task in (pump, gone):
                 task.cancel()

@@ -1,7 +1,7 @@
 """The OpenAI types that the server speaks: what a request may say, checked field by field, and what is sent back.
 
-Fields that are not listed are refused by name, never ignored; null is the same as nothing. Limits stand in the types, so that /openapi.json
-shows them. No torch.
+Fields that are not listed are refused by name, never ignored; null is the same as nothing. Limits stand in the types,
+so that /openapi.json shows them. No torch.
 """
 
 from __future__ import annotations

@@ -120,7 +120,10 @@ class Service:
             asked = f" and {wanted} tokens are asked for" if wanted is not None else ""
             message = f"the prompt has {len(prompt)} tokens{asked}; the context is {self.context}"
             raise invalid(message, code="context_length_exceeded")
-        return room if wanted is None else wanted
+        if wanted is not None:
+            return wanted
+        held = (self.worker.capacity or self.context) - len(prompt) + 1  # an open end never asks for more than there is
+        return max(1, min(room, held))
 
     def _retry_after(self) -> int:
         """Seconds until a place is likely to be free: a guess from the length of the queue."""

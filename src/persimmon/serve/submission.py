@@ -53,6 +53,8 @@ class Worker(Protocol):
     """Why the model could not be loaded."""
     restarts: int
     engine_name: str
+    capacity: int | None
+    """Tokens that the cache of an engine holds, once known."""
     on_update: Callable[[Ticket, Update], None]
     """Called for every update: metrics."""
     on_cancel: Callable[[Ticket], None]

@@ -44,6 +44,8 @@ class Ready:
     """The process has loaded the model."""
 
     engine_name: str
+    capacity: int
+    """Tokens that its cache holds."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def run_worker(build: Callable[[], Engine], commands: Connection, events: Connec
         events.send(Broken(f"{type(error).__name__}: {error}"))
         return
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        events.send(Ready(engine.name))
+        events.send(Ready(engine.name, engine.capacity))
         while True:
             news = list(_take_commands(engine, commands))
             if engine.busy:
@@ -154,6 +156,7 @@ class EngineWorker:
         """Why the model could not be loaded."""
         self.restarts = 0
         self.engine_name = ""
+        self.capacity: int | None = None
         self.on_update: Callable[[Ticket, Update], None] = lambda ticket, update: None
         """Called for every update: metrics."""
         self.on_cancel: Callable[[Ticket], None] = lambda ticket: None
@@ -251,7 +254,7 @@ class EngineWorker:
     def _receive(self, message: Message) -> None:
         self._heard_at = time.monotonic()
         if isinstance(message, Ready):
-            self.engine_name, self._loading_deaths = message.engine_name, 0
+            self.engine_name, self.capacity, self._loading_deaths = message.engine_name, message.capacity, 0
             self.ready.set()
             self._send_tickets()
         elif isinstance(message, Broken):
