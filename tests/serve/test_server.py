@@ -9,6 +9,7 @@ import math
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
 from deadly_engine import build_deadly  # noqa: E402
-from served import CONTEXT, Server, running  # noqa: E402
+from persimmon.evals.language_model import DecoderLanguageModel  # noqa: E402
+from persimmon.evals.server_model import ServerLanguageModel  # noqa: E402
+from persimmon.evals.tasks.task import Likelihood, Measure, Score, TokenLikelihoods  # noqa: E402
+from persimmon.infer.reference import ReferenceDecoder  # noqa: E402
+from served import CONTEXT, Server, build_engine, running  # noqa: E402
+from tiny_model import tiny_model  # noqa: E402
 from tiny_tokenizer import tiny_tokenizer  # noqa: E402
 
 TOKENIZER = tiny_tokenizer()
@@ -159,6 +165,46 @@ def test_echoed_logprobs_are_what_the_evaluation_harness_sums(client: Any) -> No
             assert value in top.values()
         assert columns.token_logprobs[-1] == max(columns.top_logprobs[-1].values()), "greedy is the likeliest"
     assert math.isclose(sum(part.token_logprobs[1:5]), sum(whole.token_logprobs[1:5]))
+
+
+NON_ASCII = [
+    Score("the story", " of light"), Score("the 日本語 story", " of 東京 light"), Score("“é” – ñ 🙂 the", " story"),
+    Score("日本", "語"), Score("a🙂", "🙂🙂 b"), Score("", "日本 a"), Score("the ", "story"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("normalizer", [{}, {"add_dummy_prefix": True, "remove_extra_whitespaces": True}])
+def test_scores_by_the_server_equal_those_in_process(normalizer: dict[str, bool]) -> None:
+    """Characters that are spelled in several byte tokens too."""
+    tokenizer = tiny_tokenizer(**normalizer)
+    model = DecoderLanguageModel(ReferenceDecoder(tiny_model(max_positions=CONTEXT)), tokenizer)
+    with running(partial(build_engine, normalizer=normalizer), tokenizer=tokenizer) as found:
+        remote = ServerLanguageModel(f"{found.url}/v1")
+        assert remote.context == CONTEXT
+        for request, theirs, ours in zip(NON_ASCII, remote.respond(NON_ASCII), model.respond(NON_ASCII), strict=True):
+            assert isinstance(theirs, Likelihood) and isinstance(ours, Likelihood)
+            assert (theirs.num_tokens, theirs.greedy) == (ours.num_tokens, ours.greedy), request
+            assert theirs.log_probability == pytest.approx(ours.log_probability, abs=1e-4), request
+        (measured,) = remote.respond([Measure(NON_ASCII[1].context)])
+        (known,) = model.respond([Measure(NON_ASCII[1].context)])
+        assert isinstance(measured, TokenLikelihoods) and isinstance(known, TokenLikelihoods)
+        assert measured.log_probabilities == pytest.approx(known.log_probabilities, abs=1e-4)
+        assert measured.num_bytes == len(NON_ASCII[1].context.encode())
+        assert not remote.truncated
+        remote.respond([Score("the story of light " * 200, " a")])
+        assert remote.truncated == 1
+
+
+def test_offsets_are_places_in_the_text_whole_and_streamed(client: Any) -> None:
+    text = "the 日本 story"
+    settings = {"model": "tiny", "prompt": text, "max_tokens": 6, "temperature": 0, "logprobs": 1, "echo": True}
+    whole = client.completions.create(**settings).choices[0]
+    offsets = whole.logprobs.text_offset
+    assert offsets[0] == 0 and offsets == sorted(offsets)
+    assert [o for o in offsets if o <= len(text)][-1] == len(text)
+    assert offsets.count(text.index("日")) == 3
+    chunks = client.completions.create(**settings, stream=True)
+    assert [o for c in chunks if c.choices[0].logprobs for o in c.choices[0].logprobs.text_offset] == offsets
 
 
 def test_models_tokens_and_information(server: Server, client: Any) -> None:

@@ -229,7 +229,7 @@ def _model(args: argparse.Namespace, options: Mapping[str, Any]) -> LanguageMode
 
         return ServerLanguageModel(
             args.url, args.model, api_key=os.environ.get("PERSIMMON_API_KEY") or os.environ.get("OPENAI_API_KEY"),
-            context=args.context or 16_384, concurrency=args.lanes, seed=args.seed,
+            context=args.context, concurrency=args.lanes, seed=args.seed,
         )  # fmt: skip
     from persimmon.evals.loading import load_language_model
 
