@@ -49,7 +49,8 @@ def test_a_run_writes_everything_and_repeats_exactly(
     assert output.err == ""
     second = json.loads(output.out)
     for name in names:
-        assert second["results"][name]["unparsed"] == first["results"][name]["unparsed"]
+        unparsed = [content["persimmon"]["details"][name]["unparsed"] for content in (first, second)]
+        assert unparsed[0] == unparsed[1]
     assert evaluate(*arguments, "--quiet", "--out", str(tmp_path / "a")) == 0  # all from the journal
     assert json.loads(capsys.readouterr().out)["results"] == first["results"]
     with pytest.raises(InputError, match="another model"):
