@@ -275,7 +275,6 @@ class DecoderLanguageModel:
                 lane.held.extend(new)
         return self._decoder.forward(chunks, exact_top=exact_top) if chunks else []
 
-
     def _score(self, wanted: Sequence[tuple[_Lane, Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """Likelihoods of (lane, context, continuation); every lane holds its context but for the last token."""
         chunks = []
@@ -284,9 +283,7 @@ class DecoderLanguageModel:
             chunks.append(Chunk(lane.sequence, new, "all"))
             lane.held.extend(new)
         scored = score(self._decoder, chunks, [continuation for _, _, continuation in wanted])
-        return [
-            likelihood(found, continuation) for found, (_, _, continuation) in zip(scored, wanted, strict=True)
-        ]
+        return [likelihood(found, continuation) for found, (_, _, continuation) in zip(scored, wanted, strict=True)]
 
 
 @dataclass(eq=False)

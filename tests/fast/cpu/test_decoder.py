@@ -137,7 +137,9 @@ def test_scores_are_those_of_the_logits_and_the_same_for_every_cut(
         decoder = load_decoder(directory, threads=2, isa=isa, verify=False)
         whole, one, other = (decoder.new_sequence(48) for _ in range(3))
         (found,) = decoder.score([Chunk(whole, IDS)], [targets])
-        parts = [decoder.score([Chunk(one, [token])], [[target]])[0] for token, target in zip(IDS, targets, strict=True)]
+        parts = [
+            decoder.score([Chunk(one, [token])], [[target]])[0] for token, target in zip(IDS, targets, strict=True)
+        ]
         results += [found.log_probabilities, np.concatenate([part.log_probabilities for part in parts])]
         last = decoder.score([Chunk(other, IDS)], [targets[-5:]])[0]  # only the end of a chunk
         assert np.array_equal(last.log_probabilities, found.log_probabilities[-5:])

@@ -114,7 +114,8 @@ def check(mlp: Mlp, x: np.ndarray) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(
-    ("hidden", "neurons", "tokens"), [(16, 1, 1), (300, 600, 5), (256, 257, 3), (64, 255, 9), (520, 1024, 4), (256, 300, 40)]
+    ("hidden", "neurons", "tokens"),
+    [(16, 1, 1), (300, 600, 5), (256, 257, 3), (64, 255, 9), (520, 1024, 4), (256, 300, 40)],
 )
 def test_equals_the_plain_mlp(kind: str, hidden: int, neurons: int, tokens: int) -> None:
     check(Mlp(kind, hidden, neurons), inputs(tokens, hidden))
