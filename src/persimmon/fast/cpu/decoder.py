@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -272,10 +273,10 @@ class CpuDecoder:
             self._model.forward(calls, min(exact_top or 0, self._config.vocab_size), logits)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        parts = np.split(logits, np.cumsum(counts))
+        ends = itertools.accumulate(counts)  # numpy's own splitting takes longer than a layer of a small model
         return [
-            None if wanted == "none" else part[0] if wanted == "last" else part
-            for part, (_, wanted) in zip(parts, chunks, strict=False)
+            None if wanted == "none" else logits[end - 1] if wanted == "last" else logits[end - count : end]
+            for end, count, (_, wanted) in zip(ends, counts, chunks, strict=True)
         ]
 
     def _check_memory(self, num_tokens: int) -> None:

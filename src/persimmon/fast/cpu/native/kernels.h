@@ -142,7 +142,7 @@ struct Kernels {
 };
 
 constexpr int kPanelTokens = 32;
-constexpr int kFewestPanelTokens = 12;
+constexpr int kFewestPanelTokens = 13;
 
 constexpr int kDownColumns = 64;
 constexpr int kMostDownColumns = 256;  // columns that a kernel may take at a time: a whole superblock

@@ -10,6 +10,7 @@ namespace {
 constexpr int kStepTokens = 256;       // tokens run through all layers together; bounds the scratch memory
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
+constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 constexpr int kNeuronsAtOnce = 64;     // hot rows stay in the second-level cache until their cold rows are read
 
@@ -226,7 +227,8 @@ const void* Model::input() const {
 
 // LayerNorm of every token into normed_, outlier inputs taken out, and rounded to int8 where the weights are packed.
 void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns) {
-  pool_.parallel_for(tokens, 1, [&](int begin, int end, int) {
+  const int inline_tokens = std::max(1, kNormInline / width_);
+  pool_.parallel_for(tokens, tokens <= inline_tokens ? tokens : 1, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) {
       float* y = normed_.data() + static_cast<size_t>(t) * width_;
       if (!kernels_->layer_norm(x + static_cast<size_t>(t) * width_, shape_.hidden, shape_.eps, norm.weight, norm.bias, y))
@@ -320,11 +322,12 @@ void Model::attention_one(const Layer& layer, int index, const std::vector<Token
 void Model::attention(const Layer& layer, int index, const std::vector<Token>& tokens) {
   const int count = static_cast<int>(tokens.size()), heads = shape_.heads, groups = static_cast<int>(queries_.size());
   const auto chunk = [&](int items) { return std::max(1, items / (pool_.threads() * 8)); };
-  if (count == 1) {
-    pool_.parallel_for(heads, chunk(heads), [&](int begin, int end, int) {
-      for (int h = begin; h < end; h++) {
-        prepare_head(layer, index, tokens[0], 0, h);
-        attend_head(index, tokens, queries_[0], h);
+  if (groups == count) {  // all of different sequences: nobody waits for another's keys
+    pool_.parallel_for(heads * count, chunk(heads * count), [&](int begin, int end, int) {
+      for (int i = begin; i < end; i++) {
+        const int t = i % count, head = i / count;
+        prepare_head(layer, index, tokens[t], t, head);
+        attend_head(index, tokens, queries_[t], head);
       }
     });
     return;

@@ -84,7 +84,7 @@ static void make_panels(const float* x, int inputs, int tokens, int begin, int e
 // The sums of partial sum `lane` of R rows (`inputs` floats each) and 16 V tokens.
 template <int R, int V>
 INLINE void lane_sums(const float* rows, const float* panel, int inputs, int lane, f32x16 (*sum)[V]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[r][v] = zero16();
@@ -93,7 +93,7 @@ INLINE void lane_sums(const float* rows, const float* panel, int inputs, int lan
     f32x16 x[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) x[v] = load16(panel + 16 * v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const f32x16 w = set16(rows[static_cast<size_t>(r) * inputs + i]);
 #pragma GCC unroll 2
@@ -112,12 +112,12 @@ INLINE void panel_block(const float* rows, const float* panel, int inputs, float
     lane_sums<R, V>(rows, panel, inputs, lane, sum);
     int level = 0;
     for (; step >> level & 1; level++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) sum[r][v] = add(waiting[level][r][v], sum[r][v]);
     if (level < kLevels)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) waiting[level][r][v] = sum[r][v];
@@ -126,18 +126,21 @@ INLINE void panel_block(const float* rows, const float* panel, int inputs, float
     for (int v = 0; v < V; v++) store16(out[r] + 16 * v, sum[r][v]);
 }
 
-// kRowBlock rows and the first `count` tokens of a panel.
+// R rows at a time and 16 V tokens of a panel.
 template <int R, int V>
+INLINE void panel_strip(const float* rows, const float* panel, int inputs, float* out) {
+  for (int r = 0; r < kRowBlock; r += R)
+    panel_block<R, V>(rows + static_cast<size_t>(r) * inputs, panel, inputs,
+                      reinterpret_cast<float(*)[kPanelTokens]>(out + r * kPanelTokens));
+}
+
+// kRowBlock rows and the first `count` tokens of a panel.
 static void panel_rows_block(const float* rows, const float* panel, int inputs, int count, float (*out)[kPanelTokens]) {
-  for (int r = 0; r < kRowBlock; r += R) {
-    int v = 0;
-    for (; v + V <= kPanelVectors && 16 * (v + V - 1) < count; v += V)
-      panel_block<R, V>(rows + static_cast<size_t>(r) * inputs, panel + 16 * v, inputs,
-                        reinterpret_cast<float(*)[kPanelTokens]>(out[r] + 16 * v));
-    for (; 16 * v < count; v++)
-      panel_block<R, 1>(rows + static_cast<size_t>(r) * inputs, panel + 16 * v, inputs,
-                        reinterpret_cast<float(*)[kPanelTokens]>(out[r] + 16 * v));
-  }
+  constexpr int sums = kRowsInRegisters * kVectorsInRegisters;
+  int v = 0;
+  for (; v + kVectorsInRegisters <= kPanelVectors && 16 * (v + kVectorsInRegisters - 1) < count; v += kVectorsInRegisters)
+    panel_strip<kRowsInRegisters, kVectorsInRegisters>(rows, panel + 16 * v, inputs, out[0] + 16 * v);
+  for (; 16 * v < count; v++) panel_strip<sums, 1>(rows, panel + 16 * v, inputs, out[0] + 16 * v);
 }
 
 // kRowBlock rows from `row` as floats: where they lie, or widened into `scratch`.
@@ -165,7 +168,7 @@ INLINE int for_panels(Format format, const uint8_t* weights, size_t row_bytes, c
     for (int token = 0; token < tokens; token += kPanelTokens) {
       alignas(64) float out[kRowBlock][kPanelTokens];
       const int count = min_int(kPanelTokens, tokens - token);
-      panel_rows_block<kRowsInRegisters, kVectorsInRegisters>(rows, panel_of(panels, token, inputs), inputs, count, out);
+      panel_rows_block(rows, panel_of(panels, token, inputs), inputs, count, out);
       for (int t = 0; t < count; t += 16) {
         f32x16 products[16];
         transpose(out[0] + t, kPanelTokens, products);

@@ -12,7 +12,7 @@ namespace persimmon {
 namespace {
 
 constexpr int kSpins = 500;    // pause instructions, 20-40 us, before the core is offered to others between looks
-constexpr int kYields = 200;   // looks of that kind before sleeping, 50-100 us where nobody else wants the core
+constexpr int kYields = 1000;  // looks of that kind before sleeping, some 300 us where nobody else wants the core
 
 void pause() {
 #if defined(__x86_64__)

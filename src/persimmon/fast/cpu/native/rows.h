@@ -170,7 +170,7 @@ INLINE void finish(const RowsArgs& a, int r, int t, float product) {
   if (a.epilogue == Epilogue::squared_relu) *y = v > 0.0f ? v * v : 0.0f;
 }
 
-// take(row, token, product), rows ascending.
+// take(row, its N products), rows ascending.
 template <class R, int N, class Take>
 INLINE void for_rows(const RowsArgs& a, int begin, int end, const typename R::Input* const* x, Take&& take) {
   constexpr int together = R::template together<N>();
@@ -178,12 +178,11 @@ INLINE void for_rows(const RowsArgs& a, int begin, int end, const typename R::In
   int r = begin;
   for (; r + together <= end; r += together) {
     R::template rows<N, together>(a, r, x, out);
-    for (int k = 0; k < together; k++)
-      for (int t = 0; t < N; t++) take(r + k, t, out[k * N + t]);
+    for (int k = 0; k < together; k++) take(r + k, out + k * N);
   }
   for (; r < end; r++) {
     R::template rows<N, 1>(a, r, x, out);
-    for (int t = 0; t < N; t++) take(r, t, out[t]);
+    take(r, out);
   }
 }
 
@@ -191,7 +190,9 @@ template <class R, int N>
 static void rows_tile(const RowsArgs& a, int token, int begin, int end) {
   const typename R::Input* x[N];
   for (int t = 0; t < N; t++) x[t] = token_input(static_cast<const typename R::Input*>(a.x), token + t, a.blocks);
-  for_rows<R, N>(a, begin, end, x, [&](int r, int t, float product) { finish(a, r, token + t, product); });
+  for_rows<R, N>(a, begin, end, x, [&](int r, const float* products) {
+    for (int t = 0; t < N; t++) finish(a, r, token + t, products[t]);
+  });
 }
 
 template <class R>

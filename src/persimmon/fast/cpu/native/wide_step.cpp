@@ -3,7 +3,7 @@
 // Between the attentions of two layers a token needs nothing of the others, so a thread carries a group of them from one
 // attention to the next: attention and MLP of a layer, then queries, keys and values of the next one. There is one parallel
 // region per layer instead of seven, and what belongs to a token stays in one core's caches. Every thread reads all weights,
-// which costs a twentieth of the products with 64 tokens; packed weights cost more to unpack and have no such step.
+// which costs a twentieth of the products with 64 tokens, less with 128; packed weights cost more to unpack and have no such step.
 // The kernels are those of the other steps, so are the results, bit for bit.
 #include <algorithm>
 
@@ -12,13 +12,15 @@
 namespace persimmon {
 namespace {
 
-constexpr int kGroupTokens = 2 * kPanelTokens;
+constexpr int kMostGroupTokens = 4 * kPanelTokens;
 
 }  // namespace
 
 // Tokens of a group: enough groups for every thread, in whole panels.
 int Model::group_tokens(int tokens) const {
-  return tokens >= kGroupTokens * pool_.threads() ? kGroupTokens : kPanelTokens;
+  int size = kMostGroupTokens;
+  while (size > kPanelTokens && size * pool_.threads() > tokens) size /= 2;
+  return size;
 }
 
 bool Model::wide(int tokens) const { return !packed_inputs_ && tokens >= 2 * kPanelTokens; }
