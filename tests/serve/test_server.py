@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
-import socket
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,7 @@ httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
 from deadly_engine import build_deadly  # noqa: E402
-from persimmon.evals.language_model import DecoderLanguageModel  # noqa: E402
-from persimmon.evals.server_model import ServerLanguageModel  # noqa: E402
-from persimmon.evals.tasks.task import Likelihood, Measure, Score, TokenLikelihoods  # noqa: E402
-from persimmon.infer.reference import ReferenceDecoder  # noqa: E402
-from served import CONTEXT, Server, build_engine, running  # noqa: E402
-from tiny_model import tiny_model  # noqa: E402
+from served import CONTEXT, Server, running  # noqa: E402
 from tiny_tokenizer import tiny_tokenizer  # noqa: E402
 
 TOKENIZER = tiny_tokenizer()
@@ -167,34 +159,6 @@ def test_echoed_logprobs_are_what_the_evaluation_harness_sums(client: Any) -> No
     assert math.isclose(sum(part.token_logprobs[1:5]), sum(whole.token_logprobs[1:5]))
 
 
-NON_ASCII = [
-    Score("the story", " of light"), Score("the 日本語 story", " of 東京 light"), Score("“é” – ñ 🙂 the", " story"),
-    Score("日本", "語"), Score("a🙂", "🙂🙂 b"), Score("", "日本 a"), Score("the ", "story"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("normalizer", [{}, {"add_dummy_prefix": True, "remove_extra_whitespaces": True}])
-def test_scores_by_the_server_equal_those_in_process(normalizer: dict[str, bool]) -> None:
-    """Characters that are spelled in several byte tokens too."""
-    tokenizer = tiny_tokenizer(**normalizer)
-    model = DecoderLanguageModel(ReferenceDecoder(tiny_model(max_positions=CONTEXT)), tokenizer)
-    with running(partial(build_engine, normalizer=normalizer), tokenizer=tokenizer) as found:
-        remote = ServerLanguageModel(f"{found.url}/v1")
-        assert remote.context == CONTEXT
-        for request, theirs, ours in zip(NON_ASCII, remote.respond(NON_ASCII), model.respond(NON_ASCII), strict=True):
-            assert isinstance(theirs, Likelihood) and isinstance(ours, Likelihood)
-            assert (theirs.num_tokens, theirs.greedy) == (ours.num_tokens, ours.greedy), request
-            assert theirs.log_probability == pytest.approx(ours.log_probability, abs=1e-4), request
-        (measured,) = remote.respond([Measure(NON_ASCII[1].context)])
-        (known,) = model.respond([Measure(NON_ASCII[1].context)])
-        assert isinstance(measured, TokenLikelihoods) and isinstance(known, TokenLikelihoods)
-        assert measured.log_probabilities == pytest.approx(known.log_probabilities, abs=1e-4)
-        assert measured.num_bytes == len(NON_ASCII[1].context.encode())
-        assert not remote.truncated
-        remote.respond([Score("the story of light " * 200, " a")])
-        assert remote.truncated == 1
-
-
 def test_offsets_are_places_in_the_text_whole_and_streamed(client: Any) -> None:
     text = "the 日本 story"
     settings = {"model": "tiny", "prompt": text, "max_tokens": 6, "temperature": 0, "logprobs": 1, "echo": True}
@@ -260,42 +224,6 @@ def test_bodies_that_are_not_json(server: Server) -> None:
         assert answer.status_code == 400 and answer.json()["error"]["message"], body[:20]
     assert server.http.get("/nothing").status_code == 404
     assert server.http.get("/v1/completions").json()["error"]["type"] == "invalid_request_error"
-
-
-def test_bodies_that_are_too_large_or_too_slow() -> None:
-    """Through the whole application, which takes an error while it reads for a body that it cannot parse."""
-    kind = {"content-type": "application/json"}
-    with running(max_body_bytes=1 << 20, body_seconds=1.0) as small:
-        chunked = (b" " * 65_536 for _ in range(40))
-        large = small.http.post("/v1/chat/completions", content=chunked, headers=kind)
-        assert large.status_code == 413 and "larger than 1048576 bytes" in large.json()["error"]["message"]
-        with socket.create_connection(("127.0.0.1", small.service.settings.port)) as slow:
-            head = (
-                "POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
-            )
-            slow.sendall(f"{head}\r\n{{".encode())
-            slow.settimeout(10)
-            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
-
-
-def test_requests_that_never_become_whole_do_not_fill_the_house() -> None:
-    with running(header_seconds=1.5, max_connections=20) as small:
-        small.http.close()  # its idle connection would count
-        port = small.service.settings.port
-        half = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
-        for one in half:
-            one.sendall(b"GET /health HT")
-        assert httpx.get(f"{small.url}/health", timeout=5).status_code == 200
-        for one in half:  # closed at once, to make room, or after a while
-            one.settimeout(10)
-            with contextlib.suppress(ConnectionResetError):
-                assert one.recv(100) == b""
-            one.close()
-        kept = httpx.Client(base_url=small.url)
-        for _ in range(3):  # a connection that is used is none of them
-            assert kept.get("/health").status_code == 200
-            time.sleep(1)
-        kept.close()
 
 
 def test_what_does_not_fit_the_context(client: Any) -> None:

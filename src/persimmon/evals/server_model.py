@@ -46,7 +46,7 @@ class ServerLanguageModel:
         self._concurrency, self._seed = concurrency, seed
         served = self._client.get("/models")["data"]
         self._model = model or str(served[0]["id"])
-        about = next((one for one in served if one["id"] == self._model), {})
+        about: Mapping[str, Any] = next((one for one in served if one["id"] == self._model), {})
         self.context: int = context or about.get("max_model_len") or DEFAULT_CONTEXT
         self.truncated = 0
         self._lock = threading.Lock()

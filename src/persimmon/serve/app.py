@@ -6,22 +6,22 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from persimmon import __version__, chat
 from persimmon.errors import InputError
 from persimmon.infer.engine import Failure, Update
 from persimmon.serve import protocol
 from persimmon.serve.answers import ChatAnswer, CompletionAnswer, token_text
+from persimmon.serve.connected import ClientDisconnected, EventStream, until_disconnected
 from persimmon.serve.guard import CLIENT_GONE
 from persimmon.serve.metrics import CONTENT_TYPE as METRICS_TYPE
 from persimmon.serve.protocol import ErrorResponse, UnsupportedField, error_body, sse
@@ -43,7 +43,6 @@ _EVENT = {
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 Answer = ChatAnswer | CompletionAnswer
-T = TypeVar("T")
 
 
 def build_app(service: Service) -> FastAPI:
@@ -141,14 +140,14 @@ async def _respond(
         if body.stream:
             options = body.stream_options or protocol.StreamOptions()
             accepting = asyncio.wait_for(submission.accepted(), service.settings.request_seconds)
-            await _until_disconnected(request.receive, accepting)
+            await until_disconnected(request.receive, accepting)
             if (failure := submission.refusal()) is not None:
                 raise _as_error(failure)
             events = _events(service, submission, answer, options)
             return EventStream(events, submission, functools.partial(_note_end, log, answer))
         collecting = _collect(submission, answer)
         deadline = service.settings.request_seconds
-        await _until_disconnected(request.receive, asyncio.wait_for(collecting, deadline))
+        await until_disconnected(request.receive, asyncio.wait_for(collecting, deadline))
         _note_end(log, answer)
         return JSONResponse(answer.whole())
     except TimeoutError:
@@ -251,65 +250,6 @@ def _note_end(log: dict[str, Any], answer: Answer, ended: str | None = None) -> 
 
 def _new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-class ClientDisconnected(ApiError):
-    """Nobody waits for the answer."""
-
-
-async def _until_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnected(499, CLIENT_GONE, "invalid_request_error")
-    finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(Response):
-    """Server-sent events; the engine's work stops when the client goes away, or stops reading."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, events: AsyncIterator[bytes], submission: Submission, note_end: Callable[[str | None], None]
-    ) -> None:
-        """`note_end` is called at the end, with what cut the answer short."""
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._events, self._submission, self._note_end = events, submission, note_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the events end or the client is gone."""
-        pump = asyncio.ensure_future(self._pump(send))
-        gone = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if pump.done():
-                pump.result()
-        finally:
-            self._note_end(CLIENT_GONE if not pump.done() else None)
-            self._submission.close()
-            for task in (pump, gone):
-                task.cancel()
-            await asyncio.gather(pump, gone, return_exceptions=True)
-
-    async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
