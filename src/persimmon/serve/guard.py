@@ -195,23 +195,22 @@ class _Exchange:
                         raise ClientGone
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
+                    self._body_done = not more
                     if len(body) > self._settings.max_body_bytes:
                         raise TooLarge
         except TimeoutError:
             raise SlowBody from None
         self._body = bytes(body)
-        self._body_done = True
 
     async def discard_body(self) -> None:
         """Take what still comes for a moment: a client that is cut off while it sends never reads the answer."""
         left = DISCARDED_BODIES * self._settings.max_body_bytes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_SECONDS):
-                while left > 0:
+                while left > 0 and not self._body_done:
                     message = await self._receive()
                     left -= len(message.get("body", b""))
-                    if not message.get("more_body", False):
-                        return
+                    self._body_done = not message.get("more_body", False)
 
     async def receive(self) -> Message:
         """The body as one part, then what comes after it."""
