@@ -185,7 +185,7 @@ class ReplicatedEngine:
             message = LOST
         except Exception as error:
             _log.exception("request %s", ticket.request.id)
-            message = f"the engine could not be asked: {_reason(error)}"
+            message = f"the engine could not be asked: {reason_of(error)}"
         finally:
             reports.cancel()
         self._deliver(ticket, Update(ticket.request.id, failure=Failure(message, "engine")))
@@ -200,7 +200,7 @@ class ReplicatedEngine:
         ticket.updates.put_nowait((ticket.index, update))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong in a replica, without the traceback that Ray puts before it."""
     cause = getattr(error, "cause", None) or error
     return f"{type(cause).__name__}: {str(cause).strip().rpartition(chr(10))[2]}"
@@ -238,7 +238,7 @@ class Front:
         directory = resolve(settings.model)
         worker, name = ReplicatedEngine(engines), settings.served_model_name or Path(settings.model).name
         context = settings.context or read_config(directory).max_positions
-        self._settings = _server_settings(settings)
+        self._settings = server_settings(settings)
         self._service = Service(
             worker, Tokenizer.load(directory), name, context, self._settings, Metrics(worker, name)
         )  # fmt: skip
@@ -266,13 +266,14 @@ class PublicNeedsKey:
         await JSONResponse(error_body(message, "permission_error"), 403)(scope, receive, send)
 
 
-def _server_settings(settings: ReplicaSettings) -> ServerSettings:
+def server_settings(settings: ReplicaSettings) -> ServerSettings:
+    """What the front allows; Ray binds its port."""
     keys: tuple[str, ...] = ()
     if settings.api_key_file is not None:
         keys = read_keys(Path(settings.api_key_file).read_text().splitlines())
     if not keys and os.environ.get("PERSIMMON_API_KEY"):
         keys = (os.environ["PERSIMMON_API_KEY"],)
-    # Ray binds the port. Where others may come in, names are judged as on a public address of one's own.
+    # Where others may come in, names are judged as on a public address of one's own.
     public = bool(keys) or settings.allow_public_without_key
     return ServerSettings(
         host="0.0.0.0" if public else "127.0.0.1",
