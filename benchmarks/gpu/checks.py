@@ -144,7 +144,7 @@ def rest(config: ModelConfig, device: torch.device) -> Iterator[Check]:
     expected = F.layer_norm(x + added + shift, (hidden,), gain, shift, config.layer_norm_eps)
     result = norm.residual_layer_norm(x.clone(), added[None], shift, gain, shift, config.layer_norm_eps, torch.float32)
     yield "residual and LayerNorm", distance(result, expected), 1e-4
-    yield "squared ReLU", distance(norm.bias_squared_relu(x, shift), (x + shift).relu().square()), 1e-5
+    yield "squared ReLU", distance(norm.bias_squared_relu(x, shift, x.dtype), (x + shift).relu().square()), 1e-5
     logits = torch.randn(4, config.vocab_size, generator=generator, device=device)
     ids, positions = (torch.zeros(4, dtype=torch.int32, device=device) for _ in range(2))
     outputs = torch.zeros(4, 4, dtype=torch.int32, device=device)
