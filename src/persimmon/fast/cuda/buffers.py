@@ -16,7 +16,7 @@ MOST_STEPS = 1_024
 """Tokens that one `decode` call may draw per row: the room of its output buffer."""
 
 _ALIGNED = 16
-"""Entries of a table row are a multiple: Triton compiles a kernel anew for an array or a stride that is less aligned."""
+"""Entries of a table row are a multiple: Triton compiles a kernel anew for arrays or strides that are less aligned."""
 
 
 def table_width(blocks: int) -> int:

@@ -10,8 +10,8 @@ import torch
 
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, InputError, UnavailableError
-from persimmon.fast.cuda.choice import DENSE, KernelTable
 from persimmon.fast.cuda.buffers import MOST_STEPS
+from persimmon.fast.cuda.choice import DENSE, KernelTable
 from persimmon.fast.cuda.graphs import BUCKETS, Capture, cuda_capture
 from persimmon.fast.cuda.kernels.sampling import CANDIDATES
 from persimmon.fast.cuda.network import Network

@@ -90,7 +90,7 @@ def fp8(weight: Tensor, *, neuron_major: bool = False) -> Matrix:
         rows = stored[part].float()
         scale = (rows.abs().amax(1) / _LARGEST_E4M3).clamp_min(torch.finfo(torch.float32).tiny)
         scales[part] = scale
-        codes[part] = rows.div_(scale[:, None]).clamp_(-_LARGEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn)
+        codes[part] = (rows / scale[:, None]).clamp_(-_LARGEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn)
     return Matrix(FP8, outputs, inputs, neuron_major, codes, scales)
 
 

@@ -16,8 +16,8 @@ from persimmon.errors import InputError, UnavailableError
 GIB = 1 << 30
 
 USABLE = 0.97
-"""Share of the GiB printed on a card that the driver gives out: it and error correction keep the rest. An estimate; with
-a card at hand, loading asks the driver."""
+"""Share of the GiB printed on a card that the driver gives out: it and error correction keep the rest. An estimate;
+with a card at hand, loading asks the driver."""
 
 CARDS = {f"{size} GB": int(USABLE * size * GIB) for size in (80, 40, 24, 16, 12)}
 """What common cards have."""

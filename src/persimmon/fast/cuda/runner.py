@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from persimmon.fast.cuda.buffers import MOST_STEPS, Buffers, Shared, table_width
 from persimmon.fast.cuda.graphs import BUCKETS, Capture, Step, StepGraphs, bucket_for
@@ -31,6 +30,7 @@ from persimmon.infer.params import SamplingParams
 
 MAX_PASS_TOKENS = 2_048
 """Tokens of one pass: enough to keep matrix units busy, and 64 MiB of MLP activations of the 8B in bfloat16."""
+
 
 class Piece(NamedTuple):
     """New tokens of a sequence that is stored in `blocks`, behind its first `start` tokens."""

@@ -2,8 +2,8 @@
 
 residual_layer_norm   x += sum of partial results + their bias; out = LayerNorm(x). One read and one write of the stream
                       instead of three; the partial results of split products are summed here, in a fixed order.
-sum_partials          the same sum before it, tile by tile, where there are many: a row's LayerNorm is one program, which
-                      would read up to 32 rows alone.
+sum_partials          the same sum before it, tile by tile, where there are many: a row's LayerNorm is one program,
+                      which would read up to 32 rows alone.
 bias_squared_relu     out = relu(x + bias)^2.
 
 Layout: row-major, a program has whole rows, so statistics need no second pass. The stream is float32 whatever the
@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from persimmon.fast.cuda.kernels.launch import ceil_div, power_of_two, tile
-
 
 MOST_PARTIALS = 8
 """Partial results that residual_layer_norm adds itself. Not measured."""
