@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import baseline
-import models
 import torch
 
+from persimmon.bench import gpu_kernels
 from persimmon.config import ModelConfig
 from persimmon.fast.cuda.choice import KernelTable, MlpTimes
-from persimmon.fast.cuda.graphs import cuda_capture
+from persimmon.fast.cuda.synthesize import synthesize
 from persimmon.fast.cuda.weights import Weights
 
 
@@ -86,7 +85,7 @@ class Bench:
         """Synthetic weights; one format at a time is in memory, if no one else holds another."""
         if name not in self._weights:
             self.drop_weights()
-            self._weights[name] = models.synthesize(self.config, name, self.device, self.active)
+            self._weights[name] = synthesize(self.config, name, self.device, self.active)
         return self._weights[name]
 
     def drop_weights(self) -> None:
@@ -103,11 +102,7 @@ class Bench:
     def median_seconds(self, run: Callable[[], None]) -> float:
         """Median wall time of a run, the device idle before and after."""
         run()
-        return statistics.median(baseline.seconds_of(run, self.device) for _ in range(self.repeats))
-
-    def captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        """As a CUDA graph, so that launches cost the same for whatever is compared."""
-        return cuda_capture(self.device)(run) if self.on_gpu else run
+        return statistics.median(gpu_kernels.seconds_of(run, self.device) for _ in range(self.repeats))
 
     def rows(self, section: str) -> list[dict[str, Any]]:
         """What a section has measured so far, failures left out."""

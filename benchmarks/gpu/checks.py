@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import models
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from persimmon.config import ModelConfig
+from persimmon.fast.cuda import synthesize
 from persimmon.fast.cuda.kernels import attention, matmul, norm, sampling, sparse_mlp
 from persimmon.fast.cuda.kernels.cache_write import cache_write
 from persimmon.fast.cuda.layouts import FP8, INT4, INT8, PLAIN, PLANES, Matrix
@@ -74,13 +74,13 @@ def products(name: str, config: ModelConfig, device: torch.device, dtype: torch.
     hidden, neurons, limit, kind = config.hidden_size, config.intermediate_size, PRODUCT_LIMIT[dtype], KINDS[name]
     generator = torch.Generator(device=device).manual_seed(1)
     bias = torch.randn(neurons, generator=generator, device=device) - 1.0
-    up = models.random_matrix(kind, neurons, hidden, False, dtype, generator)
+    up = synthesize.random_matrix(kind, neurons, hidden, False, dtype, generator)
     for tokens in (1, 8, 64):
         x = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
         expected = (x.float() @ numbers(up).T + bias).relu().square()
         yield f"{name} x {tokens}", distance(matmul.multiply(x, up, bias, squared_relu=True), expected), limit
     if kind in (PLAIN, FP8, INT8):
-        down = models.random_matrix(kind, hidden, neurons, True, dtype, generator)
+        down = synthesize.random_matrix(kind, hidden, neurons, True, dtype, generator)
         yield from sparse(name, up, down, bias, hidden, generator, dtype)
 
 
@@ -89,7 +89,7 @@ def progressive(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     hidden, neurons = config.hidden_size, config.intermediate_size
     generator = torch.Generator(device=device).manual_seed(4)
     bias = torch.randn(neurons, generator=generator, device=device) - 1.0
-    planes = models.random_matrix(PLANES, neurons, hidden, False, dtype, generator)
+    planes = synthesize.random_matrix(PLANES, neurons, hidden, False, dtype, generator)
     x = torch.randn(1, hidden, generator=generator, device=device).to(dtype)
     active, _ = sparse_mlp.progressive_up(x, planes, sparse_mlp.outlier_mask(planes), bias, math.inf)
     expected = (x.float() @ numbers(planes).T + bias).relu().square()

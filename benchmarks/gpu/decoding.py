@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import arithmetic
-import models
 import torch
 from quality import TIE
 
@@ -17,6 +16,7 @@ from persimmon.fast.cuda.kernels.matmul import multiply_active
 from persimmon.fast.cuda.network import Network
 from persimmon.fast.cuda.plan import device_kv_bytes_per_token
 from persimmon.fast.cuda.runner import Piece, Runner
+from persimmon.fast.cuda.synthesize import all_matrices
 from persimmon.fast.cuda.weights import Layer, Weights
 from persimmon.infer.decoder import Chunk
 from persimmon.infer.params import SamplingParams
@@ -105,7 +105,7 @@ def describe_row(
     weights = decoder.weights
     down = sum(layer.down.num_bytes for layer in weights.layers)
     step = arithmetic.StepBytes(
-        sum(matrix.num_bytes for matrix in models.all_matrices(weights)),
+        sum(matrix.num_bytes for matrix in all_matrices(weights)),
         round(down * (1 - union)) if union is not None else 0,
         batch * context * device_kv_bytes_per_token(bench.config, decoder.kv_dtype),
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from bench import Bench, Case
 from persimmon.fast.cuda.decoder import CudaDecoder
 from persimmon.fast.cuda.kernels.matmul import dequantize
 from persimmon.fast.cuda.layouts import Matrix
+from persimmon.fast.cuda.synthesize import synthesize
 from persimmon.fast.cuda.weights import Weights
 from persimmon.infer.decoder import Chunk
 from persimmon.infer.params import SamplingParams
@@ -53,7 +53,7 @@ def small_weights(bench: Bench, name: str) -> Weights:
     bench.drop_weights()
     layers, vocabulary = min(LAYERS, bench.config.num_layers), min(VOCABULARY, bench.config.vocab_size)
     config = bench.config.replace(num_layers=layers, vocab_size=vocabulary)
-    return models.synthesize(config, name, bench.device, bench.active, seed=5)
+    return synthesize(config, name, bench.device, bench.active, seed=5)
 
 
 def logits_row(bench: Bench, name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import arithmetic
@@ -13,11 +13,9 @@ import quality
 import torch
 
 from bench import Bench, Case, Section
-from persimmon.fast.cuda.choice import DENSE, SPARSE
+from persimmon.bench import gpu_kernels
 from persimmon.fast.cuda.decoder import CudaDecoder
-from persimmon.fast.cuda.kernels.matmul import multiply_active
 from persimmon.fast.cuda.kernels.sparse_mlp import MOST_ACTIVE_TOKENS
-from persimmon.fast.cuda.network import Network
 from persimmon.fast.cuda.plan import describe, plan
 from persimmon.infer.decoder import Chunk
 from persimmon.infer.params import SamplingParams
@@ -62,26 +60,7 @@ def mlp_table(bench: Bench) -> Iterator[Case]:
 
 def mlp_row(bench: Bench, name: str, tokens: int) -> dict[str, Any]:
     """Microseconds of a layer, and the share of neurons that any of the tokens has active."""
-    weights = bench.weights(name)
-    generator = torch.Generator(device=bench.device).manual_seed(tokens)
-    x = torch.randn(tokens, bench.config.hidden_size, generator=generator, device=bench.device).to(weights.dtype)
-    row = {}
-    for kind, table in (("dense_us", DENSE), ("sparse_us", SPARSE)):
-        run = bench.captured(all_mlps(Network(weights, table), x))
-        row[kind] = round(bench.median_seconds(run) / bench.config.num_layers * 1e6, 2)
-    layer = weights.layers[0]
-    counts = multiply_active(x, layer.up, layer.up_bias).counts
-    return row | {"active_union": round(int(counts.sum()) / layer.up.outputs, 4)}
-
-
-def all_mlps(network: Network, x: torch.Tensor) -> Callable[[], None]:
-    """Every layer's MLP on the same tokens."""
-
-    def run() -> None:
-        for index, layer in enumerate(network.weights.layers):
-            network._mlp(x, layer, index)
-
-    return run
+    return dict(gpu_kernels.measure_mlp(bench.weights(name), [tokens], bench.median_seconds)[str(tokens)])
 
 
 def prefill(bench: Bench) -> Iterator[Case]:
@@ -150,7 +129,7 @@ def plain_row(bench: Bench, batch: int) -> dict[str, Any]:
     weights = bench.weights(bench.plain)
     decoder = baseline.PlainDecoder(weights, batch, bench.contexts[0], compiled=bench.on_gpu)
     with torch.inference_mode():
-        step = bench.captured(decoder.step)
+        step = gpu_kernels.captured(decoder.step, bench.device)
         seconds = bench.median_seconds(lambda: [step() for _ in range(bench.decode_tokens)] and None)
     return {"tokens_per_second": round(batch * bench.decode_tokens / seconds, 2)}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from persimmon.fast.cuda.kernels.sampling import SamplingState
+from persimmon.fast.cuda.kernels.sampling import SamplingState, sample
 from persimmon.fast.cuda.pool import follow_each_other
+from persimmon.infer.drawing import Picked
 from persimmon.infer.params import SamplingParams
 
 MOST_STEPS = 1_024
@@ -17,6 +20,10 @@ MOST_STEPS = 1_024
 
 _ALIGNED = 16
 """Entries of a table row are a multiple: Triton compiles a kernel anew for arrays or strides that are less aligned."""
+
+
+Banned: TypeAlias = NDArray[np.int64] | Sequence[int]
+"""Ids that are never picked."""
 
 
 def table_width(blocks: int) -> int:
@@ -64,12 +71,16 @@ class Shared:
     def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
         self.logits = torch.zeros(rows, vocabulary, device=device)
         self.banned = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self._whose: object = None  # the array of ids that the mask was made of
 
-    def ban(self, token_ids: Sequence[int]) -> None:
-        """Ids that are never drawn."""
-        self.banned.fill_(False)
-        if len(token_ids):
-            self.banned[torch.tensor(list(token_ids), device=self.banned.device)] = True
+    def ban(self, banned: Banned) -> None:
+        """Ids that are never drawn. An array is taken for unchanged when it comes again."""
+        if banned is self._whose:
+            return
+        mask = np.zeros(self.banned.shape[0], bool)
+        mask[np.asarray(banned, np.int64)] = True
+        self.banned.copy_(torch.from_numpy(mask))
+        self._whose = banned if isinstance(banned, np.ndarray) else None
 
 
 class Buffers:
@@ -85,6 +96,8 @@ class Buffers:
         self.tables = Tables(rows, width, scratch, device)
         self.outputs = ints(rows, MOST_STEPS)
         self.logits, self.banned = shared.logits[:rows], shared.banned
+        self.unusable = torch.zeros(rows, dtype=torch.bool, device=device)
+        """Rows whose logits hold no number that could be picked."""
         self.sampling = SamplingState.room_for(rows, device)
 
     def idle(self) -> None:
@@ -114,3 +127,17 @@ class Buffers:
             target: Tensor = getattr(state, name)
             padding = [1 if name == "top_p" else 0] * (self.size - len(values))
             target.copy_(torch.tensor([*values, *padding], dtype=target.dtype))
+
+    def sample(self, *, filters: bool) -> None:
+        """The next tokens of the logits, and which rows have none that could be picked."""
+        self.logits.masked_fill_(self.banned, float("-inf"))
+        torch.logical_not(torch.isfinite(self.logits.amax(1)), out=self.unusable)
+        sample(self.logits, self.sampling, self.ids, self.positions, self.outputs, filters=filters)
+
+    def fetch(self, count: int) -> list[Picked]:
+        """Drawn tokens of the first rows in one copy; logits where the host has to look: a cut nucleus, no number."""
+        host = torch.stack([self.ids[:count], self.sampling.truncated[:count] + self.unusable[:count]]).tolist()
+        return [
+            token if not unsure else self.logits[row].to("cpu", copy=True).numpy()
+            for row, (token, unsure) in enumerate(zip(*host, strict=True))
+        ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, InputError, UnavailableError
@@ -21,6 +24,7 @@ from persimmon.fast.cuda.pool import CACHE_DTYPES, FreeBlocks, Pool
 from persimmon.fast.cuda.runner import MAX_PASS_TOKENS, Decoded, Piece, Runner
 from persimmon.fast.cuda.weights import Weights
 from persimmon.infer.decoder import Chunk, Logits, check_token_ids
+from persimmon.infer.drawing import Draw, Picked
 from persimmon.infer.params import SamplingParams
 
 BLOCK_SIZE = 64
@@ -170,12 +174,18 @@ class CudaDecoder:
     def forward(self, chunks: Sequence[Chunk], *, exact_top: int | None = None) -> list[Logits | None]:
         """Append each chunk to its sequence; its float32 logits: None, [V] or [T, V] (see infer.decoder)."""
         del exact_top  # all logits are exact
+        return cast(list[Logits | None], self.draw(chunks, [None] * len(chunks), np.array([], np.int64)))
+
+    def draw(
+        self, chunks: Sequence[Chunk], draws: Sequence[Draw | None], banned: NDArray[np.int64]
+    ) -> list[Picked | None]:
+        """The same, but the token where a chunk has a draw: see infer/drawing.py."""
         sequences = self._check(chunks)
         pieces = [
             Piece(sequence.blocks, sequence.length, chunk.token_ids, chunk.logits)
             for sequence, chunk in zip(sequences, chunks, strict=True)
         ]
-        results = self._runner().run(pieces)
+        results = self._runner().draw(pieces, draws, banned)
         for sequence, chunk in zip(sequences, chunks, strict=True):
             sequence.advance(len(chunk.token_ids))
         return results

@@ -99,7 +99,8 @@ def scratch_bytes(config: ModelConfig, weight_format: str, context: int, pass_to
     unpacked = item * hidden * neurons if weight_format in ("q8", "q4", "p44", "fp8") else 0
     gathered = 2 * min(GATHER_BYTES, context * hidden * item)
     tokens = min(pass_tokens, context)
-    in_pass = max(tokens * attention + gathered, tokens * mlp + unpacked, 4 * LOGIT_ROWS * config.vocab_size)
+    drawn = 2 * 4 * DECODE_ROWS * config.vocab_size  # rows of a pass that draw, as many at a time
+    in_pass = max(tokens * attention + gathered, tokens * mlp + unpacked, drawn)
     # Logits in the buckets' common buffer, and in the graphs' memory the head's result or the sampler's exponentials.
     decoding = 2 * 4 * DECODE_ROWS * config.vocab_size + DECODE_ROWS * max(attention, mlp)
     return in_pass + decoding
