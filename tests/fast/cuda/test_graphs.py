@@ -15,6 +15,7 @@ from persimmon.fast.cuda.decoder import BLOCK_SIZE
 from persimmon.fast.cuda.graphs import BUCKETS, Replay, Step, StepGraphs, bucket_for
 from persimmon.fast.cuda.runner import Piece, _Part
 from persimmon.infer.decoder import Chunk
+from persimmon.infer.drawing import Draw
 from persimmon.infer.params import SamplingParams
 from tiny_model import tiny_model
 
@@ -210,3 +211,13 @@ def test_arrays_of_a_pass_are_aligned_alike() -> None:
         assert work.ids.shape == (size,) and work.positions.tolist() == list(range(size))
         assert all(t.storage_offset() % 4 == 0 for t in (work.ids, work.positions, work.rows))
         assert work.tables.stride(0) % 16 == 0
+
+
+def test_rows_that_draw_in_a_pass_read_the_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = cuda_decoder(MODEL, cache_tokens=512)
+    rows: list[int] = []
+    logits = decoder._network.logits
+    monkeypatch.setattr(decoder._network, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
+    chunks = [Chunk(decoder.new_sequence(8), [5, 9, 11][:size]) for size in (3, 1, 2)]
+    drawn = decoder.draw(chunks, [Draw(SamplingParams(temperature=0.0), 1, 0)] * 3, np.array([], np.int64))
+    assert drawn == [greedy([5, 9, 11][:size], 1)[0] for size in (3, 1, 2)] and rows == [3]
