@@ -50,7 +50,7 @@ def sizes(bench: Bench) -> Iterator[tuple[int, int]]:
 def decode_row(bench: Bench, name: str, batch: int, context: int) -> dict[str, Any]:
     """One case; `skipped` when its keys and values do not fit."""
     weights, kv_dtype, steps = bench.weights(name), bench.kv_dtype(name), bench.decode_tokens
-    room = min(context + steps * (bench.repeats + 2), bench.config.max_positions)
+    room = min(context + steps, bench.config.max_positions)
     cache_tokens = batch * (-(-room // 64) * 64)
     if bench.on_gpu:
         free, _ = torch.cuda.mem_get_info(bench.device)
@@ -59,7 +59,7 @@ def decode_row(bench: Bench, name: str, batch: int, context: int) -> dict[str, A
             return {"skipped": f"keys and values take {needed} bytes, {free} are free"}
     decoder = CudaDecoder(weights, cache_tokens=cache_tokens, kv_dtype=kv_dtype, table=bench.kernel_table())
     sequences = [decoder.new_sequence(room) for _ in range(batch)]
-    start = room - steps - 1
+    start = room - steps
     # Rows of their own: copies of one would have the active neurons of one.
     first = [(1 + 97 * row) % bench.config.vocab_size for row in range(batch)]
     drawn: list[list[int]] = []
