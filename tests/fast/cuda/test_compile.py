@@ -22,7 +22,7 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_37
 """Bytes of shared memory that a block can have (CUDA C++ Programming Guide, technical specifications)."""
 
 STACK = 16
-"""Bytes per thread that may not fit into registers: ptxas leaves four words of one product on sm_80 and sm_86."""
+"""Bytes per thread that may not fit into registers: ptxas leaves four words of one product on sm_86."""
 
 DEMANDING = (
     "gemv-int4-3", "gemv-planes-3", "gemm-int8-64", "gemm-planes-64", "gemm-fp8-64", "gemm-fp8-neurons", "gemm-int4-32",
