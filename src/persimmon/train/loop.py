@@ -20,6 +20,7 @@ from persimmon.errors import CheckpointError, PersimmonError
 from persimmon.model import PersimmonModel
 from persimmon.train.activations import keep_activations
 from persimmon.train.checkpoint import Checkpoints
+from persimmon.train.fused import use_kernels
 from persimmon.train.mesh import clip_gradients, distribute, gather_model, make_layout, own_part, reshard
 from persimmon.train.objective import Objective
 from persimmon.train.optimizer import build_optimizers
@@ -61,6 +62,8 @@ class Trainer:
         self._passes = StepPasses(model, source, recipe, world, layout, objective)
         for rows, length in {(source.rows(s), source.row_length(s)) for s in range(num_steps)}:
             self._passes.check(rows, length)
+        if recipe.kernels == "auto" and not recipe.compile and not recipe.parallel.splits_weights:
+            use_kernels(model)
         keep_activations(model, recipe.activations)
         if recipe.compile:
             for block in model.layers:
