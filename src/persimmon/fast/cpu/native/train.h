@@ -17,6 +17,7 @@ constexpr int kQueryBlock = 48;    // queries of a tile of scores: a multiple of
 constexpr int kTrainKeyBlock = 96; // keys of it: two tiles of scores (36 KiB) and their operands stay in the second-level cache
 constexpr int kTokenChunk = 128;   // tokens of a task of the row-wise kernels, and of one partial sum of their gradients
 constexpr int kTrainVector = 16;   // floats by which head dimensions are padded
+constexpr int kMostHeadDim = 256;
 
 enum class Element : int { f32 = 0, bf16 = 1 };
 
@@ -77,6 +78,7 @@ const TrainKernels* portable_train_kernels();
 #if defined(__x86_64__)
 const TrainKernels* avx2_train_kernels();
 const TrainKernels* avx512_train_kernels();
+const TrainKernels* amx_train_kernels();
 #endif
 
 }  // namespace persimmon

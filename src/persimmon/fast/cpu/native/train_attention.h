@@ -162,12 +162,12 @@ static void attention_backward_as(const AttentionTensors& t, int head, int start
   for (size_t i = 0; i < n * wide; i += 16) store16(grad_q + i, mul(load16(grad_q + i), set16(t.scale)));
 }
 
-static void attention_forward(const AttentionTensors& t, int head, int start, int first, int last, float* scratch) {
+[[maybe_unused]] static void attention_forward(const AttentionTensors& t, int head, int start, int first, int last, float* scratch) {
   if (t.element == Element::f32) attention_forward_as<float>(t, head, start, first, last, scratch);
   else attention_forward_as<uint16_t>(t, head, start, first, last, scratch);
 }
 
-static void attention_backward(const AttentionTensors& t, int head, int start, int end, float* scratch) {
+[[maybe_unused]] static void attention_backward(const AttentionTensors& t, int head, int start, int end, float* scratch) {
   if (t.element == Element::f32) attention_backward_as<float>(t, head, start, end, scratch);
   else attention_backward_as<uint16_t>(t, head, start, end, scratch);
 }

@@ -12,6 +12,10 @@
 #include <optional>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu.h"
 #include "train.h"
 #include "train_threads.h"
@@ -23,7 +27,6 @@ namespace persimmon {
 namespace {
 
 constexpr int kForwardQueries = 960;  // queries of a forward task: a multiple of kQueryBlock, long enough to pay for packing keys
-constexpr int kMostHeadDim = 256;
 
 using Array = nb::ndarray<nb::c_contig, nb::device::cpu>;
 using ReadArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
@@ -44,11 +47,20 @@ Element element_of(const A& array) {
   return Element::bf16;
 }
 
+#if defined(__x86_64__)
+// AMX-BF16 of CPUID leaf 7.0 and AVX512-BF16 of leaf 7.1; the compiler's own check knows these names only in later versions.
+bool has_amx_bf16() {
+  unsigned a, b, c, d, e;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && __get_cpuid_count(7, 1, &a, &b, &c, &e) && (a >> 5 & 1);
+}
+#endif
+
 // Kernels by the name of their instruction set; "auto" and those without kernels of their own mean the best one here.
 const TrainKernels* find_train_kernels(const std::string& isa) {
 #if defined(__x86_64__)
   const std::string found = find_kernels(isa)->name;
   if (found == "avx2") return avx2_train_kernels();
+  if (found == "amx" && has_amx_bf16()) return amx_train_kernels();
   if (found != "portable") return avx512_train_kernels();
 #else
   find_kernels(isa);

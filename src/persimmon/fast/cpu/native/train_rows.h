@@ -8,8 +8,6 @@
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
-constexpr int kMostHeadDim = 256;
-
 // ---- QK LayerNorm and rotary ---------------------------------------------------------------------------------------------
 
 // x[P] with zeros in the padding -> (x - mean) / deviation, zeros in the padding; returns 1 / deviation.
