@@ -20,7 +20,7 @@ from persimmon.train.sparsity import LayerStatistics
 
 def use_kernels(model: PersimmonModel) -> bool:
     """Let the blocks of a model use the kernels; False where they are not built or do not know the model's shape."""
-    if not kernels.available() or model.config.head_dim > kernels.most_head_dim():
+    if not kernels.available() or not kernels.knows_head_dim(model.config.head_dim):
         return False
     for block in model.layers:
         assert isinstance(block, Block)

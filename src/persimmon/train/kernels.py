@@ -26,9 +26,9 @@ def available() -> bool:
     return why_unavailable() is None
 
 
-def most_head_dim() -> int:
-    """The largest head dimension that they know."""
-    return int(native().MOST_HEAD_DIM)
+def knows_head_dim(dim: int) -> bool:
+    """Whether there are kernels for this head dimension."""
+    return bool(native().knows_head_dim(dim))
 
 
 def fits(x: Tensor) -> bool:

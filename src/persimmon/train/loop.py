@@ -21,6 +21,7 @@ from persimmon.model import PersimmonModel
 from persimmon.train.activations import keep_activations
 from persimmon.train.checkpoint import Checkpoints
 from persimmon.train.fused import use_kernels
+from persimmon.train.memory import keep_freed_memory
 from persimmon.train.mesh import clip_gradients, distribute, gather_model, make_layout, own_part, reshard
 from persimmon.train.objective import Objective
 from persimmon.train.optimizer import build_optimizers
@@ -54,6 +55,8 @@ class Trainer:
         sample: Callable[[PersimmonModel], str] | None = None,
         objective: Objective | None = None,
     ) -> None:
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.model, self.source, self.num_steps = model.to(world.device), source, num_steps
         self.recipe, self.directory, self.world = recipe, directory, world
         self._evaluate, self._sample, self._report = evaluate, sample, report

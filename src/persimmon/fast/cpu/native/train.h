@@ -19,6 +19,12 @@ constexpr int kTokenChunk = 128;   // tokens of a task of the row-wise kernels, 
 constexpr int kTrainVector = 16;   // floats by which head dimensions are padded
 constexpr int kMostHeadDim = 256;
 
+// Padded head dimensions that the row-wise kernels are compiled for.
+constexpr bool knows_head_dim(int padded) {
+  const int vectors = padded / kTrainVector;
+  return padded % kTrainVector == 0 && ((vectors >= 1 && vectors <= 6) || vectors == 8 || vectors == 16);
+}
+
 enum class Element : int { f32 = 0, bf16 = 1 };
 
 struct AttentionTensors {

@@ -159,7 +159,8 @@ HeadTensors head_tensors(const ReadArray& fused, const Floats<4>& packed, const 
   HeadTensors t = {};
   t.tokens = static_cast<int>(fused.shape(0)), t.heads = static_cast<int>(fused.shape(1)), t.dim = static_cast<int>(fused.shape(3));
   t.padded = static_cast<int>(round_up(t.dim, kTrainVector)), t.half = static_cast<int>(cos.shape(1));
-  require(t.dim <= kMostHeadDim && 2 * t.half <= t.dim, "head or rotary dimension is too large");
+  require(knows_head_dim(t.padded), "there are no kernels for this head dimension");
+  require(2 * t.half <= t.dim, "the rotary dimension is larger than the head's");
   check_packed(packed, t.heads, t.tokens, t.padded);
   require(static_cast<int>(cos.shape(0)) == t.tokens && cos.size() == sin.size(), "rotary tables have the wrong shape");
   for (const Weight* weight : {&q_weight, &q_bias, &k_weight, &k_bias})
@@ -247,7 +248,8 @@ void softmax_gradient(Array logits, nb::ndarray<const int64_t, nb::ndim<1>, nb::
 void bind_training(nb::module_& m) {
   m.attr("TOKEN_CHUNK") = kTokenChunk;
   m.attr("HEAD_VECTOR") = kTrainVector;
-  m.attr("MOST_HEAD_DIM") = kMostHeadDim;
+  m.def("knows_head_dim", [](int dim) { return dim > 0 && knows_head_dim(static_cast<int>(round_up(dim, kTrainVector))); }, "dim"_a,
+        "Whether the kernels are compiled for this head dimension.");
   m.def("attention_forward", &attention_forward, "packed"_a.noconvert(), "documents"_a, "out"_a.noconvert(), "normalizer"_a.noconvert(),
         "threads"_a, "isa"_a = "auto", "Causal attention in documents of packed [3, N, M, P] into out [M, N, D].");
   m.def("attention_backward", &attention_backward, "packed"_a.noconvert(), "documents"_a, "out"_a.noconvert(), "normalizer"_a.noconvert(),

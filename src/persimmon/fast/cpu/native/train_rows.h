@@ -2,6 +2,7 @@
 // and softmax with the gradient of the cross-entropy, all with float32 arithmetic.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "train_simd.h"
 
@@ -10,110 +11,185 @@ namespace PERSIMMON_ISA {
 
 // ---- QK LayerNorm and rotary ---------------------------------------------------------------------------------------------
 
-// x[P] with zeros in the padding -> (x - mean) / deviation, zeros in the padding; returns 1 / deviation.
-INLINE float normalize(float* x, int dim, int padded, float eps) {
-  f32x16 total = zero16();
-  for (int d = 0; d < padded; d += 16) total = add(total, load16(x + d));
-  const float mean = sum_lanes(total) / static_cast<float>(dim);
-  f32x16 squares = zero16();
-  for (int d = 0; d < padded; d += 16) {
-    const f32x16 centred = sub(load16(x + d), set16(mean));
-    store16(x + d, centred);
-    squares = fma(centred, centred, squares);
+// A head's numbers in registers: V vectors, zeros behind the head dimension.
+template <int V>
+struct Head {
+  f32x16 part[V];
+};
+
+template <int V, class T>
+INLINE Head<V> read_head(const T* x, int dim) {
+  Head<V> head;
+  if (dim == 16 * V) {
+    for (int v = 0; v < V; v++) head.part[v] = read16(x + 16 * v);
+  } else {
+    alignas(64) float padded[16 * V];
+    read_padded(x, dim, 16 * V, padded);
+    for (int v = 0; v < V; v++) head.part[v] = load16(padded + 16 * v);
   }
-  const float padding = static_cast<float>(padded - dim) * mean * mean;  // what the zeros behind the head have added
-  const float share = 1.0f / std::sqrt((sum_lanes(squares) - padding) / static_cast<float>(dim) + eps);
-  for (int d = 0; d < padded; d += 16) store16(x + d, mul(load16(x + d), set16(share)));
-  for (int d = dim; d < padded; d++) x[d] = 0;
+  return head;
+}
+
+template <int V>
+INLINE float sum_of(const Head<V>& head) {
+  f32x16 total = head.part[0];
+  for (int v = 1; v < V; v++) total = add(total, head.part[v]);
+  return sum_lanes(total);
+}
+
+template <int V>
+INLINE float product_of(const Head<V>& a, const Head<V>& b) {
+  f32x16 total = mul(a.part[0], b.part[0]);
+  for (int v = 1; v < V; v++) total = fma(a.part[v], b.part[v], total);
+  return sum_lanes(total);
+}
+
+// x -> (x - mean) / deviation, zeros in the padding; returns 1 / deviation.
+template <int V>
+INLINE float normalize(Head<V>& x, int dim, float eps) {
+  const float mean = sum_of(x) / static_cast<float>(dim);
+  for (int v = 0; v < V; v++) x.part[v] = sub(x.part[v], set16(mean));
+  const float padding = static_cast<float>(16 * V - dim) * mean * mean;  // what the zeros behind the head have added
+  const float share = 1.0f / std::sqrt((product_of(x, x) - padding) / static_cast<float>(dim) + eps);
+  for (int v = 0; v < V; v++) x.part[v] = mul(x.part[v], set16(share));
+  if (dim < 16 * V) {
+    alignas(64) float line[16 * V];
+    for (int v = 0; v < V; v++) store16(line + 16 * v, x.part[v]);
+    for (int d = dim; d < 16 * V; d++) line[d] = 0;
+    for (int v = 0; v < V; v++) x.part[v] = load16(line + 16 * v);
+  }
   return share;
 }
 
 INLINE void rotate_pairs(float* x, const float* cos, const float* sin, int half, float direction) {
-  for (int i = 0; i < half; i++) {
+  int i = 0;
+  for (; i + 8 <= half; i += 8) {
+    const f32x8 first = load8(x + i), second = load8(x + half + i), c = load8(cos + i), s = mul(set8(direction), load8(sin + i));
+    store8(x + i, sub(mul(first, c), mul(second, s)));
+    store8(x + half + i, fma(first, s, mul(second, c)));
+  }
+  for (; i < half; i++) {
     const float first = x[i], second = x[half + i], s = direction * sin[i];
     x[i] = first * cos[i] - second * s;
     x[half + i] = second * cos[i] + first * s;
   }
 }
 
-template <class T>
-static void heads_forward_as(const HeadTensors& t, int first, int last) {
-  const int D = t.dim, P = t.padded;
+template <int V, class T>
+static void heads_forward_of(const HeadTensors& t, int first, int last) {
+  const int D = t.dim;
   const T* fused = static_cast<const T*>(t.fused);
   const float *weights[2] = {t.q_weight, t.k_weight}, *biases[2] = {t.q_bias, t.k_bias};
   float* results[2] = {t.q, t.k};
+  for (int which = 0; which < 2; which++) {
+    const bool norm = weights[which] != nullptr;
+    const Head<V> weight = norm ? read_head<V>(weights[which], D) : Head<V>{}, bias = norm ? read_head<V>(biases[which], D) : Head<V>{};
+    for (int head = 0; head < t.heads; head++)
+      for (int token = first; token < last; token++) {
+        Head<V> x = read_head<V>(fused + ((static_cast<size_t>(token) * t.heads + head) * 3 + which) * D, D);
+        if (norm) {
+          normalize(x, D, t.eps);
+          for (int v = 0; v < V; v++) x.part[v] = fma(x.part[v], weight.part[v], bias.part[v]);
+        }
+        float* to = results[which] + (static_cast<size_t>(head) * t.tokens + token) * 16 * V;
+        for (int v = 0; v < V; v++) store16(to + 16 * v, x.part[v]);
+        rotate_pairs(to, t.cos + static_cast<size_t>(token) * t.half, t.sin + static_cast<size_t>(token) * t.half, t.half, 1.0f);
+      }
+  }
   for (int head = 0; head < t.heads; head++)
     for (int token = first; token < last; token++) {
-      const T* from = fused + (static_cast<size_t>(token) * t.heads + head) * 3 * D;
-      const size_t place = (static_cast<size_t>(head) * t.tokens + token) * P;
-      for (int which = 0; which < 2; which++) {
-        float* x = results[which] + place;
-        read_padded(from + which * D, D, P, x);
-        if (weights[which]) {
-          normalize(x, D, P, t.eps);
-          for (int d = 0; d < D; d++) x[d] = x[d] * weights[which][d] + biases[which][d];
-        }
-        rotate_pairs(x, t.cos + static_cast<size_t>(token) * t.half, t.sin + static_cast<size_t>(token) * t.half, t.half, 1.0f);
-      }
-      read_padded(from + 2 * D, D, P, t.v + place);
+      const Head<V> x = read_head<V>(fused + ((static_cast<size_t>(token) * t.heads + head) * 3 + 2) * D, D);
+      float* to = t.v + (static_cast<size_t>(head) * t.tokens + token) * 16 * V;
+      for (int v = 0; v < V; v++) store16(to + 16 * v, x.part[v]);
     }
 }
 
-// grad [P] of the normalized and scaled row -> that of x in place, given the normalized x.
-INLINE void normalize_backward(float* grad, const float* normal, const float* weight, float share, int dim, int padded) {
-  f32x16 total = zero16(), product = zero16();
-  for (int d = 0; d < dim; d++) grad[d] *= weight[d];
-  for (int d = 0; d < padded; d += 16) {
-    total = add(total, load16(grad + d));
-    product = fma(load16(grad + d), load16(normal + d), product);
-  }
-  const f32x16 mean = set16(sum_lanes(total) / static_cast<float>(dim)), slope = set16(sum_lanes(product) / static_cast<float>(dim));
-  for (int d = 0; d < padded; d += 16) {
-    const f32x16 rest = sub(sub(load16(grad + d), mean), mul(load16(normal + d), slope));
-    store16(grad + d, mul(rest, set16(share)));
+// Gradient of the normalized and scaled row -> that of x, given the normalized x.
+template <int V>
+INLINE void normalize_backward(Head<V>& grad, const Head<V>& normal, const Head<V>& weight, float share, int dim) {
+  for (int v = 0; v < V; v++) grad.part[v] = mul(grad.part[v], weight.part[v]);
+  const f32x16 mean = set16(sum_of(grad) / static_cast<float>(dim)), slope = set16(product_of(grad, normal) / static_cast<float>(dim));
+  for (int v = 0; v < V; v++)
+    grad.part[v] = mul(sub(sub(grad.part[v], mean), mul(normal.part[v], slope)), set16(share));
+}
+
+template <int V, class T>
+INLINE void write_head(const Head<V>& head, int dim, T* out) {
+  if (dim == 16 * V) {
+    for (int v = 0; v < V; v++) write16(out + 16 * v, head.part[v]);
+  } else {
+    alignas(64) float line[16 * V];
+    for (int v = 0; v < V; v++) store16(line + 16 * v, head.part[v]);
+    write_unpadded(line, dim, out);
   }
 }
 
-template <class T>
-static void heads_backward_as(const HeadTensors& t, int first, int last, int chunk) {
-  const int D = t.dim, P = t.padded;
+template <int V, class T>
+static void heads_backward_of(const HeadTensors& t, int first, int last, int chunk) {
+  const int D = t.dim;
   const T* fused = static_cast<const T*>(t.fused);
   T* out = static_cast<T*>(t.grad_fused);
   const float *weights[2] = {t.q_weight, t.k_weight}, *gradients[2] = {t.q, t.k};
-  float* sums = t.grad_norms + static_cast<size_t>(chunk) * 4 * P;
-  for (int i = 0; i < 4 * P; i++) sums[i] = 0;
-  alignas(64) float normal[kMostHeadDim], grad[kMostHeadDim];
-  for (int head = 0; head < t.heads; head++)
-    for (int token = first; token < last; token++) {
-      const size_t from = (static_cast<size_t>(token) * t.heads + head) * 3 * D;
-      const size_t place = (static_cast<size_t>(head) * t.tokens + token) * P;
-      for (int which = 0; which < 2; which++) {
-        for (int d = 0; d < P; d += 16) store16(grad + d, load16(gradients[which] + place + d));
-        rotate_pairs(grad, t.cos + static_cast<size_t>(token) * t.half, t.sin + static_cast<size_t>(token) * t.half, t.half, -1.0f);
-        if (weights[which]) {
-          read_padded(fused + from + which * D, D, P, normal);
-          const float share = normalize(normal, D, P, t.eps);
-          float *scale = sums + 2 * which * P, *bias = scale + P;
-          for (int d = 0; d < P; d += 16) {
-            store16(scale + d, fma(load16(grad + d), load16(normal + d), load16(scale + d)));
-            store16(bias + d, add(load16(bias + d), load16(grad + d)));
+  alignas(64) float line[16 * V];
+  for (int which = 0; which < 2; which++) {
+    const bool norm = weights[which] != nullptr;
+    const Head<V> weight = norm ? read_head<V>(weights[which], D) : Head<V>{};
+    Head<V> scales, biases;
+    for (int v = 0; v < V; v++) scales.part[v] = biases.part[v] = zero16();
+    for (int head = 0; head < t.heads; head++)
+      for (int token = first; token < last; token++) {
+        const size_t place = ((static_cast<size_t>(token) * t.heads + head) * 3 + which) * D;
+        const float* from = gradients[which] + (static_cast<size_t>(head) * t.tokens + token) * 16 * V;
+        for (int v = 0; v < V; v++) store16(line + 16 * v, load16(from + 16 * v));
+        rotate_pairs(line, t.cos + static_cast<size_t>(token) * t.half, t.sin + static_cast<size_t>(token) * t.half, t.half, -1.0f);
+        Head<V> grad = read_head<V>(line, 16 * V);
+        if (norm) {
+          Head<V> normal = read_head<V>(fused + place, D);
+          const float share = normalize(normal, D, t.eps);
+          for (int v = 0; v < V; v++) {
+            scales.part[v] = fma(grad.part[v], normal.part[v], scales.part[v]);
+            biases.part[v] = add(biases.part[v], grad.part[v]);
           }
-          normalize_backward(grad, normal, weights[which], share, D, P);
+          normalize_backward(grad, normal, weight, share, D);
         }
-        write_unpadded(grad, D, out + from + which * D);
+        write_head(grad, D, out + place);
       }
-      write_unpadded(t.v + place, D, out + from + 2 * D);
-    }
+    float* sums = t.grad_norms + (static_cast<size_t>(chunk) * 4 + 2 * which) * 16 * V;
+    for (int v = 0; v < V; v++) store16(sums + 16 * v, scales.part[v]), store16(sums + 16 * (V + v), biases.part[v]);
+  }
+  for (int head = 0; head < t.heads; head++)
+    for (int token = first; token < last; token++)
+      write_head(read_head<V>(t.v + (static_cast<size_t>(head) * t.tokens + token) * 16 * V, 16 * V), D,
+                 out + ((static_cast<size_t>(token) * t.heads + head) * 3 + 2) * D);
+}
+
+// Calls `work` with the head's number of vectors as a constant; `knows_head_dim` says which there are.
+template <class Work>
+INLINE void with_vectors(int padded, Work work) {
+  switch (padded / 16) {
+    case 1: return work(std::integral_constant<int, 1>());
+    case 2: return work(std::integral_constant<int, 2>());
+    case 3: return work(std::integral_constant<int, 3>());
+    case 4: return work(std::integral_constant<int, 4>());
+    case 5: return work(std::integral_constant<int, 5>());
+    case 6: return work(std::integral_constant<int, 6>());
+    case 8: return work(std::integral_constant<int, 8>());
+    case 16: return work(std::integral_constant<int, 16>());
+  }
 }
 
 static void heads_forward(const HeadTensors& t, int first, int last) {
-  if (t.element == Element::f32) heads_forward_as<float>(t, first, last);
-  else heads_forward_as<uint16_t>(t, first, last);
+  with_vectors(t.padded, [&](auto v) {
+    if (t.element == Element::f32) heads_forward_of<decltype(v)::value, float>(t, first, last);
+    else heads_forward_of<decltype(v)::value, uint16_t>(t, first, last);
+  });
 }
 
 static void heads_backward(const HeadTensors& t, int first, int last, int chunk) {
-  if (t.element == Element::f32) heads_backward_as<float>(t, first, last, chunk);
-  else heads_backward_as<uint16_t>(t, first, last, chunk);
+  with_vectors(t.padded, [&](auto v) {
+    if (t.element == Element::f32) heads_backward_of<decltype(v)::value, float>(t, first, last, chunk);
+    else heads_backward_of<decltype(v)::value, uint16_t>(t, first, last, chunk);
+  });
 }
 
 // ---- squared ReLU --------------------------------------------------------------------------------------------------------
