@@ -1,8 +1,8 @@
 """Puts the CPU engine's training kernels into the blocks of a model: `loop.kernels: auto`.
 
-The model stays the plain one of persimmon.model: its parameters, its names and its results up to rounding. Attention is
-replaced where the caller's `attend` is `DocumentAttention`, the MLP where its observer, if any, is `LayerStatistics`, both
-where tensors are float32 or bfloat16 on the CPU; in every other case the plain methods run.
+The model stays the plain one of persimmon.model: its parameters, its names and its results up to rounding. Attention
+is replaced where the caller's `attend` is `DocumentAttention`, the MLP where its observer, if any, is
+`LayerStatistics`, both where tensors are float32 or bfloat16 on the CPU; in every other case the plain methods run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def use_kernels(model: PersimmonModel) -> bool:
 
 def in_use(model: PersimmonModel) -> bool:
     """Whether `use_kernels` has changed this model."""
-    return any(isinstance(block.mlp.forward, functools.partial) for block in model.layers)
+    return any(isinstance(block, Block) and isinstance(block.mlp.forward, functools.partial) for block in model.layers)
 
 
 def _attention(

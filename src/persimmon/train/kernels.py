@@ -97,7 +97,8 @@ def document_attention(
     Args:
         fused: query, key and value of every head.
         norms: weight and bias [D] of the queries' LayerNorm, then of the keys'; empty: there is none.
-        cos, sin: [M, R / 2] float32 of every token's rotary angles.
+        cos: of every token's rotary angles, [M, R / 2] float32.
+        sin: likewise.
         documents: offsets 0 .. M, as in `model.attend_documents`.
         eps: of the LayerNorms.
     """

@@ -24,8 +24,9 @@ IGNORE = -100
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass; only hidden and weight have one, and only where it is wanted.
 
-    `fused` lets one kernel turn logits into their gradient, in place. With a `group` every process holds consecutive rows of the head: maxima, sums and the target's logit are reduced
-    over the group, and so is the gradient of the hidden states, which all of them hold.
+    `fused` lets one kernel turn logits into their gradient, in place. With a `group` every process holds consecutive
+    rows of the head: maxima, sums and the target's logit are reduced over the group, and so is the gradient of the
+    hidden states, which all of them hold.
     """
 
     @staticmethod
@@ -70,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, without a tensor for the product where the dtypes allow it."""
+    """Add a @ b, without a tensor for the product where the dtypes allow it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

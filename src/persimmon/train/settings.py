@@ -78,8 +78,11 @@ class LoopRecipe:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r} (float16 overflows in relu^2)")
-        for name, choices in (("activations", ("all", "selective", "none")), ("on_spike", ("stop", "skip")),
-                              ("kernels", ("auto", "plain"))):
+        for name, choices in (
+            ("activations", ("all", "selective", "none")),
+            ("on_spike", ("stop", "skip")),
+            ("kernels", ("auto", "plain")),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.parallel.splits_weights and self.optimizer.state == "int8":
