@@ -187,6 +187,21 @@ def test_a_killed_replica_loses_only_its_own_requests_and_is_replaced(served: Se
     assert metric(served, "persimmon_engine_restarts_total") >= 1
 
 
+def test_a_replica_that_dies_idle_is_no_longer_counted(served: Served) -> None:
+    """No request meets its death: the front has to look."""
+    conversations = [[{"role": "user", "content": f"tell me about the number {number}"}] for number in range(12)]
+    homes = [home(messages) for messages in conversations]
+    assert len({found["replica"] for found in homes}) == 2
+    assert all(ask(served, messages).status_code == 200 for messages in conversations)
+    before, replaced = (metric(served, name) for name in TOTALS)
+    os.kill(homes[0]["process"], signal.SIGKILL)
+    wait_until(lambda: metric(served, TOTALS[1]) == replaced + 1)
+    assert 0 < metric(served, TOTALS[0]) < before, "what the other one computed"
+
+
+TOTALS = ("persimmon_computed_tokens_total", "persimmon_engine_restarts_total")
+
+
 def test_states_are_added_up() -> None:
     assert combined([]) == EngineState()
     found = combined([EngineState(1, 2, 10, 3, active_fraction=(0.1, 0.3)), EngineState(running=4, blocks=10)])
