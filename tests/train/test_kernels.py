@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persimmon.bench.train import RandomRows, TrainWork
 from persimmon.config import ModelConfig
+from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel, apply_rotary, attend_documents, document_positions
 from persimmon.train import kernels
 from persimmon.train.activations import keep_activations
 from persimmon.train.attention import DocumentAttention
 from persimmon.train.fused import in_use, use_kernels
+from persimmon.train.loop import LoopRecipe, Trainer
 from persimmon.train.loss import IGNORE, chunked_cross_entropy
 from persimmon.train.memory import keep_freed_memory
+from persimmon.train.parallel import World
 from persimmon.train.sparsity import LayerStatistics
 
 if not kernels.available():
@@ -298,6 +303,20 @@ def test_other_dtypes_and_ways_to_attend_take_the_plain_methods() -> None:
     seen: list[tuple[int, ...]] = []
     found = single.features(ids, observe=lambda layer, active: seen.append(tuple(active.shape)))
     assert torch.equal(found, made_model().features(ids)) and seen == [(1, 50, 100)] * 2
+
+
+def test_the_recipe_chooses(tmp_path: Path) -> None:
+    losses = {}
+    for choice in ("plain", "auto"):
+        model = made_model()
+        rows = RandomRows(TrainWork(CONFIG, length=64, rows=3, documents=20))
+        recipe = LoopRecipe(kernels=choice, micro_tokens=128)
+        trainer = Trainer(model, rows, 3, recipe, tmp_path / choice, World())
+        assert in_use(model) == (choice == "auto")
+        losses[choice] = [trainer.train_step()["loss"] for _ in range(3)]
+    assert losses["auto"] == pytest.approx(losses["plain"], rel=1e-4)  # Muon enlarges rounding of small directions
+    with pytest.raises(ConfigError, match="kernels must be one of auto, plain"):
+        LoopRecipe(kernels="fast")
 
 
 def test_freed_memory_is_kept_where_the_library_can() -> None:
