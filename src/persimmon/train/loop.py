@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from persimmon.errors import CheckpointError, PersimmonError
+from persimmon.lora import adapter_tensors
 from persimmon.model import PersimmonModel
 from persimmon.train.activations import keep_activations
 from persimmon.train.checkpoint import Checkpoints
@@ -79,7 +80,7 @@ class Trainer:
         self.step, self.tokens_seen = 0, 0
         self._running_loss: float | None = None
         self._skipped = 0
-        self._meter = SpeedMeter(model.config, world, dtype)
+        self._meter = SpeedMeter(model.config, world, dtype, sum(a.numel() for a in adapter_tensors(model).values()))
 
     # -- one step ------------------------------------------------------------------------------------
 
