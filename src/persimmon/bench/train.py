@@ -76,6 +76,7 @@ class Training:
     def __init__(self, work: TrainWork, steps: int) -> None:
         """`steps`: most steps that will be run, besides one to warm up."""
         self._work = work
+        torch.set_flush_denormal(True)  # as `pretrain` does
         model = PersimmonModel(work.config)
         model.initialize(torch.Generator().manual_seed(work.seed))
         recipe = LoopRecipe(

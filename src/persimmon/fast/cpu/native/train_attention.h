@@ -58,7 +58,7 @@ static void softmax_tile(float* scores, int queries, int columns, int visible, f
       store16(row + j, p);
       total = add(total, p);
     }
-    for (int j = seen; j < columns; j++) row[j] = 0;  // their 2^-126 is already in the total, where it weighs nothing
+    for (int j = seen; j < columns; j++) row[j] = 0;  // their 2^kLeastPower is already in the total, where it weighs nothing
     const float shrink = std::exp2(maxima[i] - maximum_now);
     totals[i] = totals[i] * shrink + sum_lanes(total);
     if (shrink != 1.0f)

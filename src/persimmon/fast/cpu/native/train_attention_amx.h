@@ -125,7 +125,7 @@ static void pack_pairs(const uint16_t* rows, int count, int W, uint16_t* pairs) 
 
 // 2^x for x <= 0: degree 4, 4e-5 relative.
 INLINE f32x16 rough_exp2(f32x16 x) {
-  x = maximum(x, set16(-126.0f));
+  x = maximum(x, set16(kLeastPower));
   const f32x16 n = round_even(x), r = sub(x, n);
   f32x16 p = set16(9.6181291076e-3f);
   p = fma(p, r, set16(5.5504108665e-2f));

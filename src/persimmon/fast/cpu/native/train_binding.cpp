@@ -26,7 +26,7 @@ using namespace nb::literals;
 namespace persimmon {
 namespace {
 
-constexpr int kForwardQueries = 960;  // queries of a forward task: a multiple of kQueryBlock, long enough to pay for packing keys
+constexpr int kForwardQueries = 1920;  // of a forward task: a multiple of both kernels' blocks, long enough to pay for packing keys
 
 using Array = nb::ndarray<nb::c_contig, nb::device::cpu>;
 using ReadArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;

@@ -62,9 +62,11 @@ INLINE void count_positive(const f32x16 a, int32_t* counts) {
 #endif
 
 // 2^x for x <= 0 (a little above is fine): 2^n e^(r ln 2), |r| <= 1/2, Taylor to degree 6 (next term below 2e-7 relative).
-// Below -126 the result is of no weight in a sum that holds a one.
+// Below kLeastPower the result is 2^kLeastPower, of no weight in a sum that holds a one, and far enough from the smallest normal
+// number that its products are normal too: arithmetic with others is many times slower.
+constexpr float kLeastPower = -80;
 INLINE f32x16 exp2_nonpositive(f32x16 x) {
-  x = maximum(x, set16(-126.0f));
+  x = maximum(x, set16(kLeastPower));
   const f32x16 n = round_even(x), r = sub(x, n);
   f32x16 p = set16(1.5403530393e-4f);
   p = fma(p, r, set16(1.3333558146e-3f));
