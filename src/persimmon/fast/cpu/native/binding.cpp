@@ -13,6 +13,7 @@
 #include "cpu.h"
 #include "model.h"
 #include "pack.h"
+#include "train_binding.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -411,6 +412,8 @@ NB_MODULE(_native, m) {
   m.def("pack_rows", &py_pack_rows, "format"_a, "weights"_a, "out"_a.noconvert(), "importance"_a.none(), "threads"_a);
   m.def("pack_planes", &py_pack_planes, "weights"_a, "high"_a.noconvert(), "low"_a.noconvert(), "threads"_a);
   m.def("pack_neurons", &py_pack_neurons, "weights"_a, "out"_a.noconvert(), "offset"_a, "threads"_a);
+
+  bind_training(m);
 }
 
 }  // namespace persimmon
