@@ -11,8 +11,8 @@
 namespace persimmon {
 namespace {
 
-constexpr int kSpins = 4000;         // about 50-100 us of pause instructions before sleeping
-constexpr int kSpinsBeforeYield = 2000;  // then the waiting caller lets others run between looks
+constexpr int kSpins = 500;    // pause instructions, 20-40 us, before the core is offered to others between looks
+constexpr int kYields = 1000;  // looks of that kind before sleeping, some 300 us where nobody else wants the core
 
 void pause() {
 #if defined(__x86_64__)
@@ -56,34 +56,53 @@ void Pool::take_chunks(int thread) {
   }
 }
 
+void Pool::wake() {
+  if (workers_.empty()) return;
+  awake_.store(true, std::memory_order_relaxed);
+  epoch_.fetch_add(1);
+  if (sleepers_.load()) wake_all(epoch_);
+}
+
 void Pool::run(const Job& job) {
   job_ = job;
   next_.store(0, std::memory_order_relaxed);
-  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1);  // publishes the job
+  members_.store(1, std::memory_order_release);  // open: publishes the job
+  epoch_.fetch_add(1);
   if (sleepers_.load()) wake_all(epoch_);
   take_chunks(0);
-  for (int spins = 0; running_.load(std::memory_order_acquire); spins++)
-    spins < kSpinsBeforeYield ? pause() : std::this_thread::yield();
+  members_.fetch_sub(1);  // closed: nobody joins any more
+  for (int spins = 0; members_.load(std::memory_order_acquire); spins++)
+    spins < kSpins ? pause() : std::this_thread::yield();
+}
+
+// Become a member of the region that is open, if one is.
+bool Pool::join() {
+  uint32_t members = members_.load(std::memory_order_relaxed);
+  while (members & 1)
+    if (members_.compare_exchange_weak(members, members + 2, std::memory_order_acquire)) return true;
+  return false;
 }
 
 void Pool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen; spins++) {
-      if (spins < kSpins) {
+    for (int looks = 0; epoch_.load(std::memory_order_acquire) == seen; looks++) {
+      if (looks < kSpins) {
         pause();
-        continue;
+      } else if (looks < kSpins + kYields || awake_.load(std::memory_order_relaxed)) {
+        std::this_thread::yield();
+      } else {
+        sleepers_.fetch_add(1);
+        if (epoch_.load() == seen) sleep_while_equal(epoch_, seen);
+        sleepers_.fetch_sub(1);
+        looks = 0;
       }
-      sleepers_.fetch_add(1);
-      if (epoch_.load() == seen) sleep_while_equal(epoch_, seen);
-      sleepers_.fetch_sub(1);
-      spins = 0;
     }
-    seen++;
+    seen = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
+    if (!join()) continue;
     take_chunks(thread);
-    running_.fetch_sub(1, std::memory_order_release);
+    members_.fetch_sub(2, std::memory_order_release);
   }
 }
 
