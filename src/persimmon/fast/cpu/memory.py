@@ -21,7 +21,7 @@ class MemoryPlan:
     """Bytes that a model takes with a context."""
 
     weights: int
-    """Memory-mapped: resident once used, shared with other processes. The embedding counts only by its rows in use."""
+    """Resident, or mapped and then so once used. The embedding counts only by its rows in use."""
     keys_and_values: int
     """Of `context` tokens."""
     scratch: int
