@@ -18,7 +18,7 @@ static constexpr Kernels table(const char* name) {
 #define PERSIMMON_TILED 0, nullptr, nullptr, nullptr, nullptr, nullptr
 #endif
   return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, estimate_rows, refine_row,
-          activate, add_neurons, down_columns, attend_int8, attend_float, quantize_head,
+          activate, one_block, down_columns, attend_int8, attend_float, quantize_head,
           int4_scale, fingerprint};
 }
 

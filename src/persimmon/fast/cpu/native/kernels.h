@@ -108,8 +108,8 @@ struct Kernels {
   // Append the active neurons among [begin, end) (inside one block) of tokens [token, token + count) to out[0 .. count).
   void (*activate)(const MlpArgs& args, int begin, int end, int token, int count, ActiveBlock* const* out,
                    MlpCounts* counts);
-  // sum[0 .. H) += down rows of block `block`, entries [from, active.count), times their values: for one token.
-  void (*add_neurons)(const MlpArgs& args, int block, const ActiveBlock& active, int from, float* sum);
+  // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute. Not for q4.
+  void (*one_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts);
   // y[t, c] += (sum over blocks of their neurons' contributions) + bias[c] for columns [begin, end), multiples of 64.
   // active[block * tokens + t]; scratch holds down_scratch_floats.
   void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,

@@ -10,7 +10,6 @@ namespace {
 constexpr int kStepTokens = 256;       // tokens run through all layers together; bounds the scratch memory
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
-constexpr int kNeuronsAtOnce = 64;     // hot rows stay in the second-level cache until their cold rows are read
 
 size_t row_bytes(Format format, int blocks) {
   switch (format) {
@@ -355,15 +354,7 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
       float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
       std::fill(sum, sum + width_, 0.0f);
       MlpCounts found = {};
-      ActiveBlock active;
-      active.count = 0;
-      ActiveBlock* out = &active;
-      const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-      for (int n = b * kNeuronBlock; n < last; n += kNeuronsAtOnce) {
-        const int before = active.count;
-        kernels_->activate(args, n, std::min(n + kNeuronsAtOnce, last), 0, 1, &out, &found);
-        kernels_->add_neurons(args, b, active, before, sum);
-      }
+      kernels_->one_block(args, b, sum, &found);
       block_counts_[b] = found;
     }
   });

@@ -12,11 +12,10 @@ namespace persimmon {
 namespace PERSIMMON_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kTile = 8;              // tokens that share unpacked weights; thirty-two registers ...
+constexpr int kTile = 8;  // tokens that share unpacked weights; thirty-two registers ...
 #else
-constexpr int kTile = 4;              // ... or sixteen
+constexpr int kTile = 4;  // ... or sixteen
 #endif
-constexpr int kPrefetchAhead = 4096;  // bytes; rows follow each other in memory, so it crosses their ends
 
 // Products of one packed row of `blocks` superblocks with N tokens.
 template <class F, int N>
@@ -24,7 +23,7 @@ INLINE void packed_row(const uint8_t* row, int blocks, const ActivationBlock* co
   f32x8 sum[N];
   for (int t = 0; t < N; t++) sum[t] = zero8();
   for (int s = 0; s < blocks; s++, row += F::bytes) {
-    prefetch(row + kPrefetchAhead, F::bytes);
+    prefetch_stream(row, F::bytes);  // rows follow each other in memory, so it crosses their ends
     const Weights w = F::load(row);
     const f32x8 scale = load_half8(row + F::scales_at);
     for (int t = 0; t < N; t++)
@@ -40,7 +39,7 @@ INLINE void estimate_row(const uint8_t* row, int blocks, const ActivationBlock* 
   f32x8 sum[N], variance[N];
   for (int t = 0; t < N; t++) sum[t] = variance[t] = zero8();
   for (int s = 0; s < blocks; s++, row += High::bytes) {
-    prefetch(row + kPrefetchAhead, High::bytes);
+    prefetch_stream(row, High::bytes);
     const Weights w = High::load(row);
     const f32x8 scale = load_half8(row + High::scales_at), squared = mul(scale, scale);
     for (int t = 0; t < N; t++) {
