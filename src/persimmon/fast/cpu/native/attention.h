@@ -5,7 +5,8 @@
 // Milakov and Gimelshein 2018). So keys and values are streamed once and nothing grows with their number; up to kQueryTile
 // queries share each tile while it is in the first-level cache, a few at a time in registers.
 //
-// For a lone query the memory is the limit: the next tile is prefetched line by line while this one is computed.
+// For a lone token the memory is the limit. Its heads take each tile in turn, since their records of a block lie behind each
+// other: memory is read in long pieces. The next tile is prefetched line by line while this one is computed.
 //
 // A query's result depends on its own position and the keys before it alone: tiles lie at fixed places, sums run over
 // dimensions and keys in order, a scaling by one is left out, a key behind the query has weight zero. So one query or many,
@@ -268,18 +269,19 @@ INLINE void to_weights(const Cache& cache, const KeyTile& tile, int visible, flo
   }
 }
 
-// Q queries from `first` against one tile of which the sequence has `keys` keys; the first of them is key `start`.
+// Q queries from `first`, the first of them at `position`, against one tile of which the sequence has `keys` keys; the first
+// of them is key `start`.
 template <int Q, class Cache>
 INLINE void attend_tile(const AttentionArgs& a, const Cache& cache, const KeyTile& tile, int start, int keys, int first,
-                        Softmax* states) {
+                        int position, Softmax* states) {
   float scores[Q * kTileKeys];
   float* out = a.out + first * a.out_stride;
   for (int g = 0; g < kTileGroups; g += kVectorsAtOnce) cache.template scores<Q, kVectorsAtOnce>(first, tile, g, scores);
   for (int i = 0; i < Q; i++) {
-    const int visible = a.position + first + i + 1 - start;
+    const int visible = position + i + 1 - start;
     to_weights(cache, tile, visible, scores + kTileKeys * i, states + first + i, out + i * a.out_stride);
   }
-  const int last = min_int(keys, a.position + first + Q - start);
+  const int last = min_int(keys, position + Q - start);
   add_all_values<typename Cache::Value, Q>(tile, cache.values_offset(), last, a.head_dim, scores, out, a.out_stride);
 }
 
@@ -291,12 +293,26 @@ INLINE void find_groups(const AttentionArgs& a, int start, int keys, const uint8
   }
 }
 
+// One token: "queries" are its heads, whose records lie head_bytes apart.
 template <class Cache>
-INLINE void attend(const AttentionArgs& a) {
-  const Cache cache(a);
-  Softmax states[kQueryTile];
-  for (int i = 0; i < a.queries; i++)
-    for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] = 0.0f;
+INLINE void attend_heads(const AttentionArgs& a, const Cache& cache, Softmax* states) {
+  const int length = a.position + 1;
+  const uint8_t* group[kTileGroups];
+  KeyTile tile;
+  for (int start = 0; start < length; start += kTileKeys) {
+    const int keys = min_int(kTileKeys, length - start);
+    find_groups(a, start, keys, group);
+    for (int i = 0; i < a.queries; i++) {
+      for (int g = 0; g < kTileGroups; g++) tile.group[g] = group[g] + i * a.head_bytes, tile.next[g] = tile.group[g] + a.head_bytes;
+      // Behind the last head comes the first one's next tile.
+      if (i + 1 == a.queries && start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, tile.next);
+      attend_tile<1>(a, cache, tile, start, keys, i, a.position, states);
+    }
+  }
+}
+
+template <class Cache>
+INLINE void attend_queries(const AttentionArgs& a, const Cache& cache, Softmax* states) {
   const int length = a.position + a.queries;
   KeyTile tile;
   find_groups(a, 0, length, tile.next);
@@ -306,9 +322,19 @@ INLINE void attend(const AttentionArgs& a) {
     const int keys = min_int(kTileKeys, length - start);
     int i = start > a.position ? start - a.position : 0;  // earlier queries do not see this tile
     for (; i + kQueriesAtOnce <= a.queries; i += kQueriesAtOnce)
-      attend_tile<kQueriesAtOnce>(a, cache, tile, start, keys, i, states);
-    for (; i < a.queries; i++) attend_tile<1>(a, cache, tile, start, keys, i, states);
+      attend_tile<kQueriesAtOnce>(a, cache, tile, start, keys, i, a.position + i, states);
+    for (; i < a.queries; i++) attend_tile<1>(a, cache, tile, start, keys, i, a.position + i, states);
   }
+}
+
+template <class Cache>
+INLINE void attend(const AttentionArgs& a) {
+  const Cache cache(a);
+  Softmax states[kQueryTile];
+  for (int i = 0; i < a.queries; i++)
+    for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] = 0.0f;
+  if (a.head_bytes) attend_heads(a, cache, states);
+  else attend_queries(a, cache, states);
   for (int i = 0; i < a.queries; i++) {
     const float inverse = 1.0f / sum_lanes(states[i].sum);
     for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] *= inverse;

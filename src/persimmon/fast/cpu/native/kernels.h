@@ -65,20 +65,22 @@ constexpr size_t key_group_bytes(int head_dim, bool int8) {
   return 2 * kKeyGroup * (int8 ? head_dim + sizeof(float) : head_dim * sizeof(float));
 }
 
-// Consecutive tokens of one sequence, at most kQueryTile, as queries of one head against all keys up to themselves.
+// Consecutive tokens of one sequence, at most kQueryTile, as queries of one head against all keys up to themselves; or, with
+// head_bytes, one token's queries of as many consecutive heads.
 struct AttentionArgs {
   const float* q;           // [queries] rows of [D], normalised and rotated, `q_stride` floats apart
   size_t q_stride;
   float* out;               // likewise
   size_t out_stride;
   int queries;
-  int position;             // of the first query: query i sees keys 0 .. position + i
+  int position;             // of the first query: query i sees keys 0 .. position + i, every head 0 .. position
   int head_dim;
   float scale;              // 1 / sqrt(D)
   const uint8_t* base;      // records of the head: base + table[g / groups_per_block] * block_bytes
   const int32_t* table;     //                      + g % groups_per_block * group_bytes
   int groups_per_block;
   size_t group_bytes, block_bytes;
+  size_t head_bytes;        // from a head's records in a block to the next head's; 0: queries of one head
 };
 constexpr int kQueryTile = 32;
 

@@ -271,11 +271,9 @@ void Model::attention(const Layer& layer, int index, const std::vector<Token>& t
   const int count = static_cast<int>(tokens.size()), heads = shape_.heads, groups = static_cast<int>(queries_.size());
   const auto chunk = [&](int items) { return std::max(1, items / (pool_.threads() * 8)); };
   if (count == 1) {
-    pool_.parallel_for(heads, chunk(heads), [&](int begin, int end, int) {
-      for (int h = begin; h < end; h++) {
-        prepare_head(layer, index, tokens[0], 0, h);
-        attend_head(index, tokens, queries_[0], h);
-      }
+    pool_.parallel_for(heads, std::clamp(heads / (2 * pool_.threads()), 1, kQueryTile), [&](int begin, int end, int) {
+      for (int h = begin; h < end; h++) prepare_head(layer, index, tokens[0], 0, h);
+      for (int h = begin; h < end; h += kQueryTile) attend_heads(index, tokens, queries_[0], h, std::min(kQueryTile, end - h));
     });
     return;
   }
@@ -284,7 +282,7 @@ void Model::attention(const Layer& layer, int index, const std::vector<Token>& t
     for (int i = begin; i < end; i++) prepare_head(layer, index, tokens[i % count], i % count, i / count);
   });
   pool_.parallel_for(heads * groups, chunk(heads * groups), [&](int begin, int end, int) {
-    for (int i = begin; i < end; i++) attend_head(index, tokens, queries_[i % groups], i / groups);
+    for (int i = begin; i < end; i++) attend_heads(index, tokens, queries_[i % groups], i / groups, 1);
   });
 }
 
@@ -303,7 +301,8 @@ void Model::prepare_head(const Layer& layer, int index, const Token& token, int 
   token.cache->store(*kernels_, index, head, token.table, token.position, k, v);
 }
 
-void Model::attend_head(int index, const std::vector<Token>& tokens, const Queries& queries, int head) {
+// Queries of one head, or of several heads where there is one query.
+void Model::attend_heads(int index, const std::vector<Token>& tokens, const Queries& queries, int head, int heads) {
   const int dim = shape_.head_dim, row = 3 * shape_.hidden;
   const Token& token = tokens[queries.first];
   AttentionArgs args = {};
@@ -313,6 +312,10 @@ void Model::attend_head(int index, const std::vector<Token>& tokens, const Queri
   args.out = attended_.data() + static_cast<size_t>(queries.first) * width_ + head * dim;
   args.out_stride = width_;
   args.queries = queries.count;
+  if (heads > 1) {
+    args.queries = heads, args.head_bytes = token.cache->head_bytes();
+    args.q_stride = 3 * dim, args.out_stride = dim;
+  }
   args.position = token.position;
   args.head_dim = dim;
   args.scale = 1.0f / std::sqrt(static_cast<float>(dim));

@@ -114,7 +114,7 @@ class Model {
   void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
   void attention(const Layer& layer, int index, const std::vector<Token>& tokens);
   void prepare_head(const Layer& layer, int index, const Token& token, int t, int head);
-  void attend_head(int index, const std::vector<Token>& tokens, const Queries& queries, int head);
+  void attend_heads(int index, const std::vector<Token>& tokens, const Queries& queries, int head, int heads);
   void mlp(const Layer& layer, int index, int tokens);
   void mlp_dense_q4(const Layer& layer, int tokens);
   MlpCounts mlp_one(const MlpArgs& args, float* output);
