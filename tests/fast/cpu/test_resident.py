@@ -36,6 +36,7 @@ def test_they_decode_to_the_same_bits(packed: dict[str, Path]) -> None:
     logits = []
     for weights in ("mapped", "resident"):
         decoder = load_decoder(packed["p44"], weights=weights)
+        assert decoder.weights == weights
         (row,) = decoder.forward([Chunk(decoder.new_sequence(8), [1, 2, 3])])
         logits.append(row)
     assert np.array_equal(*logits)
@@ -97,7 +98,7 @@ def test_memory_that_is_not_given(packed: dict[str, Path], monkeypatch: pytest.M
     monkeypatch.undo()
     monkeypatch.setattr(resident, "_arena", lambda size: (_ for _ in ()).throw(UnavailableError("no")))
     monkeypatch.setattr("persimmon.fast.cpu.load.choose_weights", lambda wanted, plan: True)
-    load_decoder(packed["q4"])  # auto: mapped instead, and nothing is said
+    assert load_decoder(packed["q4"]).weights == "mapped"  # auto, and nothing is said
 
 
 def test_unquantized_directories_are_always_mapped(checkpoint: Path) -> None:

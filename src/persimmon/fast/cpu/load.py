@@ -53,24 +53,26 @@ def load_decoder(
     planned_kv = kv_dtype if kv_dtype != "auto" else ("int8" if form.packed else "float32")
     plan = plan_memory(own, form, planned_kv, min(_LEAST_CONTEXT, own.max_positions))
     check_memory(plan)
+    where = "mapped"
     if packed is not None:
-        arrays = _packed_arrays(packed, plan, weights, options.get("threads") or cpu_threads(), verify, progress)
+        arrays, where = _packed_arrays(packed, plan, weights, options.get("threads") or cpu_threads(), verify, progress)
     elif weights == "resident":
         raise UnavailableError(f"{directory} is not quantized: its weights are always mapped")
     else:
         arrays = float_arrays(opened, form, None if adapter is None else open_adapter(adapter, own))
-    return CpuDecoder(config or own, form, arrays, **options)
+    return CpuDecoder(config or own, form, arrays, weights=where, **options)
 
 
 def _packed_arrays(
     packed: PackedDirectory, plan: MemoryPlan, weights: str, threads: int, verify: bool, progress: ProgressReport
-) -> Arrays:
+) -> tuple[Arrays, str]:
+    """The arrays, and whether they are mapped or resident."""
     if choose_weights(weights, plan):
         try:
-            return load_resident(packed, threads, verify=verify, progress=progress)
+            return load_resident(packed, threads, verify=verify, progress=progress), "resident"
         except UnavailableError:  # only of the memory
             if weights == "resident":
                 raise
     if verify:
         packed.verify(threads, progress)
-    return packed.map()
+    return packed.map(), "mapped"

@@ -24,6 +24,7 @@ namespace PERSIMMON_ISA {
 
 constexpr int kTileGroups = 4;
 constexpr int kTileKeys = kTileGroups * kKeyGroup;
+constexpr int kTilesAhead = 3;  // of a head: 26 KiB of int8 keys and values of 64 dimensions
 #if defined(__AVX512F__)
 constexpr int kQueriesAtOnce = 4, kVectorsAtOnce = 4;  // 16 sums of 16 lanes: half of the registers
 #else
@@ -115,9 +116,15 @@ INLINE f32x16 to_floats(const KeySums& sums) {
 
 // ---- the two kinds of cache ----------------------------------------------------------------------------------------------
 
-// The records of a tile, and of the one after it.
+// The records of a tile, of the one after it, and of one that is read some time later.
 struct KeyTile {
-  const uint8_t *group[kTileGroups], *next[kTileGroups];
+  const uint8_t *group[kTileGroups], *next[kTileGroups], *later[kTileGroups];
+
+  // Line `offset` of a record of the next tile into the first cache, of the later one into the second.
+  inline __attribute__((always_inline)) void fetch(int record, size_t offset) const {
+    __builtin_prefetch(next[record] + offset);
+    __builtin_prefetch(later[record] + offset, 0, 2);
+  }
 };
 
 struct FloatCache {
@@ -134,7 +141,7 @@ struct FloatCache {
       f32x16 keys[V];
       for (int v = 0; v < V; v++) {
         keys[v] = load16(reinterpret_cast<const float*>(tile.group[from + v]) + kKeyGroup * d);
-        if (Q == 1) __builtin_prefetch(tile.next[from + v] + 64 * d);
+        if (Q == 1) tile.fetch(from + v, 64 * d);
       }
       for (int i = 0; i < Q; i++) {
         const f32x16 x = set16(q[(first + i) * stride + d]);
@@ -174,7 +181,7 @@ struct Int8Cache {
       KeyBytes keys[V];
       for (int v = 0; v < V; v++) {
         keys[v] = load_keys(tile.group[from + v] + 64 * j);
-        if (Q == 1) __builtin_prefetch(tile.next[from + v] + 64 * j);
+        if (Q == 1) tile.fetch(from + v, 64 * j);
       }
       for (int i = 0; i < Q; i++)
         for (int v = 0; v < V; v++) sums[i][v] = add_dots(sums[i][v], keys[v], words[first + i][j]);
@@ -212,7 +219,7 @@ INLINE void add_values(const KeyTile& tile, size_t offset, int keys, int dim, in
     const size_t place = offset + (k % kKeyGroup * dim + from) * sizeof(T);
     const T* value = reinterpret_cast<const T*>(tile.group[k / kKeyGroup] + place);
     if (Q == 1)
-      for (size_t i = 0; i < 16 * V * sizeof(T); i += 64) __builtin_prefetch(tile.next[k / kKeyGroup] + place + i);
+      for (size_t i = 0; i < 16 * V * sizeof(T); i += 64) tile.fetch(k / kKeyGroup, place + i);
     f32x16 values[V];
     for (int v = 0; v < V; v++) values[v] = load_value16(value + 16 * v);
     for (int i = 0; i < Q; i++) {
@@ -297,15 +304,20 @@ INLINE void find_groups(const AttentionArgs& a, int start, int keys, const uint8
 template <class Cache>
 INLINE void attend_heads(const AttentionArgs& a, const Cache& cache, Softmax* states) {
   const int length = a.position + 1;
-  const uint8_t* group[kTileGroups];
+  const uint8_t *group[kTileGroups], *after[kTileGroups];
   KeyTile tile;
+  // Head i of the tile at hand; behind the last head come the heads of the tile after it.
+  const auto locate = [&](int i, const uint8_t** out) {
+    for (int g = 0; g < kTileGroups; g++)
+      out[g] = i < a.queries ? group[g] + i * a.head_bytes : after[g] + (i - a.queries) * a.head_bytes;
+  };
+  find_groups(a, 0, length, after);
   for (int start = 0; start < length; start += kTileKeys) {
     const int keys = min_int(kTileKeys, length - start);
-    find_groups(a, start, keys, group);
+    memcpy(group, after, sizeof group);
+    if (start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, after);
     for (int i = 0; i < a.queries; i++) {
-      for (int g = 0; g < kTileGroups; g++) tile.group[g] = group[g] + i * a.head_bytes, tile.next[g] = tile.group[g] + a.head_bytes;
-      // Behind the last head comes the first one's next tile.
-      if (i + 1 == a.queries && start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, tile.next);
+      locate(i, tile.group), locate(i + 1, tile.next), locate(i + kTilesAhead, tile.later);
       attend_tile<1>(a, cache, tile, start, keys, i, a.position, states);
     }
   }
@@ -319,6 +331,7 @@ INLINE void attend_queries(const AttentionArgs& a, const Cache& cache, Softmax* 
   for (int start = 0; start < length; start += kTileKeys) {
     memcpy(tile.group, tile.next, sizeof tile.group);
     if (start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, tile.next);
+    memcpy(tile.later, tile.next, sizeof tile.next);
     const int keys = min_int(kTileKeys, length - start);
     int i = start > a.position ? start - a.position : 0;  // earlier queries do not see this tile
     for (; i + kQueriesAtOnce <= a.queries; i += kQueriesAtOnce)

@@ -246,6 +246,31 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
   return out.array({tokens, count});
 }
 
+// The vocabulary head's two passes over rows in planes: estimates, their bounds, and every row refined, [T, R] each.
+std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In<uint8_t, 2> low, In<float, 2> x, float sigmas,
+                                                         const std::string& isa, bool tiled) {
+  const Kernels* kernels = find_kernels(isa);
+  const Inputs inputs(kernels, Format::planes, x);
+  const size_t tokens = x.shape(0), count = high.shape(0);
+  Owned<float> estimate(tokens * count), bound(tokens * count), exact(tokens * count);
+  RowsArgs args = {};
+  args.format = Format::planes, args.weights = high.data(), args.row_bytes = high.shape(1);
+  args.low = low.data(), args.low_bytes = low.shape(1);
+  args.blocks = static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock);
+  args.x = inputs.data(), args.tokens = static_cast<int>(tokens);
+  const int rows = static_cast<int>(count);
+  if (tiled) {
+    const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
+    args.tiles = tiles.groups.data();
+    kernels->tiled_estimates(args, 0, rows, sigmas, estimate.data, bound.data, count, tiles.scratch());
+  } else {
+    kernels->estimate_rows(args, 0, rows, sigmas, estimate.data, bound.data, count);
+  }
+  for (size_t i = 0; i < tokens * count; i++)
+    exact.data[i] = kernels->refine_row(args, static_cast<int>(i / count), static_cast<int>(i % count), estimate.data[i]);
+  return {estimate.array({tokens, count}), bound.array({tokens, count}), exact.array({tokens, count})};
+}
+
 // The MLP of all tokens of a call together, as for batches and prompts; `tiles` is scratch memory of the tiled kernels or null.
 void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, float* y, MlpCounts* counts) {
   const int tokens = args.tokens, width = args.blocks * kSuperblock;
@@ -412,6 +437,8 @@ NB_MODULE(_native, m) {
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "isa"_a = "auto");
   m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false,
         "x [T, K] . weights^T -> [T, R]; tiled: by the kernels for many tokens.");
+  m.def("head_rows", &head_rows, "high"_a, "low"_a, "x"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
+        "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
   m.def("tiled_tokens", [](const std::string& isa) { return find_kernels(isa)->tiled_tokens; }, "isa"_a = "auto",
         "Fewest tokens for which the tiled kernels are used; 0 where there are none.");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
