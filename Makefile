@@ -10,6 +10,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# Processes that share the tests' files, one thread of PyTorch's each.
+JOBS ?= 2
 # An older PyTorch is enough when it is all there is: make chat TORCH=torch==2.11.0
 
 .DEFAULT_GOAL := help
@@ -58,7 +60,7 @@ serve: $(VENV)/serve.done
 	$(BIN)/persimmon serve
 
 test: $(VENV)/dev.done $(if $(shell command -v npm),| $(AXE))
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 check: $(VENV)/dev.done
 	$(BIN)/ruff format --check .

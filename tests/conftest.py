@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -31,14 +32,30 @@ def no_process_left() -> Iterator[None]:
     assert not left, f"processes left behind: {', '.join(f'{p.name} ({p.pid})' for p in left)}"
 
 
+LEFT_BEHIND = pytest.StashKey[list[str]]()
+"""What the tests' processes left behind, by name."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """One of several processes that run tests (pytest-xdist) has ended; its session's finish wrote what it left."""
+    node.config.stash.setdefault(LEFT_BEHIND, []).extend(getattr(node, "workeroutput", {}).get("left behind", []))
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """What outlives the tests is a failure of the run, by name; without this, the run might never end."""
+    config = session.config
     children, threads = remaining_children(), remaining_threads()
-    if not children and not threads:
-        return
-    end(children)
     names = [describe(child) for child in children] + [f"thread {thread.name}" for thread in threads]
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    end(children)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left behind"] = names
+        return
+    names += config.stash.get(LEFT_BEHIND, [])
+    if not names:
+        return
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.write_line("\nleft behind by the tests: " + "; ".join(names), red=True)
     session.exitstatus = pytest.ExitCode.TESTS_FAILED

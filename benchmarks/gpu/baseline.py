@@ -6,13 +6,11 @@ a careful user of torch.compile gets without kernels of their own.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from persimmon.bench.gpu_kernels import seconds_of
 from persimmon.config import ModelConfig
 from persimmon.fast.cuda.weights import Layer, Weights
 from persimmon.model import apply_rotary
@@ -95,13 +93,3 @@ def transformers_tokens_per_second(config: ModelConfig, device: torch.device, dt
     with torch.inference_mode():
         generate(2)
         return tokens / seconds_of(lambda: generate(tokens), device)
-
-
-def seconds_of(run: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import models
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from persimmon.config import ModelConfig
+from persimmon.fast.cuda import synthesize
 from persimmon.fast.cuda.kernels import attention, matmul, norm, sampling, sparse_mlp
 from persimmon.fast.cuda.kernels.cache_write import cache_write
 from persimmon.fast.cuda.layouts import FP8, INT4, INT8, PLAIN, PLANES, Matrix
@@ -63,15 +63,15 @@ def products(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> I
     for name, kind in KINDS.items():
         if name == "fp8" and not supports_fp8(device):
             continue
-        up = models.random_matrix(kind, neurons, hidden, False, dtype, generator)
+        up = synthesize.random_matrix(kind, neurons, hidden, False, dtype, generator)
         for tokens in (1, 8, 64):
             x = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
             expected = (x.float() @ numbers(up).T + bias).relu().square()
             yield f"{name} x {tokens}", distance(matmul.multiply(x, up, bias, squared_relu=True), expected), limit
         if kind in (PLAIN, FP8, INT8):
-            down = models.random_matrix(kind, hidden, neurons, True, dtype, generator)
+            down = synthesize.random_matrix(kind, hidden, neurons, True, dtype, generator)
             yield from sparse(name, up, down, bias, hidden, generator, dtype)
-    planes = models.random_matrix(PLANES, neurons, hidden, False, dtype, generator)
+    planes = synthesize.random_matrix(PLANES, neurons, hidden, False, dtype, generator)
     x = torch.randn(1, hidden, generator=generator, device=device).to(dtype)
     active, _ = sparse_mlp.progressive_up(x, planes, sparse_mlp.outlier_mask(planes), bias, math.inf)
     expected = (x.float() @ numbers(planes).T + bias).relu().square()

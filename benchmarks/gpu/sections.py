@@ -11,14 +11,13 @@ from typing import Any
 import arithmetic
 import baseline
 import checks
-import models
 import torch
 
+from persimmon.bench import gpu_kernels
 from persimmon.config import ModelConfig
-from persimmon.fast.cuda.choice import DENSE, SPARSE, KernelTable, MlpTimes
+from persimmon.fast.cuda import synthesize
+from persimmon.fast.cuda.choice import KernelTable
 from persimmon.fast.cuda.decoder import CudaDecoder
-from persimmon.fast.cuda.graphs import cuda_capture
-from persimmon.fast.cuda.kernels.matmul import multiply_active
 from persimmon.fast.cuda.kernels.sparse_mlp import MOST_ACTIVE_TOKENS
 from persimmon.fast.cuda.network import Network
 from persimmon.fast.cuda.plan import describe, device_kv_bytes_per_token, plan
@@ -71,13 +70,13 @@ class Bench:
             self._weights.clear()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._weights[name] = models.synthesize(self.config, name, self.device, self.active)
+            self._weights[name] = synthesize.synthesize(self.config, name, self.device, self.active)
         return self._weights[name]
 
     def median_seconds(self, run: Callable[[], None]) -> float:
         """Median wall time of a run, the device idle before and after."""
         run()
-        return statistics.median(baseline.seconds_of(run, self.device) for _ in range(self.repeats))
+        return statistics.median(gpu_kernels.seconds_of(run, self.device) for _ in range(self.repeats))
 
 
 def check_kernels(bench: Bench) -> dict[str, Any]:
@@ -102,52 +101,21 @@ def ceilings(bench: Bench) -> dict[str, Any]:
 
 
 def mlp_table(bench: Bench) -> dict[str, Any]:
-    """Dense and sparse MLP per layer, by format and tokens; all layers in turn, so that no cache holds them."""
+    """Dense and sparse MLP per layer, by format and tokens."""
     rows: dict[str, dict[str, Any]] = {}
+    few = [tokens for tokens in bench.batches if tokens <= MOST_ACTIVE_TOKENS]
     for name in bench.formats:
         weights = bench.weights(name)
-        if not weights.layers[0].down.neuron_major:
-            continue
-        rows[name] = {}
-        for tokens in bench.batches:
-            if tokens > MOST_ACTIVE_TOKENS:
-                break
+        if weights.layers[0].down.neuron_major:
             bench.check_time()
-            x = torch.randn(tokens, bench.config.hidden_size, device=bench.device).to(weights.dtype)
-            times = {}
-            for kind, table in (("dense_us", DENSE), ("sparse_us", SPARSE)):
-                run = captured(bench, all_mlps(Network(weights, table), x))
-                times[kind] = round(bench.median_seconds(run) / bench.config.num_layers * 1e6, 2)
-            layer = weights.layers[0]
-            counts = multiply_active(x, layer.up, layer.up_bias).counts
-            times["active_union"] = round(int(counts.sum()) / layer.up.outputs, 4)
-            rows[name][str(tokens)] = times
+            rows[name] = gpu_kernels.measure_mlp(weights, few, bench.median_seconds)
     return rows
-
-
-def all_mlps(network: Network, x: torch.Tensor) -> Callable[[], None]:
-    """Every layer's MLP on the same tokens."""
-
-    def run() -> None:
-        for index, layer in enumerate(network.weights.layers):
-            network._mlp(x, layer, index)
-
-    return run
-
-
-def captured(bench: Bench, run: Callable[[], None]) -> Callable[[], None]:
-    """As a CUDA graph, so that launches cost the same for both."""
-    return cuda_capture(bench.device)(run) if bench.device.type == "cuda" else run
 
 
 def kernel_table(bench: Bench) -> KernelTable:
     """What was measured, for the engine."""
     measured = bench.report["sections"].get("mlp", {}).get("rows", {})
-    mlp = {
-        name: {int(n): MlpTimes(t["dense_us"], t["sparse_us"]) for n, t in rows.items()}
-        for name, rows in measured.items()
-    }
-    return KernelTable(bench.report["device"]["name"], bench.active, mlp)
+    return gpu_kernels.kernel_table(measured or {}, bench.report["device"]["name"], bench.active)
 
 
 def decode(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -208,7 +176,7 @@ def describe_row(
     sparse = Network(weights, kernel_table(bench)).runs_sparse(batch)
     union = arithmetic.union_of_active(bench.active, batch)
     step = arithmetic.StepBytes(
-        sum(matrix.num_bytes for matrix in models.all_matrices(weights)),
+        sum(matrix.num_bytes for matrix in synthesize.all_matrices(weights)),
         round(down * (1 - union)) if sparse else 0,
         batch * context * device_kv_bytes_per_token(bench.config, kv_dtype),
     )
@@ -253,7 +221,7 @@ def baselines(bench: Bench) -> Iterator[dict[str, Any]]:
         bench.check_time()
         decoder = baseline.PlainDecoder(weights, batch, bench.contexts[0], compiled=compiled)
         with torch.inference_mode():
-            run = captured(bench, decoder.step)
+            run = gpu_kernels.captured(decoder.step, bench.device)
             seconds = bench.median_seconds(lambda run=run: [run() for _ in range(bench.decode_tokens)] and None)
         rate = batch * bench.decode_tokens / seconds
         what = "torch.compile, static cache, CUDA graph" if compiled else "plain PyTorch"

@@ -137,7 +137,7 @@ ENGINES: dict[str, Engine] = {
         "Triton kernels and CUDA graphs, plain or quantized weights",
         ("cuda",),
         _load_cuda,
-        frozenset({"context", "kv_dtype", "sparsity_margin", "fp8", "kernel_table", "verify", "progress"}),
+        frozenset({"context", "kv_dtype", "sparsity_margin", "fp8", "kernel_table", "verify", "progress", "adapter"}),
         packed=True,
         why_unavailable=_why_no_cuda,
         why_unfit=_why_not_on_cuda,

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from persimmon.cli.main import verb_parser
@@ -55,6 +56,17 @@ def test_every_command_is_understood(script: ModuleType, monkeypatch: pytest.Mon
 def test_rows_whose_peer_is_missing_are_left_out(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [row.name for row in script.rows(arguments(script, monkeypatch, "--models", "MODELS"))]
     assert "kernels" in names and not any(name.endswith("-llama") or name.startswith("eval") for name in names)
+
+
+def test_a_row_that_takes_too_long_ends_with_all_it_started(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    child = tmp_path / "child"
+    program = "import pathlib, subprocess, time; child = subprocess.Popen(['sleep', '600']); "
+    program += f"pathlib.Path({str(child)!r}).write_text(str(child.pid)); time.sleep(600)"
+    monkeypatch.setattr(script, "ROW_SECONDS", 5)
+    assert not script.measure(script.Row("a", [sys.executable, "-c", program]), tmp_path / "a.json")
+    assert not psutil.pid_exists(int(child.read_text())) or psutil.Process(int(child.read_text())).status() == "zombie"
 
 
 def test_rows_that_are_there_are_passed_over(

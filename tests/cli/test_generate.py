@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,8 +217,35 @@ def test_a_prompt_file_is_made_used_and_refused_when_damaged(
     file.write_bytes(file.read_bytes()[:-10])
     assert main(args) == 2
     assert f"prompt file {file} cannot be used: it has" in capfd.readouterr().err
-    assert main(["generate", directory, "--prompt", "a", "--prompt-cache", str(tmp_path / "no" / "file")]) == 1
-    assert "cannot be written: No such file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--prompt-cache", "no/file"], 1, "cannot be written: No such file"),
+        (["--prompt-cache", "."], 1, "cannot be written: Is a directory"),
+        (["--lookup", "65"], 2, "lookup must be from 0 to 64"),
+        (["--temperature", "-1"], 2, "temperature"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_what_is_wrong_shows_before_the_model_is_loaded(
+    verb: str, flags: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, "no-such-model", "--prompt", "a", *flags]) == code
+    assert words in capfd.readouterr().err
+
+
+def test_a_batch_is_read_before_its_model_is_loaded(
+    directory: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": 3}\n')
+    (Path(shutil.copytree(directory, tmp_path / "damaged")) / "model.safetensors").write_bytes(b"")
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main(["generate", str(tmp_path / "damaged"), *files]) == 2
+    assert "line 1: prompt must be a text" in capfd.readouterr().err
 
 
 def test_guessing_changes_no_text(directory: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -227,5 +255,3 @@ def test_guessing_changes_no_text(directory: str, capfd: pytest.CaptureFixture[s
     assert main([*args, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["text"] == guessed["text"]
     assert guessed["usage"]["guessed_tokens"] >= guessed["usage"]["accepted_tokens"]
-    assert main([*args, "--lookup", "65"]) == 2
-    assert "lookup must be from 0 to 64" in capfd.readouterr().err

@@ -58,6 +58,14 @@ def test_wrong_records_are_named(tmp_path: Path, record: dict[str, Any], text: s
     assert text in str(caught.value)
 
 
+def test_broken_pairs_can_be_left_out(tmp_path: Path) -> None:
+    good, bad = {"prompt": "x", "chosen": "y", "rejected": "z"}, {"prompt": "x", "chosen": "y", "rejected": "y"}
+    errors: list[DataError] = []
+    found = list(read_preferences(write(tmp_path / "pairs.jsonl", bad, good, {}, good), errors.append))
+    assert [pair.origin for pair in found] == ["pairs.jsonl:2", "pairs.jsonl:4"]
+    assert [str(error).split(": ")[0] for error in errors] == ["pairs.jsonl:1", "pairs.jsonl:3"]
+
+
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no preferences at"):
         list(read_preferences(tmp_path / "none.jsonl"))

@@ -311,6 +311,21 @@ def test_unknown_executor_options_are_named(root: Path, tmp_path: Path) -> None:
         prepare(recipe(root, tmp_path, executor={"kind": "local", "options": {"partitions": "x"}}))
 
 
+def test_datatrove_on_ray_gives_the_same_bytes(root: Path, prepared: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="needs the extra packages of persimmon[ray]")
+    prepare(recipe(root, tmp_path, executor={"kind": "ray", "workers": 2}))
+    assert contents(tmp_path) == contents(prepared) and not ray.is_initialized()
+
+
+def test_a_task_that_fails_on_ray_ends_the_run(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra packages of persimmon[ray]")
+    large = {"size": 100_000, "characters": 60_000}
+    with pytest.raises(DataError, match=r"stage learn: 1 of 1 tasks failed; why is at the end of (.*)") as caught:
+        prepare(recipe(root, tmp_path, executor={"kind": "ray"}, vocabulary=large, part_bytes=10**9))
+    log = Path(str(caught.value).rpartition("end of ")[2])
+    assert "cannot train a vocabulary of 100000 pieces" in log.read_text()
+
+
 def test_ray_is_an_extra(root: Path, tmp_path: Path) -> None:
     if "ray" in sys.modules or __import__("importlib.util").util.find_spec("ray"):
         pytest.skip("ray is installed")

@@ -14,7 +14,7 @@ from persimmon.infer.block_cache import PagedReference
 from persimmon.infer.completion import Piece
 from persimmon.infer.constraint import Grammar, choice, json_schema
 from persimmon.infer.decoder import Decoder
-from persimmon.infer.engine import Engine, Request, Update, num_blocks_for
+from persimmon.infer.engine import ACTIVE_STEPS, Engine, Request, Update, num_blocks_for
 from persimmon.infer.generate import Stream
 from persimmon.infer.paged import PagedChunk, SeparateCaches, page
 from persimmon.infer.params import SamplingParams
@@ -219,6 +219,30 @@ def test_a_request_that_breaks_the_decoder_ends_alone() -> None:
     assert got["bad"].last.failure is not None and got["bad"].last.failure.kind == "engine"
     for one in requests:
         assert got[one.id].token_ids == answers(reference_engine(), [one])[one.id].token_ids
+
+
+class Counting(PagedReference):
+    """Counts how often it is asked for the shares."""
+
+    looks = 0
+
+    @property
+    def active_fraction(self) -> list[float]:
+        self.looks += 1
+        return super().active_fraction
+
+
+def test_active_values_are_looked_at_now_and_then() -> None:
+    decoder = Counting(MODEL, 64, 16)
+    engine = Engine(decoder, TOKENIZER)
+    engine.submit(request("a", max_tokens=100, logit_bias={TOKENIZER.eos_id: -100}))
+    steps, states = 0, [engine.state]
+    while engine.busy:
+        engine.step()
+        steps += 1
+        states.append(engine.state)
+    assert steps >= 100 and 2 <= decoder.looks <= 3 + steps // ACTIVE_STEPS
+    assert states[0].active_fraction == () and states[-1].active_fraction == tuple(decoder.active_fraction)
 
 
 def test_any_decoder_can_be_served() -> None:

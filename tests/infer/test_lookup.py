@@ -92,6 +92,24 @@ def test_everything_else_is_the_same_too(prompt: list[int], lookup: int, samplin
     )
 
 
+def test_the_text_to_look_in_goes_on_where_the_context_is_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[list[int]] = []
+    append = Lookup.append
+
+    def noted(lookup: Lookup, token_id: int) -> None:
+        append(lookup, token_id)
+        texts.append(list(lookup._token_ids))
+
+    monkeypatch.setattr(Lookup, "append", noted)
+    model = Persimmon(cpu_decoder(MODEL), TOKENIZER, context=24)
+    prompt = [5, 9, 30, 31] * 5
+    result = model.generate(
+        prompt, lookup=4, max_tokens=60, temperature=0.0, context_overflow="shift", logit_bias={TOKENIZER.eos_id: -100}
+    )
+    assert len(result.token_ids) == 60
+    assert texts[-1] == [*prompt, *result.token_ids[:-1]], "the last token is looked for by nobody"
+
+
 def test_right_guesses_save_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A greedy answer that runs in circles is guessed; counts say so."""
     decoder = cpu_decoder(MODEL)

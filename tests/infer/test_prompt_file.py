@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from cpu_decoders import cpu_decoder
 from persimmon.api import Persimmon
 from persimmon.errors import InputError, NotFoundError, PersimmonError, PromptFileError, StorageError, UnavailableError
 from persimmon.infer.decoder import Chunk, Decoder, Logits
+from persimmon.infer.prompt_file import check_place
 from persimmon.infer.reference import ReferenceDecoder
 from persimmon.infer.session import Session
 from scripted_decoder import ScriptedDecoder
@@ -146,6 +148,42 @@ def test_damaged_files_are_refused_wherever_the_damage_is(decoder: Decoder, tmp_
     path.write_bytes(content + b"x")
     with pytest.raises(PromptFileError, match="cut off or is damaged"):
         Session(decoder, 512).restore(path, IDS)
+
+
+def written_with(path: Path, header: bytes, data: bytes = b"") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def test_hostile_headers_are_refused(tmp_path: Path) -> None:
+    decoder = cpu_decoder(MODEL)
+    deep = b'{"__metadata__": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    with pytest.raises(PromptFileError, match="not a prompt file"):
+        Session(decoder, 512).restore(written_with(tmp_path / "deep", deep), IDS)
+    saved(decoder, tmp_path / "p")
+    content = (tmp_path / "p").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    for name, change in (("token_ids", 2), ("checksums", 2), ("checksums", 3)):
+        header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+        later = False
+        for tensor, entry in header.items():
+            if tensor != "__metadata__":  # the tensor is longer, those behind it begin later
+                entry["data_offsets"] = [
+                    offset + change * (later or (tensor == name and number == 1))
+                    for number, offset in enumerate(entry["data_offsets"])
+                ]
+                later = later or tensor == name
+        path = written_with(tmp_path / "odd", json.dumps(header).encode(), data + bytes(change))
+        with pytest.raises(PromptFileError, match="its header is damaged"):
+            Session(decoder, 512).restore(path, IDS)
+
+
+def test_a_place_where_no_file_can_be_shows_before_the_model_runs(tmp_path: Path) -> None:
+    model = Persimmon(ScriptedDecoder(lambda ids: pytest.fail("the model ran")), tiny_tokenizer(), context=64)
+    for place, message in ((tmp_path, "Is a directory"), (tmp_path / "no" / "p", "No such file")):
+        with pytest.raises(StorageError, match=f"cannot be written: {message}"):
+            model.generate(IDS[:5], max_tokens=1, prompt_cache=place)
+    check_place(tmp_path / "p")
 
 
 def test_files_of_something_else_are_refused(tmp_path: Path) -> None:

@@ -135,7 +135,8 @@ def test_a_client_that_goes_away_frees_the_replica(served: Served) -> None:
     assert metric(served, "persimmon_kv_cache_usage_perc") == 0
 
 
-ENDLESS = {"logit_bias": {"1": -100}}
+ENDLESS = {"logit_bias": {"297": 100}}
+"""mini says " with" for ever: neither its end token nor the chat format's stop string can end an answer early."""
 
 
 def metric(served: Served, name: str) -> float:
@@ -151,7 +152,9 @@ def test_a_killed_replica_loses_only_its_own_requests_and_is_replaced(served: Se
     begun: set[int] = set()
 
     def stream(number: int) -> None:
-        body = {"messages": conversations[number], "stream": True, "max_tokens": 1000, "seed": 1} | ENDLESS
+        # Those of the victim must still run when it dies, the others need not.
+        tokens = 12_000 if homes[number] == victim else 2_000
+        body = {"messages": conversations[number], "stream": True, "max_tokens": tokens, "seed": 1} | ENDLESS
         with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=200) as answer:
             found[number] = []
             for line in answer.iter_lines():
@@ -182,6 +185,21 @@ def test_a_killed_replica_loses_only_its_own_requests_and_is_replaced(served: Se
     assert not psutil.pid_exists(victim["process"])
     assert all(ask(served, messages).status_code == 200 for messages in conversations)
     assert metric(served, "persimmon_engine_restarts_total") >= 1
+
+
+def test_a_replica_that_dies_idle_is_no_longer_counted(served: Served) -> None:
+    """No request meets its death: the front has to look."""
+    conversations = [[{"role": "user", "content": f"tell me about the number {number}"}] for number in range(12)]
+    homes = [home(messages) for messages in conversations]
+    assert len({found["replica"] for found in homes}) == 2
+    assert all(ask(served, messages).status_code == 200 for messages in conversations)
+    before, replaced = (metric(served, name) for name in TOTALS)
+    os.kill(homes[0]["process"], signal.SIGKILL)
+    wait_until(lambda: metric(served, TOTALS[1]) == replaced + 1)
+    assert 0 < metric(served, TOTALS[0]) < before, "what the other one computed"
+
+
+TOTALS = ("persimmon_computed_tokens_total", "persimmon_engine_restarts_total")
 
 
 def test_states_are_added_up() -> None:

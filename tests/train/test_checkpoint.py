@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,70 @@ def test_a_full_disk_loses_nothing_but_the_new_checkpoint(
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000003"]
 
 
+def test_names_are_on_disk_before_older_checkpoints_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files flushed without their folders may be gone after a loss of power, the older checkpoint as well."""
+    run, events = trained(0), []
+    save(tmp_path, 1, run)
+    flush, replace = os.fsync, os.replace
+
+    def flushed(opened: int) -> None:
+        events.append(os.path.relpath(os.readlink(f"/proc/self/fd/{opened}"), tmp_path))
+        flush(opened)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append(f"{source.name} -> {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    save(tmp_path, 2, run, keep=1)
+    order = ["step-00000002.partial/state.json", "step-00000002.partial", "step-00000002.partial -> step-00000002",
+             ".", "step-00000001 -> step-00000001.dropped"]  # fmt: skip
+    assert [event for event in events if event in order] == order
+
+
 # -- several processes -----------------------------------------------------------------------------------
+
+
+def save_on_a_full_disk(world: World, directory: Path, moment: str) -> None:
+    """Only the main process meets the error; the others must hear of it."""
+    torch.set_num_threads(1)
+    run, checkpoints = trained(0), Checkpoints(directory, world)
+    checkpoints.save(1, *run, {})
+    checkpoints.wait()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if world.is_main:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*(Path, "mkdir") if moment == "folder" else (module, "_hash_and_flush"), full)
+            checkpoints.save(2, *run, {})
+            found = failure_of(checkpoints)
+    else:
+        checkpoints.save(2, *run, {})
+        found = failure_of(checkpoints)
+    (directory / f"failure.{world.rank}").write_text(found)
+    checkpoints.save(3, *run, {})
+    checkpoints.wait()
+
+
+def failure_of(checkpoints: Checkpoints) -> str:
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        return str(error)
+    return "none"
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("moment", ["folder", "manifest"])
+def test_a_full_disk_of_the_main_process_fails_the_save_in_all(tmp_path: Path, moment: str) -> None:
+    run_processes(2, save_on_a_full_disk, tmp_path, moment)
+    found = {(tmp_path / f"failure.{rank}").read_text() for rank in (0, 1)}
+    assert len(found) == 1 and "No space left on device" in found.pop()
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
+
 
 STEPS, HALF = 6, 3
 

@@ -116,6 +116,38 @@ def test_a_run_lowers_the_loss_of_held_out_answers(settings: dict[str, Any], tmp
         finetune(recipe, resume=False, report=rows.append)
 
 
+BROKEN = ['{"messages": [', '{"messages": []}', '["no object"]', "caf\xe9"]
+
+
+def test_broken_records_stop_or_are_skipped_and_named(
+    settings: dict[str, Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    clean = (tmp_path / "chat.jsonl").read_bytes().splitlines()
+    mixed = [*clean[:7], *(line.encode("latin-1") for line in BROKEN), *clean[7:]]
+    (tmp_path / "chat.jsonl").write_bytes(b"\n".join(mixed))
+    del settings["replay"]
+    settings["epochs"] = 1
+    with pytest.raises(DataError, match=r"chat\.jsonl:8: not JSON"):
+        finetune(load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / "r.yaml")), resume=False, report=print)
+    (tmp_path / "clean.jsonl").write_bytes(b"\n".join(clean))
+    losses = []
+    for name, files in (("skip", ["chat.jsonl"]), ("clean", ["clean.jsonl"])):
+        changed = settings | {"output": str(tmp_path / name), "on_error": "skip", "sources": {"a": {"files": files}}}
+        rows: list[dict[str, Any]] = []
+        recipe = load_recipe(FinetuneRecipe, write_recipe(changed, tmp_path / "r.yaml"))
+        finetune(recipe, resume=False, report=rows.append)
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == losses[1], "the rest is learned as if they were not there"
+    named = [json.loads(line) for line in (tmp_path / "skip" / "dropped.jsonl").read_text().splitlines()]
+    assert [line["origin"] for line in named] == [f"chat.jsonl:{n}" for n in range(8, 12)]
+    assert "not UTF-8" in named[3]["error"] and {line["reason"] for line in named} == {"broken"}
+    assert not (tmp_path / "clean" / "dropped.jsonl").exists()
+    warned = [str(w.message) for w in recwarn if "broken" in str(w.message)]
+    assert len(warned) == 1 and "broken and left out: 4" in warned[0] and "chat.jsonl:8" in warned[0]
+    with pytest.raises(ConfigError, match="on_error must be stop or skip"):
+        load_recipe(FinetuneRecipe, write_recipe(settings | {"on_error": "ignore"}, tmp_path / "r.yaml"))
+
+
 def test_replayed_rows_have_their_share(settings: dict[str, Any], tmp_path: Path) -> None:
     recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / "recipe.yaml"))
     source = FinetuneSource(recipe, ConversationRows(made_items(30), 128, 1, 0))

@@ -36,16 +36,30 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-def run(program: Path, recipe: Path, mode: str, kill_at: int | None = None) -> None:
+def run(program: Path, recipe: Path, mode: str, kill_at: int | None = None) -> list[int]:
+    """The steps it reported, to its end or until it was killed."""
+    steps: list[int] = []
     command = [sys.executable, str(program), str(recipe), mode]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
+        steps.append(int(line))
         if kill_at is not None and int(line) >= kill_at:
             os.killpg(process.pid, signal.SIGKILL)
             break
     process.wait(timeout=120)
+    steps += [int(line) for line in process.stdout]  # what it did until the signal came
     assert (process.returncode == 0) == (kill_at is None)
+    return steps
+
+
+def assert_joins(before: list[int], after: list[int]) -> None:
+    """Steps of a run and of the one that resumed it: no gap, and not from the start again.
+
+    With a save behind every step, that of step n - 1 is done when step n is reported.
+    """
+    assert after == list(range(after[0], after[-1] + 1))
+    assert 1 < before[-1] <= after[0] <= before[-1] + 1
 
 
 def losses(settings: dict[str, Any]) -> list[float]:
@@ -68,10 +82,13 @@ def test_killed_run_repeats_the_losses(
     run(program, write_recipe(whole, tmp_path / "whole.yaml"), "new")
     broken = pretrain_settings | {"output": str(tmp_path / "broken")}
     recipe = write_recipe(broken, tmp_path / "broken.yaml")
-    kills = random.Random(f"{processes}{changes}").sample(range(1, 11), 2)
-    run(program, recipe, "new", kill_at=min(kills))
-    run(program, recipe, "resume", kill_at=max(kills))
-    run(program, recipe, "resume")
+    kills = random.Random(f"{processes}{changes}").sample(range(2, 11), 2)  # at the second report the first is saved
+    first = run(program, recipe, "new", kill_at=min(kills))
+    second = run(program, recipe, "resume", kill_at=max(kills))
+    last = run(program, recipe, "resume")
+    assert_joins(first, second)
+    assert_joins(second, last)
+    assert last[-1] == 12
     assert len(losses(whole)) == 12
     assert losses(broken) == losses(whole)
 
@@ -84,13 +101,14 @@ def test_a_killed_save_leaves_the_older_checkpoint(
 
     pretrain_settings["loop"] |= {"checkpoint_minutes": 0.0}
     recipe = write_recipe(pretrain_settings, tmp_path / "recipe.yaml")
-    rng = random.Random(1)
+    rng, newest = random.Random(1), 0
     for attempt in range(3):
         command = [sys.executable, str(program), str(recipe), "resume"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        for _ in range(2):  # the report of a step comes before its save, that of the next one after it
-            process.stdout.readline()
+        # The save of a step goes on behind its report and is done before that of the next one.
+        steps = [int(process.stdout.readline()) for _ in range(2)]
+        assert steps == [newest + 1, newest + 2], "it goes on where the newest checkpoint ends"
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait(timeout=60)
@@ -99,6 +117,7 @@ def test_a_killed_save_leaves_the_older_checkpoint(
         found = sorted(checkpoints.glob("step-????????"))
         assert found, f"no checkpoint after attempt {attempt}"
         assert all(verified_state(path) is not None for path in found)
+        newest = int(found[-1].name.removeprefix("step-"))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +142,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_as_if_nothing_was(
     done = len(losses(pretrain_settings))
     found = [p.name for p in (Path(pretrain_settings["output"]) / "checkpoints").iterdir()]
     assert found == [f"step-{done:08d}"] and done < 12  # the clock alone would have saved nothing
-    run(program, recipe, "resume")
+    assert run(program, recipe, "resume") == list(range(done + 1, 13))
     assert losses(pretrain_settings) == losses(whole)
 
 

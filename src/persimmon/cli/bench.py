@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="bench_verb", required=True, metavar="decode|prefill|kernels|train|serve|report")
     options.add_decode(verbs.add_parser("decode", help="tokens per second of decoding"))
     options.add_prefill(verbs.add_parser("prefill", help="tokens per second of reading prompts"))
-    options.add_kernels(verbs.add_parser("kernels", help="every kernel of the CPU engine against read bandwidth"))
+    options.add_kernels(
+        verbs.add_parser(
+            "kernels", help="every kernel of the CPU engine against bandwidth; the choice table of the CUDA engine"
+        )
+    )
     options.add_train(verbs.add_parser("train", help="tokens per second of a training step"))
     options.add_serve(verbs.add_parser("serve", help="latency and throughput of a server by number of clients"))
     options.add_report(verbs.add_parser("report", help="rows of earlier runs as a table and a figure"))
@@ -100,12 +104,14 @@ def _prefill(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
+    if args.device != "cpu":
+        return _gpu_kernels(args)
     from persimmon.bench.kernels import Setting, kernels_row
     from persimmon.config import preset
     from persimmon.fast.cpu.formats import FORMATS
     from persimmon.machine import cpu_threads
 
-    formats = [name.strip() for name in args.formats.split(",")]
+    formats = [name.strip() for name in (args.formats or "q8,q4,p44,bfloat16").split(",")]
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"--formats holds {name!r}; there are {', '.join(FORMATS)}")
@@ -116,6 +122,32 @@ def _kernels(args: argparse.Namespace) -> int:
         vocab_size=min(65_536, config.vocab_size), depths=(16, args.depth),
     )  # fmt: skip
     return _finish(args, kernels_row(setting, formats, ceiling))
+
+
+def _gpu_kernels(args: argparse.Namespace) -> int:
+    from persimmon.config import preset
+    from persimmon.engines import ENGINES, choose_device
+    from persimmon.errors import UnavailableError
+    from persimmon.fast.cuda.choice import default_path
+
+    if args.device.partition(":")[0] != "cuda":
+        raise InputError(f"--device of bench kernels is cpu, cuda or cuda:N, got {args.device!r}")
+    config, tokens = preset(args.preset), _numbers("--batches", args.batches)
+    device = choose_device(args.device).value
+    if (reason := ENGINES["cuda"].why_not(config)) is not None:
+        raise UnavailableError(reason)
+    import torch
+
+    from persimmon.bench.gpu_kernels import Setting, gpu_kernels_row
+
+    formats = [name.strip() for name in (args.formats or "bfloat16,q8,p44").split(",")]
+    row, table = gpu_kernels_row(
+        Setting(config, torch.device(device), formats, tokens, args.active, args.runs, args.layer_bytes)
+    )
+    place = args.table or default_path()
+    table.save(place)
+    _say(args, f"the engine chooses by {place} from now on")
+    return _finish(args, row)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -42,8 +42,18 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bench kernels`."""
     parser.add_argument("--preset", default="8b", metavar="NAME", help="whose layers are measured (default: 8b)")
     parser.add_argument(
-        "--formats", default="q8,q4,p44,bfloat16", metavar="LIST", help=f"of weights, {_LIST} (q8,q4,p44,bfloat16)"
+        "--formats", metavar="LIST", help=f"of weights, {_LIST} (q8,q4,p44,bfloat16; on a GPU without q4)"
     )
+    group = parser.add_argument_group("the CUDA engine: which MLP is faster, dense or sparse")
+    group.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu: the CPU engine's kernels (default); cuda or cuda:N"
+    )
+    group.add_argument("--batches", default="1,2,4,8", metavar="LIST", help=f"of a step, {_LIST} (1,2,4,8)")
+    group.add_argument("--active", type=float, default=0.1, metavar="X", help="share of active neurons (default: 0.1)")
+    group.add_argument(
+        "--table", type=Path, metavar="FILE",
+        help="what the engine chooses by (default: where it looks, $PERSIMMON_KERNEL_TABLE or the cache folder)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
         "--depth", type=int, default=2048, metavar="N", help="keys that the attention kernel reads (default: 2048)"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from persimmon.cli.options import add_model_options, load_from, model_name
+from persimmon.cli.options import add_model_options, add_reading_options, load_from, model_name, reading_from
 
 if TYPE_CHECKING:
     from persimmon.api import Persimmon
@@ -29,14 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text file that goes with the first message, in a fenced block under its name (repeatable)",
     )  # fmt: skip
     group.add_argument("--prompt", metavar="TEXT", help="answer this one message and leave; - reads it from stdin")
-    group.add_argument(
-        "--prompt-cache", metavar="FILE",
-        help="keeps what was read of a conversation with long files, for the next time; made if it is not there",
-    )  # fmt: skip
-    group.add_argument(
-        "--lookup", type=int, default=0, metavar="N",
-        help="guess up to N tokens from the text itself and check them in one go; the text is the same (default: 0)",
-    )  # fmt: skip
+    add_reading_options(group)
     group.add_argument("--drop-oldest", action="store_true", help="let the oldest turns go when the context is full")
     group = parser.add_argument_group("how answers are picked")
     for name, setting in SETTINGS.items():
@@ -58,10 +51,11 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the chat
     settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
     files = [read_text_file(path) for path in args.files]  # a wrong path shows before the model loads
+    reading = reading_from(args)
     question = _question(args.prompt)
     interactive = question is None and _is_terminal(sys.stdin) and _is_terminal(sys.stdout)
     model = _load(args, interactive)
-    dialogue = Dialogue(model, settings, args.system, lookup=args.lookup, prompt_cache=args.prompt_cache)
+    dialogue = Dialogue(model, settings, args.system, **reading)
     for file in files:
         dialogue.attach(file)
     if interactive:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from persimmon.cli.options import (
     add_model_options,
+    add_reading_options,
     add_sampling_options,
     load_from,
     load_options,
     model_name,
+    reading_from,
     sampling_from,
 )
 
@@ -34,18 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input (default: -)")
     source.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue, in UTF-8")
     text.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before the prompt")
-    text.add_argument(
-        "--prompt-cache", metavar="FILE",
-        help="keeps what was read of the prompt, so that a long one is read once; made if it is not there",
-    )  # fmt: skip
-    text.add_argument(
-        "--lookup", type=int, default=0, metavar="N",
-        help="guess up to N tokens from the text itself and check them in one go; the text is the same (default: 0)",
-    )  # fmt: skip
+    add_reading_options(text)
     text.add_argument("--json", action="store_true", help="print text, token ids, usage and timings as JSON")
     batch = parser.add_argument_group("many prompts")
     batch.add_argument("--input", metavar="FILE", help="JSON Lines, one prompt or conversation per line")
-    batch.add_argument("--output", metavar="FILE", help="one line per answer; the lines that are there are kept")
+    batch.add_argument(
+        "--output", metavar="FILE", help="one line per answer; answers that are there are kept, errors tried again"
+    )
     batch.add_argument(
         "--ray", type=int, metavar="N", help="answer with N engines through Ray Data (RAY_ADDRESS: where)"
     )
@@ -59,15 +56,14 @@ def run(args: argparse.Namespace) -> int:
         return answer_prompts(args)
     from persimmon.cli.console import Progress, note, print_json
 
-    sampling, prompt = sampling_from(args), read_prompt(args)
+    sampling, reading, prompt = sampling_from(args), reading_from(args), read_prompt(args)
     model = load_from(args)
     with Progress("reading the prompt", quiet=args.quiet) as progress:
         stream = model.stream(
             prompt,
             bos=not args.no_bos,
             progress=progress,
-            lookup=args.lookup,
-            prompt_cache=args.prompt_cache,
+            **reading,
             **sampling,
         )
         first = next(stream, None)
@@ -106,7 +102,7 @@ def answer_prompts(args: argparse.Namespace) -> int:
                 build, tokenizer, source, target, sampling, engines=args.ray, progress=progress, **share
             )
         else:
-            tally = answer_file(build(), tokenizer, source, target, sampling, progress=progress)
+            tally = answer_file(build, tokenizer, source, target, sampling, progress=progress)
     counts = f"{tally.answered} answered, {tally.failed} failed, {tally.skipped} were there already"
     note(f"{target}: {counts}", quiet=args.quiet)
     return 1 if tally.failed else 0

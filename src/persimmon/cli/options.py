@@ -112,6 +112,29 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def add_reading_options(group: argparse._ArgumentGroup) -> None:
+    """How a prompt is read and continued faster, with the same text; read them back with `reading_from`."""
+    group.add_argument(
+        "--prompt-cache", metavar="FILE",
+        help="keeps what was read of the prompt, so that a long one is read once; made if it is not there",
+    )  # fmt: skip
+    group.add_argument(
+        "--lookup", type=int, default=0, metavar="N",
+        help="guess up to N tokens from the text itself and check them in one go; the text is the same (default: 0)",
+    )  # fmt: skip
+
+
+def reading_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments that the options of `add_reading_options` describe, checked."""
+    from persimmon.infer.lookup import check_lookup
+    from persimmon.infer.prompt_file import check_place
+
+    check_lookup(args.lookup)  # what is wrong shows before a model is loaded
+    if args.prompt_cache is not None:
+        check_place(Path(args.prompt_cache))
+    return {"lookup": args.lookup, "prompt_cache": args.prompt_cache}
+
+
 def read_text(name: str) -> str:
     """A text file that a measurement reads. Raises NotFoundError or InputError with its name."""
     from persimmon.errors import InputError, NotFoundError

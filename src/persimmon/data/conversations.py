@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from persimmon import chat
 from persimmon.chat import Message
-from persimmon.data.documents import read_json_lines
+from persimmon.data.documents import OnBad, read_json_lines, stop
 from persimmon.errors import DataError, InputError, NotFoundError
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -44,19 +44,21 @@ class Conversation:
     origin: str
 
 
-def read_conversations(path: Path) -> Iterator[Conversation]:
+def read_conversations(path: Path, on_bad: OnBad = stop) -> Iterator[Conversation]:
     """The conversations of one file, `.jsonl` or `.jsonl.gz`.
 
-    Raises NotFoundError, or DataError naming file and line of the first record that is wrong.
+    What is wrong with a record, its file and line named, goes to `on_bad`, which raises it by default as DataError.
+    Raises NotFoundError.
     """
     check_file(path, "conversations")
-    for origin, record in read_json_lines(path):
+    for origin, record in read_json_lines(path, on_bad):
         try:
             messages = _messages(record)
             check_conversation(messages)
         except InputError as error:
-            raise DataError(f"{origin}: {error}") from None
-        yield Conversation(messages, origin)
+            on_bad(DataError(f"{origin}: {error}"))
+        else:
+            yield Conversation(messages, origin)
 
 
 def _messages(record: dict[str, Any]) -> list[Message]:

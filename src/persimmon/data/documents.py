@@ -18,7 +18,7 @@ from typing import Any
 from persimmon.data.files import CorpusFile, find_files, local_file
 from persimmon.errors import DataError, UnavailableError
 
-__all__ = ["Document", "OnBad", "find_files", "read_documents", "read_json_lines", "read_records"]
+__all__ = ["Document", "OnBad", "find_files", "read_documents", "read_json_lines", "read_records", "stop"]
 
 _KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
 _BATCH_ROWS = 1_024  # of a Parquet file at a time

@@ -5,13 +5,16 @@ Datatrove brings the scheduling (job arrays, dependencies, logs); what a task do
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from persimmon.data.recipe import ExecutorRecipe
-from persimmon.data.stages import Job, Stage, run_task
-from persimmon.errors import ConfigError, UnavailableError
+from persimmon.data.stages import Job, Stage, result_file, run_task
+from persimmon.errors import ConfigError, DataError, UnavailableError
+from persimmon.ray_cluster import ray_cluster
 
 
 class StageStep:
@@ -42,15 +45,37 @@ def execute(job: Job, stages: Sequence[Stage], report: Callable[[str, bool], Non
     if executor.kind == "slurm":
         _submit(job, planned)
         return False
-    for stage, tasks in planned:
-        report(stage.name, False)
-        if executor.kind == "in_process":
-            for number in range(tasks):
-                run_task(job, stage, number)
-        else:
-            _datatrove(executor, job, stage, tasks).run()
-        report(stage.name, True)
+    with _ray(executor) if executor.kind == "ray" else contextlib.nullcontext():
+        for stage, tasks in planned:
+            report(stage.name, False)
+            if executor.kind == "in_process":
+                for number in range(tasks):
+                    run_task(job, stage, number)
+            else:
+                _datatrove(executor, job, stage, tasks).run()
+                _check_done(job, stage, tasks)
+            report(stage.name, True)
     return True
+
+
+def _ray(executor: ExecutorRecipe) -> contextlib.AbstractContextManager[None]:
+    _executor_class("ray")  # says what is not installed
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    return ray_cluster(ray, executor.workers * executor.options.get("cpus_per_task", 1))
+
+
+def _check_done(job: Job, stage: Stage, tasks: int) -> None:
+    """Raise DataError unless every task has its result: datatrove on Ray only logs what failed."""
+    missing = [number for number in range(tasks) if not result_file(job, stage.name, number).is_file()]
+    if missing:
+        logs = _logs(job, stage) / "logs" / f"task_{missing[0]:05d}.log"
+        raise DataError(f"stage {stage.name}: {len(missing)} of {tasks} tasks failed; why is at the end of {logs}")
+
+
+def _logs(job: Job, stage: Stage) -> Path:
+    return Path(job.recipe.output).resolve() / "logs" / f"{job.work.name}-{stage.name}"
 
 
 def _submit(job: Job, planned: Sequence[tuple[Stage, int]]) -> None:
@@ -68,7 +93,7 @@ def _datatrove(executor: ExecutorRecipe, job: Job, stage: Stage, tasks: int, **e
         "pipeline": [StageStep(job, stage.name)],
         "tasks": tasks,
         "workers": min(executor.workers, tasks),
-        "logging_dir": str(Path(job.recipe.output).resolve() / "logs" / f"{job.work.name}-{stage.name}"),
+        "logging_dir": str(_logs(job, stage)),
         "skip_completed": False,  # the tasks know themselves what is done
         **executor.options,
         **extra,

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from persimmon.chat import Message
 from persimmon.data.conversations import check_conversation, check_file
-from persimmon.data.documents import read_json_lines
+from persimmon.data.documents import OnBad, read_json_lines, stop
 from persimmon.errors import DataError, InputError
 
 
@@ -31,21 +31,23 @@ class Preference:
     origin: str
 
 
-def read_preferences(path: Path) -> Iterator[Preference]:
+def read_preferences(path: Path, on_bad: OnBad = stop) -> Iterator[Preference]:
     """The preferences of one file, `.jsonl` or `.jsonl.gz`.
 
-    Raises NotFoundError, or DataError naming file and line of the first record that is wrong.
+    What is wrong with a record, its file and line named, goes to `on_bad`, which raises it by default as DataError.
+    Raises NotFoundError.
     """
     check_file(path, "preferences")
-    for origin, record in read_json_lines(path):
+    for origin, record in read_json_lines(path, on_bad):
         try:
             chosen, rejected = (_conversation(record, key) for key in ("chosen", "rejected"))
             for key, messages in (("chosen", chosen), ("rejected", rejected)):
                 _check(key, messages)
             _compare(chosen, rejected)
         except InputError as error:
-            raise DataError(f"{origin}: {error}") from None
-        yield Preference(chosen, rejected, origin)
+            on_bad(DataError(f"{origin}: {error}"))
+        else:
+            yield Preference(chosen, rejected, origin)
 
 
 def _conversation(record: dict[str, Any], key: str) -> list[Message]:

@@ -2,9 +2,10 @@
 
 Input and output are JSON Lines. A line of the input is `{"prompt": ...}` or `{"messages": [...]}`, with an optional
 `id` (default: its line number) and optional sampling parameters of its own. The output gets one line per answer, whole
-lines only and flushed as they come; after a kill, the same call skips the ids that are there, drops a half-written
-last line, and goes on. Answers appear in the order in which they are finished; what each answer says does not depend
-on the others, so the lines of an interrupted and an uninterrupted run are the same.
+lines only and flushed as they come. After a kill, the same call skips the ids that are there, takes out a half-written
+last line and lines with an error, which are tried again, and goes on. Answers appear in the order in which they are
+finished; what each answer says does not depend on the others, so the lines of an interrupted and an uninterrupted run
+are the same.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class _Answer:
 
 
 def answer_file(
-    engine: Engine,
+    load: Callable[[], Engine],
     tokenizer: Tokenizer,
     source: Path,
     target: Path,
@@ -80,17 +81,17 @@ def answer_file(
 ) -> Tally:
     """Answer every line of `source` that `target` does not answer yet; `sampling` are the defaults.
 
-    progress: called with (lines done, lines in all). Raises DataError for a line that cannot be read, before anything
-    is run.
+    load: gives the engine; called once all input has been read and found right, and only if something is open.
+    progress: called with (lines done, lines in all). Raises DataError for a line that cannot be read.
     """
     jobs, tally = open_jobs(source, target, tokenizer, sampling)
-    return write_answers(target, run_jobs(engine, jobs), tally, progress=progress)
+    return write_answers(target, run_jobs(load(), jobs), tally, progress=progress) if jobs else tally
 
 
 def open_jobs(source: Path, target: Path, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -> tuple[list[Job], Tally]:
     """The lines that are still to be answered, and a tally of those that need not be. Raises as `answer_file`."""
     jobs = list(read_jobs(source, tokenizer, sampling))
-    done = finished_ids(target)
+    done = keep_answers(target)
     waiting = [job for job in jobs if job.id not in done]
     return waiting, Tally(skipped=len(jobs) - len(waiting), total=len(jobs))
 
@@ -145,12 +146,14 @@ def read_jobs(source: Path, tokenizer: Tokenizer, sampling: Mapping[str, Any]) -
     if not source.is_file():
         raise NotFoundError(f"no file {source}")
     seen: set[str] = set()
-    with source.open(encoding="utf-8") as lines:
-        for number, text in enumerate(lines, 1):
-            if not text.strip():
+    with source.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
                 continue
             try:
-                job = _job(number, json.loads(text), tokenizer, sampling)
+                job = _job(number, json.loads(line.decode()), tokenizer, sampling)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{source}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise DataError(f"{source}, line {number}: {error}") from None
             if job.id in seen:
@@ -186,19 +189,34 @@ def _job(number: int, line: Any, tokenizer: Tokenizer, sampling: Mapping[str, An
     return Job(job_id, Request(job_id, tuple(ids), params, skip_space=True))
 
 
-def finished_ids(target: Path) -> set[str]:
-    """The ids that the output answers; a half-written last line is cut off."""
+def keep_answers(target: Path) -> set[str]:
+    """The ids that the output answers. A half-written last line and lines with an error are taken out of it."""
     if not target.exists():
         return set()
     content = target.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with target.open("r+b") as file:
-            file.truncate(len(whole))
-    ids = set()
-    for number, line in enumerate(whole.splitlines(), 1):
+    kept, ids = [], set()
+    for number, line in enumerate(whole.splitlines(keepends=True), 1):
         try:
-            ids.add(str(json.loads(line)["id"]))
-        except (ValueError, KeyError, TypeError):
+            answer = json.loads(line)
+            if "error" not in answer:
+                ids.add(str(answer["id"]))
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{target}, line {number}: not a line of answers") from None
+    if sum(map(len, kept)) < len(content):
+        _replace(target, kept)
     return ids
+
+
+def _replace(target: Path, lines: Iterable[bytes]) -> None:
+    """Written aside, flushed and renamed: a kill loses no answer."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

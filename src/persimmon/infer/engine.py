@@ -78,6 +78,10 @@ class Update:
     failure: Failure | None = None
 
 
+ACTIVE_STEPS = 32
+"""Steps between two looks at the shares of active values: a message goes out every step, and nobody reads as often."""
+
+
 @dataclass(frozen=True)
 class EngineState:
     """What the engine is doing, for monitoring."""
@@ -91,7 +95,8 @@ class EngineState:
     preemptions: int = 0
     tokens_computed: int = 0
     active_fraction: tuple[float, ...] = ()
-    """Per layer, the share of MLP values that are not zero; empty where the decoder does not count."""
+    """Per layer, the share of MLP values that are not zero, as of one of the last ACTIVE_STEPS steps or the end of all
+    work; empty where the decoder does not count."""
 
 
 @dataclass(eq=False)
@@ -134,6 +139,8 @@ class Engine:
         self._requests: dict[str, _Running] = {}
         self._by_scheduled: dict[ScheduledRequest, _Running] = {}
         self._tokens_computed = 0
+        self._steps = self._look_again = 0  # steps so far, and the one at which the active values are looked at again
+        self._active_fraction: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -149,6 +156,9 @@ class Engine:
     def state(self) -> EngineState:
         """For monitoring."""
         scheduler = self._scheduler
+        if self._steps >= self._look_again or not self.busy:
+            self._look_again = self._steps + ACTIVE_STEPS
+            self._active_fraction = tuple(getattr(self._decoder, "active_fraction", ()))
         return EngineState(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -158,7 +168,7 @@ class Engine:
             prompt_tokens_found=scheduler.prompt_tokens_found,
             preemptions=scheduler.num_preemptions,
             tokens_computed=self._tokens_computed,
-            active_fraction=tuple(getattr(self._decoder, "active_fraction", ())),
+            active_fraction=self._active_fraction,
         )
 
     def submit(self, request: Request) -> None:
@@ -178,6 +188,7 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Run the model once for everyone whose turn it is; returns what is new."""
+        self._steps += 1
         step = self._scheduler.schedule()
         self._decoder.copy_blocks(step.copies)
         outcomes = self._run(step.work)

@@ -18,11 +18,12 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
-from persimmon.errors import ContextLengthError, InputError
+from persimmon.errors import ContextLengthError
 from persimmon.infer.completion import Completion, Generation, Piece, Timings, Usage
 from persimmon.infer.decoder import Decoder, Logits, check_token_ids
-from persimmon.infer.lookup import MAX_LOOKUP, Lookup
+from persimmon.infer.lookup import Lookup, check_lookup
 from persimmon.infer.params import SamplingParams
+from persimmon.infer.prompt_file import check_place
 from persimmon.infer.sampling import banned_ids
 from persimmon.infer.session import ReportProgress, Session
 from persimmon.tokenizer import Tokenizer
@@ -55,8 +56,9 @@ class Stream(Iterator[Piece]):
         prompt_cache: a file with keys and values (infer/prompt_file.py). What it has of the prompt is not read by the
             model; it is written, once the prompt is read, if it had less than half of it or was not there.
         """
-        if not 0 <= lookup <= MAX_LOOKUP:
-            raise InputError(f"lookup must be from 0 to {MAX_LOOKUP} tokens, got {lookup}")
+        check_lookup(lookup)
+        if prompt_cache is not None:
+            check_place(prompt_cache)
         config = decoder.config
         check_token_ids("the prompt", prompt_ids, config.vocab_size)
         if session is None:
@@ -145,6 +147,8 @@ class Stream(Iterator[Piece]):
 
     def _store(self, token_id: int) -> Logits:
         exact_top = self._completion.sampler.exact_top
+        if self._lookup is not None:
+            self._lookup.append(token_id)
         if not self._session.full:
             if self._lookup is None:
                 return self._session.extend(token_id, exact_top=exact_top)
@@ -155,7 +159,6 @@ class Stream(Iterator[Piece]):
     def _guess(self, token_id: int) -> list[int]:
         """What may follow the token, no more than there is room for; nothing where the last guess still holds."""
         assert self._lookup is not None, "only asked for when there is something to look in"
-        self._lookup.append(token_id)
         if self._session.expects(token_id):
             self._guesses_right += 1
             return []

@@ -16,11 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from persimmon.errors import InputError
+
 LONGEST, SHORTEST = 3, 1
 """Tokens that must agree: three are tried first; a single one is right often enough to pay for a few rows of a call."""
 
 MAX_LOOKUP = 64
 """Tokens of a guess: beyond that a call is bound by arithmetic, not by reading the weights."""
+
+
+def check_lookup(count: int) -> None:
+    """Raise InputError unless so many tokens can be guessed at a time."""
+    if not 0 <= count <= MAX_LOOKUP:
+        raise InputError(f"lookup must be from 0 to {MAX_LOOKUP} tokens, got {count}")
 
 
 class Lookup:

@@ -9,6 +9,7 @@ one.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -26,6 +27,9 @@ from persimmon.infer.decoder import CachedSequence, Decoder
 _KIND = {"kind": "persimmon prompt", "version": "1"}
 _MAX_HEADER = 1 << 20
 """Bytes; a header with 36 layers has 4,000."""
+
+_ITEM_BYTES = {"token_ids": 4, "checksums": 4}
+"""Of the tensors that are not bytes."""
 
 _WHAT = {
     "engine": "by another engine",
@@ -111,7 +115,7 @@ class PromptFile:
             metadata: dict[str, str] = header.pop("__metadata__")
             offsets = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
             is_ours = all(metadata.pop(key, None) == value for key, value in _KIND.items())
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._wrong("it is not a prompt file of this version") from None
         if not is_ours:
             raise self._wrong("it is not a prompt file of this version")
@@ -130,7 +134,7 @@ class PromptFile:
         end, found = 0, {}
         for name in tensor_names(self._num_layers):
             match offsets.get(name):
-                case (int(first), int(last)) if first == end <= last:
+                case (int(first), int(last)) if first == end <= last and (last - first) % _ITEM_BYTES.get(name, 1) == 0:
                     found[name], end = (start + first, start + last), last
                 case _:
                     raise self._wrong("its header is damaged")
@@ -151,6 +155,19 @@ class PromptFile:
 
     def _wrong(self, reason: str) -> PromptFileError:
         return PromptFileError(f"prompt file {self.path} cannot be used: {reason}")
+
+
+def check_place(path: Path) -> None:
+    """Raise StorageError where no prompt file can be: what is wrong shows before a model reads anything."""
+    number = 0
+    if path.is_dir():
+        number = errno.EISDIR
+    elif not path.exists() and not path.parent.is_dir():
+        number = errno.ENOENT
+    elif not path.exists() and not os.access(path.parent, os.W_OK):
+        number = errno.EACCES
+    if number:
+        raise StorageError(f"prompt file {path} cannot be written: {os.strerror(number)}")
 
 
 def storable(decoder: Decoder, sequence: CachedSequence) -> tuple[StorableDecoder, StorableSequence]:
@@ -194,8 +211,9 @@ def _write_tensors(
     ends = np.cumsum(sizes).tolist()
     header: dict[str, Any] = {"__metadata__": {**_KIND, **decoder.identity}}
     for name, size, end in zip(tensor_names(num_layers), sizes, ends, strict=True):
-        kind, item = {"token_ids": ("I32", 4), "checksums": ("U32", 4)}.get(name, ("U8", 1))
-        header[name] = {"dtype": kind, "shape": [size // item], "data_offsets": [end - size, end]}
+        kind = {"token_ids": "I32", "checksums": "U32"}.get(name, "U8")
+        shape = [size // _ITEM_BYTES.get(name, 1)]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end - size, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text + ids.tobytes())

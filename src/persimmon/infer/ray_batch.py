@@ -18,13 +18,11 @@ from typing import Any
 from persimmon.errors import InputError, UnavailableError
 from persimmon.infer.batch import Job, Tally, open_jobs, run_jobs, write_answers
 from persimmon.infer.engine import Engine
+from persimmon.ray_cluster import ray_cluster
 from persimmon.tokenizer import Tokenizer
 
 _BATCH = 32
 """Lines that an actor gets at once: what is answered again, at most, when it is lost."""
-
-_OBJECT_STORE_BYTES = 100 << 20
-"""Of a Ray started here; lines of text need little, and Ray's default is a third of the memory."""
 
 
 class Answerer:
@@ -63,15 +61,9 @@ def answer_file_on_ray(
     jobs, tally = open_jobs(source, target, tokenizer, sampling)
     if not jobs:
         return tally
-    started = not ray.is_initialized()
-    if started:
-        _start(ray, cores=engines * cpus + 1)
-    try:
+    with ray_cluster(ray, cores=engines * cpus + 1):
         lines = _answers(ray, build, jobs, engines, cpus, gpus, min(batch, -(-len(jobs) // engines)))
         return write_answers(target, lines, tally, progress=progress)
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _answers(
@@ -85,16 +77,6 @@ def _answers(
     )  # fmt: skip
     for row in found.iter_rows():
         yield json.loads(row["line"])
-
-
-def _start(ray: Any, cores: float) -> None:
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level="WARNING")
-        return
-    ray.init(
-        num_cpus=int(-(-cores // 1)), object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False,
-        _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="WARNING",
-    )  # fmt: skip
 
 
 def _import_ray() -> Any:

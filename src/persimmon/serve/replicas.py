@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
@@ -41,11 +42,14 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 LOST = "the engine that worked on this request was lost; another is being started: send the request again"
 
+LOOK_SECONDS = 2.0
+"""Between two looks of the front at which replicas are still there: one that dies idle is missed by no request."""
+
 _SPARE_PLACES = 64
 """Calls of the front beside the requests that run or wait: pages, metrics, health, refusals."""
 
 Report = tuple[str, Update, EngineState]
-"""The name of a replica, what is new about a request, and what its engine is doing."""
+"""The actor name of a replica, what is new about a request, and what its engine is doing."""
 
 
 class EngineReplica:
@@ -53,7 +57,9 @@ class EngineReplica:
 
     async def __init__(self, build: EngineSettings) -> None:  # type: ignore[misc]  # Ray awaits it
         """Returns when the model has loaded. RuntimeError, which Ray reports, when it cannot be."""
-        self._name = serve.get_replica_context().replica_id.unique_id
+        name = ray.get_runtime_context().get_actor_name()
+        assert name is not None, "Serve gives its replicas names"
+        self._name = name
         self._worker = EngineWorker(build)
         await self._worker.start()
         while not self._worker.ready.is_set():
@@ -90,7 +96,7 @@ class ReplicatedEngine:
         self._tickets: dict[str, Ticket] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._states: dict[str, EngineState] = {}  # as last heard, by replica
-        self._waiting: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.ready = asyncio.Event()
         self.failed: str | None = None
         self.restarts = 0
@@ -110,7 +116,7 @@ class ReplicatedEngine:
 
     async def start(self) -> None:
         """`ready` is set when the first replica has loaded."""
-        self._waiting = asyncio.create_task(self._wait_ready())
+        self._tasks = [asyncio.create_task(self._wait_ready()), asyncio.create_task(self._keep_looking())]
 
     async def _wait_ready(self) -> None:
         while not self.ready.is_set():
@@ -122,10 +128,22 @@ class ReplicatedEngine:
 
     async def stop(self) -> None:
         """Give up everything that runs."""
-        if self._waiting is not None:
-            self._waiting.cancel()
+        for task in self._tasks:
+            task.cancel()
         for ticket in list(self._tickets.values()):
             self.cancel(ticket)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for replica in list(self._states):
+                if not await asyncio.to_thread(is_there, replica):
+                    self._forget(replica)
+
+    def _forget(self, replica: str) -> None:
+        """A replica is gone: what it did last is no longer counted."""
+        if self._states.pop(replica, None) is not None:
+            self.restarts += 1
 
     def submit(self, ticket: Ticket) -> None:
         """Run a request on the replica of its conversation."""
@@ -152,8 +170,8 @@ class ReplicatedEngine:
                 self._states[replica] = state
                 self._deliver(ticket, update)
         except Exception as error:
-            if isinstance(error, ray.exceptions.RayActorError) and self._states.pop(replica, None) is not None:
-                self.restarts += 1
+            if isinstance(error, ray.exceptions.RayActorError):
+                self._forget(replica)
         finally:
             reports.cancel()
         self._deliver(ticket, Update(ticket.request.id, failure=Failure(LOST, "engine")))
@@ -166,6 +184,17 @@ class ReplicatedEngine:
             del self._tickets[ticket.request.id], self._runs[ticket.request.id]
         self.on_update(ticket, update)
         ticket.updates.put_nowait((ticket.index, update))
+
+
+def is_there(replica: str) -> bool:
+    """Whether the actor of a replica lives, or may live: a question that gets no answer says nothing."""
+    try:
+        ray.get_actor(replica, namespace=SERVE_NAMESPACE)
+    except ValueError:  # Ray's answer for a name that no living actor has
+        return False
+    except Exception:
+        return True
+    return True
 
 
 def combined(states: Sequence[EngineState]) -> EngineState:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,7 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         final = self._directory / f"step-{step:08d}"
         partial = self._directory / f"{final.name}.partial"
-        if self._world.is_main:
-            for left in (partial, *self._directory.glob("step-????????.*")):  # of a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
+        self._on_main(lambda: self._make_room(partial))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -101,13 +98,34 @@ class Checkpoints:
                     tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
                     process_group=self._group, no_dist=self._group is None,
                 )  # fmt: skip
-            if self._world.is_main:
-                _complete(partial, final, state)
-                self._drop_old()
+            self._on_main(lambda: self._finish(partial, final, state))
         except BaseException:
             if self._world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Do it in the main process alone; its error is raised in all, which else would wait for it in vain."""
+        failure: list[Any] = [None]
+        if self._world.is_main:
+            try:
+                work()
+            except Exception as error:  # raised below
+                failure[0] = error
+        if self._group is not None:
+            dist.broadcast_object_list(failure, src=0, group=self._group)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def _make_room(self, partial: Path) -> None:
+        """An empty folder to write in, without what a run that was killed has left."""
+        for left in (partial, *self._directory.glob("step-????????.*")):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        _complete(partial, final, state)
+        self._drop_old()
 
     def _drop_old(self) -> None:
         """Keep the newest `keep`, and for good those whose step is a multiple of `keep_every`."""
@@ -179,9 +197,11 @@ def _complete(partial: Path, final: Path, state: dict[str, Any]) -> None:
     hashes = {file.name: _hash_and_flush(file) for file in sorted(partial.iterdir())}
     (partial / _STATE).write_text(json.dumps({**state, "sha256": hashes}, indent=2))
     _hash_and_flush(partial / _STATE)
+    _flush_names(partial)
     if final.exists():
         _remove(final)
     os.replace(partial, final)
+    _flush_names(final.parent)
 
 
 def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | CheckpointError | None:
@@ -218,3 +238,12 @@ def _hash_and_flush(path: Path) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         os.fsync(stream.fileno())
     return digest
+
+
+def _flush_names(directory: Path) -> None:
+    """Put the names in a folder on disk, which flushing the files does not: they must outlast a loss of power."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -21,6 +21,7 @@ from persimmon.checkpoints import hub
 from persimmon.checkpoints.adapters import LoraSettings, open_adapter, write_adapter
 from persimmon.checkpoints.directory import read_config
 from persimmon.checkpoints.releases import derived_notice, write_derived_card
+from persimmon.data.documents import OnBad
 from persimmon.data.tokens import check_vocabulary
 from persimmon.errors import ConfigError
 from persimmon.fast.cpu.packed import is_packed
@@ -30,6 +31,7 @@ from persimmon.train.activations import keep_activations
 from persimmon.train.conversation_rows import ConversationRows, EncodedConversation
 from persimmon.train.finetune_data import (
     FinetuneSource,
+    LeftOut,
     encode_all,
     encode_pairs,
     load_conversations,
@@ -115,10 +117,10 @@ class _Task:
     evaluate: Callable[[PersimmonModel], dict[str, Any]] | None
 
 
-def _answers(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> _Task:
+def _answers(recipe: FinetuneRecipe, tokenizer: Tokenizer, on_bad: OnBad) -> _Task:
     if recipe.replay is not None:
         check_vocabulary(Path(recipe.replay.data), tokenizer.serialized)
-    kept, held = load_conversations(recipe)
+    kept, held = load_conversations(recipe, on_bad)
     items = [(item,) for item in encode_all(recipe, tokenizer, kept)]
     rows = ConversationRows(items, recipe.row_length, tokenizer.eos_id, recipe.seed)
     source = FinetuneSource(recipe, rows)
@@ -129,10 +131,10 @@ def _answers(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> _Task:
     return _Task(source, source.num_steps, AnswerLoss(recipe.neftune_alpha), evaluate)
 
 
-def _preferences(recipe: FinetuneRecipe, tokenizer: Tokenizer, model: PersimmonModel) -> _Task:
+def _preferences(recipe: FinetuneRecipe, tokenizer: Tokenizer, model: PersimmonModel, on_bad: OnBad) -> _Task:
     assert recipe.preference is not None
     settings = recipe.preference
-    kept, held = load_preferences(recipe)
+    kept, held = load_preferences(recipe, on_bad)
     items, sample = (encode_pairs(recipe, tokenizer, found) for found in (kept, held[:_EVALUATED]))
     rows = ConversationRows(items, recipe.row_length, tokenizer.eos_id, recipe.seed)
     per_step = recipe.batch_tokens // recipe.row_length
@@ -151,7 +153,13 @@ def _run(world: World, recipe: FinetuneRecipe, resume: bool, report: Report) -> 
     directory = hub.resolve(recipe.model)
     tokenizer = Tokenizer.load(directory)
     model, settings = load_for_training(recipe, directory)
-    task = _preferences(recipe, tokenizer, model) if recipe.preference else _answers(recipe, tokenizer)
+    left_out = LeftOut(recipe)
+    if recipe.preference:
+        task = _preferences(recipe, tokenizer, model, left_out)
+    else:
+        task = _answers(recipe, tokenizer, left_out)
+    if world.is_main:
+        left_out.tell()
     trainer = Trainer(
         model, task.source, task.num_steps, recipe.loop, Path(recipe.output), world,
         task.evaluate, report if world.is_main else lambda row: None, objective=task.objective,

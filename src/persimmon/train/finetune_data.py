@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from persimmon.chat import Message
 from persimmon.data.conversations import Conversation, read_conversations
-from persimmon.data.documents import find_files
+from persimmon.data.documents import OnBad, find_files
 from persimmon.data.packing import PackedRows, Row
 from persimmon.data.preferences import Preference, read_preferences
 from persimmon.data.prepare import is_held_out
+from persimmon.data.stages import write_atomically
 from persimmon.data.tokens import TokenStore, read_manifest
-from persimmon.errors import ConfigError
+from persimmon.errors import ConfigError, DataError
 from persimmon.tokenizer import Tokenizer
 from persimmon.train.conversation_rows import (
     ConversationRows,
@@ -71,12 +73,45 @@ def _replay_rows(recipe: FinetuneRecipe) -> PackedRows | None:
     return PackedRows(stores, {n: f["weight"] for n, f in facts.items()}, recipe.row_length, recipe.seed + 1)
 
 
-def load_conversations(recipe: FinetuneRecipe) -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held out) conversations of all sources; held out by the hash of the first user turn."""
+class LeftOut:
+    """What the recipe says to do at a broken record: stop there, or go on without it and tell at the end."""
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        self._stops, self._path = recipe.on_error == "stop", Path(recipe.output) / "dropped.jsonl"
+        self.errors: list[str] = []
+        """What is wrong with each record that is left out; file and line come first."""
+
+    def __call__(self, error: DataError) -> None:
+        """Raise the error, or note it."""
+        if self._stops:
+            raise error
+        self.errors.append(str(error))
+
+    def tell(self) -> None:
+        """Name them all in `output`/dropped.jsonl, as `data prepare` does, and warn of their number."""
+        if not self.errors:
+            self._path.unlink(missing_ok=True)  # of data that has been mended since
+            return
+        lines = [{"origin": error.split(": ")[0], "reason": "broken", "error": error} for error in self.errors]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        warnings.warn(
+            f"broken and left out: {len(lines)} (named in {self._path}); the first: {self.errors[0]}", stacklevel=2
+        )
+
+
+def load_conversations(
+    recipe: FinetuneRecipe, on_bad: OnBad | None = None
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, held out) conversations of all sources; held out by the hash of the first user turn.
+
+    on_bad: gets what is wrong with a record; default what the recipe says.
+    """
+    on_bad = on_bad or LeftOut(recipe)
     kept: list[Conversation] = []
     held: list[Conversation] = []
     for source, path in _files(recipe):
-        for conversation in read_conversations(path):
+        for conversation in read_conversations(path, on_bad):
             if _is_held_out(conversation.messages, recipe):
                 held.append(conversation)
             else:
@@ -84,12 +119,16 @@ def load_conversations(recipe: FinetuneRecipe) -> tuple[list[Conversation], list
     return kept, held
 
 
-def load_preferences(recipe: FinetuneRecipe) -> tuple[list[Preference], list[Preference]]:
-    """(training, held out) preferences of all sources; held out by the hash of the first user turn."""
+def load_preferences(recipe: FinetuneRecipe, on_bad: OnBad | None = None) -> tuple[list[Preference], list[Preference]]:
+    """(training, held out) preferences of all sources; held out by the hash of the first user turn.
+
+    on_bad: as for `load_conversations`.
+    """
+    on_bad = on_bad or LeftOut(recipe)
     kept: list[Preference] = []
     held: list[Preference] = []
     for source, path in _files(recipe):
-        for preference in read_preferences(path):
+        for preference in read_preferences(path, on_bad):
             if _is_held_out(preference.chosen, recipe):
                 held.append(preference)
             else:

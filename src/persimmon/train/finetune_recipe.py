@@ -54,6 +54,8 @@ class FinetuneRecipe:
     row_length: int = 1024
     batch_tokens: int = 8192
     held_out: float = 0.02
+    on_error: str = "stop"
+    """At a broken record or file: stop, or leave it out, count it and name it in `output`/dropped.jsonl."""
     replay: ReplayRecipe | None = None
     loop: LoopRecipe = field(default_factory=LoopRecipe)
     seed: int = 0
@@ -63,6 +65,8 @@ class FinetuneRecipe:
     def __post_init__(self) -> None:
         if self.row_length < 2 or self.batch_tokens % self.row_length:
             raise ConfigError(f"batch_tokens {self.batch_tokens} must be a multiple of row_length {self.row_length}")
+        if self.on_error not in ("stop", "skip"):
+            raise ConfigError(f"on_error must be stop or skip, got {self.on_error!r}")
         if self.epochs <= 0:
             raise ConfigError(f"epochs must be positive, got {self.epochs}")
         if not self.neftune_alpha >= 0:

@@ -1,4 +1,6 @@
-"""The kernel tests under the address and undefined-behaviour sanitizers, in every instruction set of this machine.
+"""The tests of kernels, decoder and prompt files under the sanitizers, in every instruction set of this machine.
+
+Address and undefined behaviour are checked.
 
 The extension is built once more into a folder of its own (kept, so that a second run builds nothing). The sanitizers
 must be in the process before Python's first allocation, so the tests run in a process that preloads them.
@@ -18,8 +20,10 @@ ROOT = Path(__file__).parents[3]
 BUILD = ROOT / "build" / "sanitized"
 TESTS = [
     f"tests/fast/cpu/test_{name}.py"
-    for name in ("row_kernels", "sparse_mlp_kernels", "attention_kernels", "packing_kernels", "fingerprint_kernel")
-]
+    for name in (
+        "row_kernels", "sparse_mlp_kernels", "attention_kernels", "packing_kernels", "fingerprint_kernel", "decoder",
+    )
+] + ["tests/infer/test_prompt_file.py"]  # fmt: skip
 
 # Python and torch keep memory until they end, which is no leak of ours. Without -s the report would be lost.
 SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
@@ -70,7 +74,7 @@ def extension(preloaded: str) -> Path:
 @pytest.mark.skipif(
     not os.environ.get("PERSIMMON_TEST_SANITIZED"), reason="builds for minutes: .ci/run sets PERSIMMON_TEST_SANITIZED=1"
 )
-def test_the_kernels_are_clean(extension: Path, preloaded: str) -> None:
+def test_the_extension_is_clean(extension: Path, preloaded: str) -> None:
     environment = {
         **os.environ,
         **SANITIZER_OPTIONS,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import triton_interpreter
+from made_adapters import write_random_adapter
 from persimmon.checkpoints import hub
 from persimmon.checkpoints.directory import open_directory
 from persimmon.errors import InputError, UnavailableError
@@ -131,6 +133,19 @@ def test_blocks_go_back_when_sequences_end(checkpoint: Path) -> None:
     second.close()
     with pytest.raises(UnavailableError, match="planned for 192"):
         decoder.new_sequence(193)
+
+
+def test_an_adapter_is_merged_while_loading(checkpoint: Path, packed: dict[str, Path], tmp_path: Path) -> None:
+    adapted = write_random_adapter(checkpoint, tmp_path / "adapter")
+    options: dict[str, Any] = {"device": str(DEVICE), "dtype": "float32", "context": 64}
+    plain = run(load_decoder(checkpoint, **options))
+    merged = run(load_decoder(checkpoint, adapter=tmp_path / "adapter", **options))
+    with torch.inference_mode():
+        expected = adapted(torch.tensor([IDS]))[0].numpy()
+    assert abs(plain - expected).max() > 0.1, "an adapter that changes nothing tests nothing"
+    np.testing.assert_allclose(merged, expected, rtol=2e-4, atol=2e-4)
+    with pytest.raises(UnavailableError, match="is quantized and takes no adapter"):
+        load_decoder(packed["q4"], device=str(DEVICE), adapter=tmp_path / "adapter")
 
 
 def test_loading(checkpoint: Path, packed: dict[str, Path]) -> None:

@@ -1,8 +1,8 @@
 """Dense or sparse MLP, kernel or library: decided by a table measured on this very GPU, never by hope. No torch.
 
 Published sparse kernels are often slower than dense ones on a GPU, so sparse has to win by measurement or stays off. A
-table is written by `benchmarks/gpu/run.py` and read from a file that names the GPU; for another GPU, or without a file,
-everything is dense.
+table is written by `persimmon bench kernels --device cuda` and read from a file that names the GPU; for another GPU, or
+without a file, everything is dense.
 
     {"version": 1, "gpu": NAME, "active": 0.1, "mlp": {"bfloat16": {"1": {"dense_us": 40.1, "sparse_us": 29.3}, ...}}}
 """
@@ -101,7 +101,10 @@ def table_for(gpu: str, path: Path | None = None) -> tuple[KernelTable, str]:
     if not place.is_file():
         if path is not None:
             raise InputError(f"kernel table {path} does not exist")
-        return DENSE, "dense MLP: no kernel table was measured here (benchmarks/gpu/run.py writes one)"
+        return (
+            DENSE,
+            "dense MLP: no kernel table was measured here (`persimmon bench kernels --device cuda` writes one)",
+        )
     table = load_table(place)
     if table.gpu != gpu:
         if path is not None:

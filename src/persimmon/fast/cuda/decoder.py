@@ -193,6 +193,8 @@ class CudaDecoder:
 
     def paged(self, num_blocks: int, block_size: int) -> PagedCuda:
         """The same weights over a cache of blocks of its own, for continuous batching (see infer.paged)."""
+        if num_blocks < 1 or block_size < 1:
+            raise InputError(f"num_blocks and block_size must be 1 or more, got {num_blocks} and {block_size}")
         pool = Pool(self.config, num_blocks, block_size, self._kv_dtype, self.weights.device)
         return PagedCuda(self._make_runner(pool))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from persimmon.checkpoints.adapters import open_adapter
 from persimmon.checkpoints.directory import open_directory
 from persimmon.checkpoints.shards import ProgressReport, no_progress
 from persimmon.config import ModelConfig
@@ -36,16 +37,20 @@ def load_decoder(
     fp8: bool = False,
     sparsity_margin: float = math.inf,
     kernel_table: str | Path | None = None,
+    adapter: Path | None = None,
     verify: bool = True,
     progress: ProgressReport = no_progress,
 ) -> CudaDecoder:
     """Load a model directory for the CUDA engine.
 
     config: replaces the directory's own, for another rotary precision. dtype: of unpacked weights. fp8: round unpacked
-    matrices to e4m3 (compute capability 8.9 and later). kernel_table: see choice.py. verify: compare the fingerprints
+    matrices to e4m3 (compute capability 8.9 and later). kernel_table: see choice.py. adapter: directory of a LoRA
+    adapter, merged into unpacked weights. verify: compare the fingerprints
     of packed files. The others as in CudaDecoder and `plan.choose`, whose UnavailableError says what is missing.
     """
     where = torch.device(device)
+    if adapter is not None and is_packed(directory):
+        raise UnavailableError(f"{directory} is quantized and takes no adapter: merge it before quantizing")
     packed = open_packed(directory) if is_packed(directory) else None
     opened = open_directory(directory) if packed is None else None
     own = packed.config if packed is not None else opened.config if opened is not None else config
@@ -62,7 +67,8 @@ def load_decoder(
         loaded = weights.from_packed(packed, config, where)
     else:
         assert opened is not None, "either form is open"
-        loaded = weights.from_directory(opened, config, weight_format, where)
+        lora = open_adapter(adapter, own) if adapter is not None else None
+        loaded = weights.from_directory(opened, config, weight_format, where, lora)
     gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else "none"
     table, _ = table_for(gpu, Path(kernel_table) if kernel_table is not None else None)
     return CudaDecoder(

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from persimmon.checkpoints.adapters import Adapter
 from persimmon.checkpoints.directory import ModelDirectory
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
@@ -21,6 +22,7 @@ from persimmon.fast.cpu.packed import PackedDirectory
 from persimmon.fast.cpu.sources import map_array
 from persimmon.fast.cuda import layouts
 from persimmon.fast.cuda.layouts import Matrix
+from persimmon.lora import low_rank_update
 from persimmon.model import PersimmonModel, rotary_tables
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "fp8", "q8", "q4", "p44")
@@ -83,15 +85,25 @@ def from_model(model: PersimmonModel, *, fp8: bool = False) -> Weights:
     return _arrange(model.config, state.__getitem__, model.embed_tokens.weight.dtype, fp8)
 
 
-def from_directory(directory: ModelDirectory, config: ModelConfig, dtype: str, device: torch.device) -> Weights:
-    """Of a hub directory, as float32, bfloat16 or fp8 (which rounds matrices and computes in bfloat16)."""
+def from_directory(
+    directory: ModelDirectory, config: ModelConfig, dtype: str, device: torch.device, adapter: Adapter | None = None
+) -> Weights:
+    """Of a hub directory, as float32, bfloat16 or fp8 (which rounds matrices and computes in bfloat16).
+
+    adapter: merged into the weights, added in float32 and rounded once to the type they run in.
+    """
     if dtype not in ("float32", "bfloat16", "fp8"):
         raise InputError(f"unpacked weights run as float32, bfloat16 or fp8, got {dtype!r}")
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
 
     def read(name: str) -> Tensor:
         stored = directory.tensors[name]
-        return _tensor(map_array(stored), stored.dtype).to(device).to(kind)
+        values = _tensor(map_array(stored), stored.dtype).to(device)
+        pair = adapter.pairs.get(name.removesuffix(".weight")) if adapter is not None else None
+        if adapter is not None and pair is not None:
+            a, b = (_tensor(map_array(part), part.dtype).to(device) for part in pair)
+            values = values.float() + low_rank_update(a, b, adapter.settings.scale)
+        return values.to(kind)
 
     return _arrange(config, read, kind, dtype == "fp8")
 

@@ -14,7 +14,8 @@ from statistics import NormalDist
 import torch
 
 from persimmon.config import ModelConfig
-from persimmon.fast.cuda.layouts import FP8, INT4, INT8, OUTLIERS, PLAIN, PLANES, Matrix
+from persimmon.fast.cpu.formats import OUTLIERS
+from persimmon.fast.cuda.layouts import FP8, INT4, INT8, PLAIN, PLANES, Matrix
 from persimmon.fast.cuda.weights import Layer, Norm, Weights
 from persimmon.model import rotary_tables
 
