@@ -121,7 +121,9 @@ ENGINES: dict[str, Engine] = {
         "C++ kernels that skip the MLP's zeros, plain or quantized weights",
         ("cpu",),
         _load_cpu,
-        frozenset({"threads", "kv_dtype", "sparsity_margin", "audit_every", "isa", "verify", "progress", "adapter"}),
+        frozenset(
+            {"threads", "kv_dtype", "sparsity_margin", "audit_every", "isa", "verify", "weights", "progress", "adapter"}
+        ),
         packed=True,
         why_unavailable=_why_no_cpu,
         why_unfit=_why_not_on_cpu,

@@ -69,6 +69,15 @@ def memory_available() -> int | None:
     return _lowest(_meminfo("MemAvailable"), inside) or memory_total()
 
 
+def large_pages_offered() -> bool:
+    """Whether Linux gives a process large pages when it asks for them (transparent huge pages)."""
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+    return "[never]" not in modes
+
+
 def compiler() -> str | None:
     """First line of the C++ compiler's version, if there is a compiler."""
     for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):

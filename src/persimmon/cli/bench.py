@@ -237,7 +237,7 @@ def _ceiling(args: argparse.Namespace, kind: str) -> Ceiling:
 
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in ("device", "engine", "dtype", "threads")}
-    given = {"kv_dtype": args.kv_dtype, "sparsity_margin": args.sparsity_margin}
+    given = {name: getattr(args, name) for name in ("kv_dtype", "sparsity_margin", "weights")}
     return options | {name: value for name, value in given.items() if value is not None}
 
 

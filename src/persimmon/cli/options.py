@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "mini"
 
+WEIGHTS_HELP = (
+    "quantized weights mapped (shared with other processes), resident (copied into large pages, faster) or auto: "
+    "resident where the memory is free (cpu engine)"
+)
+
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """MODEL: a directory, a hub id or a name."""
@@ -50,6 +55,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="deviations below zero at which a p44 neuron is skipped; inf skips none (cpu engine, default 2)",
     )
+    group.add_argument("--weights", metavar="NAME", help=WEIGHTS_HELP)
     group.add_argument("--adapter", metavar="DIR", help="run with this LoRA adapter (PEFT's form)")
     group.add_argument("--quiet", action="store_true", help="no notes and no progress on stderr")
     group.add_argument("--verbose", action="store_true", help="say what was chosen and how long things took")
@@ -194,8 +200,8 @@ def model_name(args: argparse.Namespace) -> str:
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `persimmon.load` that the options of `add_model_options` describe."""
     names = ("device", "engine", "dtype", "threads", "context", "rotary_precision")
-    given = {"kv_dtype": args.kv_dtype, "sparsity_margin": args.sparsity_margin, "adapter": args.adapter}
     options = {name: getattr(args, name) for name in names}
+    given = {name: getattr(args, name) for name in ("kv_dtype", "sparsity_margin", "weights", "adapter")}
     return options | {name: value for name, value in given.items() if value is not None}
 
 

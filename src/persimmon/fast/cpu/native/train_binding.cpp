@@ -47,7 +47,7 @@ Element element_of(const A& array) {
   return Element::bf16;
 }
 
-#if defined(__x86_64__)
+#if defined(PERSIMMON_AMX)
 // AMX-BF16 of CPUID leaf 7.0 and AVX512-BF16 of leaf 7.1; the compiler's own check knows these names only in later versions.
 bool has_amx_bf16() {
   unsigned a, b, c, d, e;
@@ -60,7 +60,9 @@ const TrainKernels* find_train_kernels(const std::string& isa) {
 #if defined(__x86_64__)
   const std::string found = find_kernels(isa)->name;
   if (found == "avx2") return avx2_train_kernels();
+#if defined(PERSIMMON_AMX)
   if (found == "amx" && has_amx_bf16()) return amx_train_kernels();
+#endif
   if (found != "portable") return avx512_train_kernels();
 #else
   find_kernels(isa);
