@@ -19,7 +19,7 @@ from torch import Tensor
 from persimmon.checkpoints.directory import ModelDirectory, open_directory, write_directory
 from persimmon.checkpoints.download import resolve
 from persimmon.checkpoints.shards import DEFAULT_SHARD_BYTES, ProgressReport, no_progress
-from persimmon.checkpoints.tensors import CHUNK_BYTES, WEIGHT_TYPES, StoredTensor, TensorData, num_bytes
+from persimmon.checkpoints.tensors import CHUNK_BYTES, WEIGHT_TYPES, DerivedTensor, StoredTensor, TensorData, num_bytes
 from persimmon.config import ModelConfig
 from persimmon.errors import CheckpointError, InputError
 from persimmon.model import PersimmonModel
@@ -149,19 +149,8 @@ class _MemoryTensor:
 
 
 @dataclass(frozen=True)
-class _ConvertedTensor:
+class _ConvertedTensor(DerivedTensor):
     """A tensor in another element type, converted as it is read."""
-
-    source: TensorData
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
 
     def chunks(self) -> Iterator[memoryview]:
         for chunk in self.source.chunks():

@@ -15,7 +15,7 @@ from persimmon.checkpoints.hub import converted, map_tensor
 from persimmon.checkpoints.releases import derived_notice
 from persimmon.checkpoints.shards import DEFAULT_SHARD_BYTES, ProgressReport, no_progress
 from persimmon.checkpoints.staging import check_apart
-from persimmon.checkpoints.tensors import WEIGHT_TYPES, StoredTensor, TensorData
+from persimmon.checkpoints.tensors import WEIGHT_TYPES, DerivedTensor, StoredTensor, TensorData
 from persimmon.lora import low_rank_update
 
 _SLICE_BYTES = 64 << 20
@@ -23,21 +23,12 @@ _SLICE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class _MergedMatrix:
+class _MergedMatrix(DerivedTensor):
     """W + scale * B A, added in float32 and rounded once."""
 
     source: StoredTensor
     pair: tuple[StoredTensor, StoredTensor]
     scale: float
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
 
     def chunks(self) -> Iterator[memoryview]:
         a, b = (map_tensor(tensor) for tensor in self.pair)
@@ -71,7 +62,7 @@ def merge(
     for name, pair in opened.pairs.items():
         stored = source.tensors[f"{name}.weight"]
         kind = stored.dtype if dtype is None else converted(stored, dtype).dtype
-        changed[stored.name] = _MergedMatrix(stored, pair, opened.settings.scale, kind)
+        changed[stored.name] = _MergedMatrix(stored, kind, pair, opened.settings.scale)
     notice = derived_notice(model)
     note = f"Merged with the LoRA adapter `{adapter.resolve().name}` (rank {opened.settings.rank})."
     tensors, notes = write_copy(

@@ -48,6 +48,24 @@ class TensorData(Protocol):
         """Its bytes, little-endian, in pieces of whole elements, each valid until the next is asked for."""
 
 
+@dataclass(frozen=True)
+class DerivedTensor:
+    """What is computed from another tensor, under its name and in its shape; subclasses stream the bytes."""
+
+    source: TensorData
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's."""
+        return self.source.shape
+
+
 def num_bytes(tensor: TensorData) -> int:
     """Bytes of the whole tensor."""
     return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]

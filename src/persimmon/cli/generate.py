@@ -13,6 +13,7 @@ from persimmon.cli.options import (
     add_model_options,
     add_reading_options,
     add_sampling_options,
+    given_text,
     load_from,
     load_options,
     model_name,
@@ -127,23 +128,7 @@ def _batch_files(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def read_prompt(args: argparse.Namespace) -> str:
     """The text of --prompt or --prompt-file; standard input for `-` and, unless it is a terminal, without either."""
-    from persimmon.errors import InputError, NotFoundError
-
-    if args.prompt is not None and args.prompt != "-":
-        return str(args.prompt)
-    if args.prompt_file is not None and args.prompt_file != "-":
-        file = Path(args.prompt_file)
-        if not file.is_file():
-            raise NotFoundError(f"--prompt-file {file} does not exist")
-        source, content = str(file), file.read_bytes()
-    elif args.prompt is None and args.prompt_file is None and sys.stdin.isatty():
-        raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
-    else:
-        source, content = "standard input", sys.stdin.buffer.read()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source} is not UTF-8: byte {error.start}") from None
+    return given_text("prompt", ("--prompt", args.prompt), ("--prompt-file", args.prompt_file))
 
 
 def _print_text(text: str) -> None:

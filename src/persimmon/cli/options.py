@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,31 @@ def reading_from(args: argparse.Namespace) -> dict[str, Any]:
     if args.prompt_cache is not None:
         check_place(Path(args.prompt_cache))
     return {"lookup": args.lookup, "prompt_cache": args.prompt_cache}
+
+
+def given_text(what: str, direct: tuple[str, str | None], file: tuple[str, str | None]) -> str:
+    """The text of a flag or of the file that another names; without either, or for `-`, standard input but no terminal.
+
+    direct, file: the two flags and their values. Raises InputError and NotFoundError, which name them.
+    """
+    from persimmon.errors import InputError, NotFoundError
+
+    (text_flag, text), (file_flag, name) = direct, file
+    if text is not None and text != "-":
+        return text
+    if name is not None and name != "-":
+        path = Path(name)
+        if not path.is_file():
+            raise NotFoundError(f"{file_flag} {path} does not exist")
+        source, content = str(path), path.read_bytes()
+    elif text is None and name is None and sys.stdin.isatty():
+        raise InputError(f"no {what}: give {text_flag} TEXT or {file_flag} FILE, or pipe a text in")
+    else:
+        source, content = "standard input", sys.stdin.buffer.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not UTF-8: byte {error.start}") from None
 
 
 def read_text(name: str) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from persimmon.cli.options import add_model_argument, model_name
+from persimmon.cli.options import add_model_argument, given_text, model_name
 
 if TYPE_CHECKING:
     from persimmon.tokenizer import Tokenizer
@@ -47,23 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def read_text(args: argparse.Namespace) -> str:
     """The text of --text or --file; standard input for `-` and, unless it is a terminal, without either."""
-    from persimmon.errors import InputError, NotFoundError
-
-    if args.text is not None and args.text != "-":
-        return str(args.text)
-    if args.file is not None and args.file != "-":
-        file = Path(args.file)
-        if not file.is_file():
-            raise NotFoundError(f"--file {file} does not exist")
-        source, content = str(file), file.read_bytes()
-    elif args.text is None and args.file is None and sys.stdin.isatty():
-        raise InputError("no text: give --text TEXT or --file FILE, or pipe a text in")
-    else:
-        source, content = "standard input", sys.stdin.buffer.read()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source} is not UTF-8: byte {error.start}") from None
+    return given_text("text", ("--text", args.text), ("--file", args.file))
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -122,11 +122,14 @@ class Completion:
         """The stop string that was met."""
         return self._stops.matched
 
-    def accept(self, logits: Logits, allowed: Mask | None = None) -> Piece | None:
+    def accept(self, logits: Logits | int, allowed: Mask | None = None) -> Piece | None:
         """Pick the next token; returns the piece that it completes, and always one with the last token.
 
-        Where `allowed` [V] is given, only those tokens can be picked.
+        Where `allowed` [V] is given, only those tokens can be picked. A token that the decoder picked comes as it is.
         """
+        if isinstance(logits, int):
+            self.sampler.note(logits)
+            return self._take(logits)
         token_id, report = self.sampler.sample(logits, allowed)
         if report is not None:
             self.logprobs.append(report)

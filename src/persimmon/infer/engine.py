@@ -21,6 +21,7 @@ from persimmon.infer.blocks import BlockAllocator
 from persimmon.infer.completion import Completion, Piece, Usage
 from persimmon.infer.constraint import Constraint, Grammar, GrammarCompiler
 from persimmon.infer.decoder import Logits
+from persimmon.infer.drawing import Draw, DrawingDecoder, Picked, can_draw
 from persimmon.infer.paged import PagedChunk, PagedDecoder
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.sampling import TokenLogprob, banned_ids, log_probability
@@ -31,7 +32,7 @@ STEP_TOKENS = 256
 """Tokens of one step: what an answering request waits at most for the prompts of others."""
 
 
-Outcome: TypeAlias = Logits | Exception | None
+Outcome: TypeAlias = Picked | Exception | None
 """What the decoder gave for one piece of work."""
 
 
@@ -130,6 +131,7 @@ class Engine:
     ) -> None:
         """At most `max_running` requests share a step of `step_tokens` tokens; `context` limits each of them."""
         self._decoder, self._tokenizer = decoder, tokenizer
+        self._drawing = decoder if isinstance(decoder, DrawingDecoder) else None
         self._blocks = BlockAllocator(decoder.num_blocks, decoder.block_size)
         self._scheduler = Scheduler(self._blocks, max_running=max_running, step_tokens=max(step_tokens, max_running))
         self.context = min(context or decoder.config.max_positions, decoder.config.max_positions)
@@ -233,7 +235,11 @@ class Engine:
         outcomes: list[Outcome] = []
         try:
             if chunks:
-                outcomes += self._decoder.forward(chunks, exact_top=self._exact_top(work))
+                draws = [self._draw(item) for item in work]
+                if self._drawing is not None and any(draws):
+                    outcomes += self._drawing.draw(chunks, draws, self._banned)
+                else:
+                    outcomes += self._decoder.forward(chunks, exact_top=self._exact_top(work))
         except Exception as error:
             if len(work) == 1:
                 return [error]
@@ -247,6 +253,14 @@ class Engine:
         if self._by_scheduled[request].scoring:
             logits = "all"
         return PagedChunk(request.table.blocks, work.start, request.token_ids[work.start : work.end], logits)
+
+    def _draw(self, work: Work) -> Draw | None:
+        """The next token of a request, where a decoder can pick it itself."""
+        running = self._by_scheduled[work.request]
+        params = running.request.params
+        if not work.samples or running.scoring or running.constraint is not None or not can_draw(params):
+            return None
+        return Draw(params, running.completion.sampler.seed, len(running.completion.token_ids))
 
     def _exact_top(self, work: Sequence[Work]) -> int | None:
         """The most that any of the requests needs; None is everything."""
@@ -266,7 +280,7 @@ class Engine:
             return self._fail(running, f"the engine failed: {type(outcome).__name__}: {outcome}", "engine")
         self._scheduler.advance(work)
         logits = outcome
-        if logits is not None and logits.ndim == 2:
+        if logits is not None and not isinstance(logits, int) and logits.ndim == 2:
             self._score_prompt(running, work, logits)
             logits = logits[-1]
         if not work.samples:
@@ -280,7 +294,7 @@ class Engine:
             return self._fail(running, str(error), "engine")
         return self._report(running, piece)
 
-    def _pick(self, running: _Running, logits: Logits) -> Piece | None:
+    def _pick(self, running: _Running, logits: Picked) -> Piece | None:
         """The next token of a request."""
         constraint, completion = running.constraint, running.completion
         piece = completion.accept(logits, constraint.allowed() if constraint is not None else None)

@@ -20,12 +20,13 @@ from pathlib import Path
 
 from persimmon.errors import ContextLengthError
 from persimmon.infer.completion import Completion, Generation, Piece, Timings, Usage
-from persimmon.infer.decoder import Decoder, Logits, check_token_ids
+from persimmon.infer.decoder import Decoder, check_token_ids
+from persimmon.infer.drawing import Draw, Picked, can_draw
 from persimmon.infer.lookup import Lookup, check_lookup
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.prompt_file import check_place
 from persimmon.infer.sampling import banned_ids
-from persimmon.infer.session import ReportProgress, Session
+from persimmon.infer.session import Drawing, ReportProgress, Session
 from persimmon.tokenizer import Tokenizer
 
 
@@ -68,7 +69,7 @@ class Stream(Iterator[Piece]):
         self._close_session = session is None
         capacity = self._session.capacity
         self._prompt_ids = fit_prompt(prompt_ids, capacity, params, tokenizer.bos_id)
-        banned = banned_ids(tokenizer, config.vocab_size)
+        self._banned = banned = banned_ids(tokenizer, config.vocab_size)
         self._completion = Completion(
             tokenizer, params, banned, config.vocab_size, self._prompt_ids, skip_space=skip_space
         )
@@ -132,29 +133,36 @@ class Stream(Iterator[Piece]):
             return self._completion.end()
         return self._completion.accept(self._store(self._completion.token_ids[-1]))
 
-    def _read_prompt(self) -> Logits:
+    def _read_prompt(self) -> Picked:
         """The logits behind the prompt, with what the session and the prompt file already have of it."""
         found, path = 0, self._prompt_cache
         if path is not None and path.exists():
             found = self._session.restore(path, self._prompt_ids)
         logits = self._session.prefill(
-            self._prompt_ids, exact_top=self._completion.sampler.exact_top, progress=self._progress
+            self._prompt_ids, exact_top=self._completion.sampler.exact_top, progress=self._progress, draw=self._draw()
         )
         self._cached_tokens = self._session.reused
         if path is not None and 2 * found < len(self._prompt_ids):
             self._session.save(path)
         return logits
 
-    def _store(self, token_id: int) -> Logits:
+    def _draw(self) -> Drawing | None:
+        """The next token, for a decoder that picks tokens itself; not with guesses, which need logits to compare."""
+        if self._lookup is not None or not can_draw(self._params):
+            return None
+        done = self._completion
+        return Draw(self._params, done.sampler.seed, len(done.token_ids)), self._banned
+
+    def _store(self, token_id: int) -> Picked:
         exact_top = self._completion.sampler.exact_top
         if self._lookup is not None:
             self._lookup.append(token_id)
         if not self._session.full:
             if self._lookup is None:
-                return self._session.extend(token_id, exact_top=exact_top)
+                return self._session.extend(token_id, exact_top=exact_top, draw=self._draw())
             return self._session.extend(token_id, exact_top=exact_top, guess=self._guess(token_id))
         window = newest([*self._session.token_ids, token_id], _half(self._session.capacity), self._bos_id)
-        return self._session.prefill(window, exact_top=exact_top)
+        return self._session.prefill(window, exact_top=exact_top, draw=self._draw())
 
     def _guess(self, token_id: int) -> list[int]:
         """What may follow the token, no more than there is room for; nothing where the last guess still holds."""

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from persimmon.infer import prompt_file
 from persimmon.infer.decoder import Chunk, Decoder, Logits
+from persimmon.infer.drawing import Draw, DrawingDecoder, Picked
 
 PREFILL_CHUNK = 512
 """Tokens between two reports of progress, and the longest wait of an interrupt, while a prompt is read."""
 
 ReportProgress = Callable[[int, int], None]
 """Called with (tokens done, tokens in the prompt)."""
+
+
+Drawing = tuple[Draw, NDArray[np.int64]]
+"""What a decoder that can is to pick behind the newest token, and the ids it must not pick."""
 
 
 class Session:
@@ -40,9 +48,10 @@ class Session:
         return len(self._token_ids) >= self.capacity
 
     def prefill(
-        self, token_ids: Sequence[int], *, exact_top: int | None = None, progress: ReportProgress | None = None
-    ) -> Logits:
-        """Make the sequence hold exactly `token_ids` and return the logits [V] behind them.
+        self, token_ids: Sequence[int], *, exact_top: int | None = None, progress: ReportProgress | None = None,
+        draw: Drawing | None = None,
+    ) -> Picked:  # fmt: skip
+        """Make the sequence hold exactly `token_ids` and return the logits [V] behind them, or the token of `draw`.
 
         The longest common prefix stays, the rest of the old content is forgotten.
         """
@@ -51,14 +60,16 @@ class Session:
         self._keep(self.reused)
         for start in range(self.reused, total, PREFILL_CHUNK):
             end = min(total, start + PREFILL_CHUNK)
-            logits = self._append(token_ids[start:end], last=end == total, exact_top=exact_top)
+            logits = self._append(token_ids[start:end], last=end == total, exact_top=exact_top, draw=draw)
             if progress is not None:
                 progress(end, total)
         assert logits is not None, "a prompt has a last token"
         return logits
 
-    def extend(self, token_id: int, *, exact_top: int | None = None, guess: Sequence[int] = ()) -> Logits:
-        """Store one more token and return the logits [V] behind it.
+    def extend(
+        self, token_id: int, *, exact_top: int | None = None, guess: Sequence[int] = (), draw: Drawing | None = None
+    ) -> Picked:
+        """Store one more token and return the logits [V] behind it, or the token of `draw`, which has no guess.
 
         guess: tokens that may come after it. They run in the same call, and where they are what the next calls bring,
         those have their logits already; what was wrong is forgotten.
@@ -68,7 +79,7 @@ class Session:
             return self._guess_logits.pop(0)
         self._keep(len(self._token_ids))
         if not guess:
-            logits = self._append([token_id], last=True, exact_top=exact_top)
+            logits = self._append([token_id], last=True, exact_top=exact_top, draw=draw)
             assert logits is not None, "logits were asked for"
             return logits
         chunk = Chunk(self._sequence, [token_id, *guess], "all")
@@ -115,11 +126,17 @@ class Session:
         self._token_ids = self._token_ids[:length]
         self._sequence.truncate(length)
 
-    def _append(self, token_ids: Sequence[int], *, last: bool, exact_top: int | None) -> Logits | None:
+    def _append(
+        self, token_ids: Sequence[int], *, last: bool, exact_top: int | None, draw: Drawing | None
+    ) -> Picked | None:
         chunk = Chunk(self._sequence, token_ids, "last" if last else "none")
         # An interrupt inside the call may leave tokens stored that are not noted here, never the other way round:
         # the next prefill cuts the sequence back to what is noted.
-        (logits,) = self._decoder.forward([chunk], exact_top=exact_top)
+        logits: Picked | None
+        if last and draw is not None and isinstance(self._decoder, DrawingDecoder):
+            (logits,) = self._decoder.draw([chunk], [draw[0]], draw[1])
+        else:
+            (logits,) = self._decoder.forward([chunk], exact_top=exact_top)
         self._token_ids += token_ids
         return logits
 

@@ -15,8 +15,9 @@ from persimmon.errors import CheckpointError, ContextLengthError, InputError, Un
 from persimmon.fast.cpu.formats import Format, why_unfit
 from persimmon.fast.cpu.memory import GIB, kv_bytes_per_token
 from persimmon.fast.cpu.native_module import native
-from persimmon.infer.decoder import Chunk, Logits, check_token_ids
+from persimmon.infer.decoder import Chunk, Logits
 from persimmon.infer.identity import fingerprint
+from persimmon.infer.stored_sequence import StoredSequence, own_sequences
 from persimmon.machine import cpu_threads, memory_available
 
 if TYPE_CHECKING:
@@ -32,36 +33,18 @@ _SEQUENCE_BLOCK = 64
 """Tokens of a block of a sequence's own cache: a tile of the attention kernel, which is then one piece of memory."""
 
 
-class CpuSequence:
+class CpuSequence(StoredSequence):
     """One sequence with a cache of its own: all blocks of it, in their order."""
 
     def __init__(self, model: Any, capacity: int, int8: bool) -> None:
+        super().__init__(capacity)
         blocks = -(-capacity // _SEQUENCE_BLOCK)
         self._cache = model.new_cache(blocks, _SEQUENCE_BLOCK, int8)
         self._table = np.arange(blocks, dtype=np.int32)
-        self._capacity = capacity
-        self._length = 0
-        self._closed = False
-
-    @property
-    def length(self) -> int:
-        """Tokens whose keys and values are stored."""
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens it can hold."""
-        return self._capacity
-
-    def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens."""
-        if not 0 <= length <= self._length:
-            raise InputError(f"cannot truncate {self._length} stored tokens to {length}")
-        self._length = length
 
     def close(self) -> None:
         """Give the memory back."""
-        self._closed, self._length = True, 0
+        super().close()
         self._cache.close()
 
     def saved(self, layer: int, length: int) -> NDArray[np.uint8]:
@@ -80,22 +63,9 @@ class CpuSequence:
             self._cache.restore(layer, self._table, length, data[: self._cache.state_bytes(length)])
         self._length = length
 
-    def check_room(self, num_tokens: int) -> None:
-        """ContextLengthError unless that many more tokens fit; InputError when closed."""
-        if self._closed:
-            raise InputError("the sequence is closed")
-        if self._length + num_tokens > self._capacity:
-            raise ContextLengthError(
-                f"{num_tokens} more tokens do not fit: {self._length} of {self._capacity} positions are taken"
-            )
-
     def place(self) -> Place:
         """Where the next tokens go."""
         return self._cache, self._table, self._length
-
-    def advance(self, num_tokens: int) -> None:
-        """Count tokens as stored."""
-        self._length += num_tokens
 
 
 Place = tuple[Any, NDArray[np.int32], int]
@@ -266,15 +236,7 @@ class CpuDecoder:
 
     def _check(self, chunks: Sequence[Chunk]) -> list[CpuSequence]:
         """Refuse a call before it changes anything."""
-        sequences = []
-        for chunk in chunks:
-            if not isinstance(chunk.sequence, CpuSequence):
-                raise InputError(f"the sequence belongs to another decoder: {type(chunk.sequence).__name__}")
-            sequences.append(chunk.sequence)
-        if len({id(sequence) for sequence in sequences}) != len(sequences):
-            raise InputError("a sequence appears twice in one call")
-        for chunk in chunks:
-            check_token_ids("a chunk", chunk.token_ids, self._config.vocab_size)
+        sequences = own_sequences(chunks, CpuSequence, self._config.vocab_size)
         for sequence, chunk in zip(sequences, chunks, strict=True):
             sequence.check_room(len(chunk.token_ids))
         return sequences

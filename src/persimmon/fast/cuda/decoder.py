@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, InputError, UnavailableError
@@ -18,61 +21,41 @@ from persimmon.fast.cuda.plan import RESERVE_BYTES, device_kv_bytes_per_token, s
 from persimmon.fast.cuda.pool import CACHE_DTYPES, FreeBlocks, Pool
 from persimmon.fast.cuda.runner import MAX_PASS_TOKENS, MOST_STEPS, Decoded, Piece, Runner
 from persimmon.fast.cuda.weights import Weights
-from persimmon.infer.decoder import Chunk, Logits, check_token_ids
+from persimmon.infer.decoder import Chunk, Logits
+from persimmon.infer.drawing import Draw, Picked
 from persimmon.infer.params import SamplingParams
+from persimmon.infer.stored_sequence import StoredSequence, own_sequences
 
 BLOCK_SIZE = 64
 """Tokens of a block of the decoder's own sequences."""
 
 
-class CudaSequence:
-    """One sequence: blocks of its decoder's pool, taken as it grows and given back with the object at the latest."""
+class CudaSequence(StoredSequence):
+    """One sequence: blocks of its decoder's pool, taken as it grows and given back with the object at the latest.
+
+    Those of forgotten tokens stay for what comes next.
+    """
 
     def __init__(self, capacity: int, free: FreeBlocks, block_size: int) -> None:
-        self._capacity, self._free, self._block_size = capacity, free, block_size
-        self._length = 0
+        super().__init__(capacity)
+        self._free, self._block_size = free, block_size
         self.blocks: list[int] = []
         self._give_back = weakref.finalize(self, _give_back, free, self.blocks)
 
-    @property
-    def length(self) -> int:
-        """Tokens whose keys and values are stored."""
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens it can hold."""
-        return self._capacity
-
-    def truncate(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens; blocks stay for what comes next."""
-        if not 0 <= length <= self._length:
-            raise InputError(f"cannot truncate {self._length} stored tokens to {length}")
-        self._length = length
-
     def close(self) -> None:
         """Give the blocks back."""
+        super().close()
         self._give_back()
-        self._length = self._capacity = 0
 
     def missing_blocks(self, num_tokens: int) -> int:
         """Blocks to take for that many more tokens. ContextLengthError when they do not fit, InputError when closed."""
-        if not self._give_back.alive:
-            raise InputError("the sequence is closed")
-        if self._length + num_tokens > self._capacity:
-            raise ContextLengthError(
-                f"{num_tokens} more tokens do not fit: {self._length} of {self._capacity} positions are taken"
-            )
+        self.check_room(num_tokens)
         return max(0, -(-(self._length + num_tokens) // self._block_size) - len(self.blocks))
 
     def grow(self, count: int) -> None:
         """Take that many blocks; UnavailableError when the pool has no more."""
         if count:
             self.blocks += self._free.take(count, self.blocks[-1] if self.blocks else None)
-
-    def advance(self, num_tokens: int) -> None:
-        """Count tokens as stored."""
-        self._length += num_tokens
 
 
 def _give_back(free: FreeBlocks, blocks: list[int]) -> None:
@@ -162,12 +145,18 @@ class CudaDecoder:
     def forward(self, chunks: Sequence[Chunk], *, exact_top: int | None = None) -> list[Logits | None]:
         """Append each chunk to its sequence; its float32 logits: None, [V] or [T, V] (see infer.decoder)."""
         del exact_top  # all logits are exact
+        return cast(list[Logits | None], self.draw(chunks, [None] * len(chunks), np.array([], np.int64)))
+
+    def draw(
+        self, chunks: Sequence[Chunk], draws: Sequence[Draw | None], banned: NDArray[np.int64]
+    ) -> list[Picked | None]:
+        """The same, but the token where a chunk has a draw: see infer/drawing.py."""
         sequences = self._check(chunks)
         pieces = [
             Piece(sequence.blocks, sequence.length, chunk.token_ids, chunk.logits)
             for sequence, chunk in zip(sequences, chunks, strict=True)
         ]
-        results = self._runner().run(pieces)
+        results = self._runner().draw(pieces, draws, banned)
         for sequence, chunk in zip(sequences, chunks, strict=True):
             sequence.advance(len(chunk.token_ids))
         return results
@@ -210,15 +199,7 @@ class CudaDecoder:
 
     def _check(self, chunks: Sequence[Chunk], num_tokens: int | None = None) -> list[CudaSequence]:
         """Refuse a call before it changes anything; take the blocks it needs (`num_tokens` each, or its chunk's)."""
-        sequences: list[CudaSequence] = []
-        for chunk in chunks:
-            if not isinstance(chunk.sequence, CudaSequence):
-                raise InputError(f"the sequence belongs to another decoder: {type(chunk.sequence).__name__}")
-            sequences.append(chunk.sequence)
-        if len({id(sequence) for sequence in sequences}) != len(sequences):
-            raise InputError("a sequence appears twice in one call")
-        for chunk in chunks:
-            check_token_ids("a chunk", chunk.token_ids, self.config.vocab_size)
+        sequences = own_sequences(chunks, CudaSequence, self.config.vocab_size)
         wanted = [s.missing_blocks(num_tokens or len(c.token_ids)) for s, c in zip(sequences, chunks, strict=True)]
         if sum(wanted) > len(self._free):
             self._free.take(sum(wanted))  # raises, and says how many are missing

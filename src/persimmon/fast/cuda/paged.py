@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError
 from persimmon.fast.cuda.runner import Piece, Runner
 from persimmon.infer.decoder import Logits, check_token_ids
+from persimmon.infer.drawing import Draw, Picked
 from persimmon.infer.paged import PagedChunk
 
 
@@ -29,9 +34,15 @@ class PagedCuda:
     def forward(self, chunks: Sequence[PagedChunk], *, exact_top: int | None = None) -> list[Logits | None]:
         """Append each chunk to its blocks; float32 logits None, [V] or [T, V]. All of them are exact."""
         del exact_top
+        return cast(list[Logits | None], self.draw(chunks, [None] * len(chunks), np.array([], np.int64)))
+
+    def draw(
+        self, chunks: Sequence[PagedChunk], draws: Sequence[Draw | None], banned: NDArray[np.int64]
+    ) -> list[Picked | None]:
+        """The same, but the token where a chunk has a draw: see infer/drawing.py."""
         for chunk in chunks:
             self._check(chunk)
-        return self._runner.run([Piece(c.blocks, c.start, c.token_ids, c.logits) for c in chunks])
+        return self._runner.draw([Piece(c.blocks, c.start, c.token_ids, c.logits) for c in chunks], draws, banned)
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy blocks (source, target) in all layers, in order."""

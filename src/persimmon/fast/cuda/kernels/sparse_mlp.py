@@ -77,6 +77,22 @@ def down_kernel(
 
 
 @triton.jit
+def _plane_part(
+    x, is_outlier, scales, pair, byte, first, half: tl.constexpr, row, rows, groups, inputs, BLOCK_K: tl.constexpr
+):
+    """One half of the bytes `pair` [N, K / 2] of a plane: codes, their groups' scales, inputs without the outliers."""
+    code = ((pair >> (4 * half)) & 15).to(tl.float32)
+    k = byte // 32 * 64 + byte % 32 + 32 * half
+    held = k < inputs
+    outlier = tl.load(is_outlier + k, mask=held, other=0)
+    inputs_part = tl.load(x + k, mask=held & (outlier == 0), other=0.0).to(tl.float32)
+    group = first // 32 + 2 * tl.arange(0, BLOCK_K // 64) + half
+    known = rows[:, None] & (group < groups)[None, :]
+    scale = tl.load(scales + row[:, None] * groups + group[None, :], mask=known, other=0.0).to(tl.float32)
+    return code, scale, inputs_part
+
+
+@triton.jit
 def progressive_up_kernel(
     x, is_outlier, high, low, scales, outlier_weights, outlier_columns, bias, values, ids, counts, read,
     outputs, inputs, columns, margin, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -93,14 +109,9 @@ def progressive_up_kernel(
         pair = tl.load(high + row[:, None] * (columns // 2) + byte[None, :],
                        mask=real[:, None] & (byte < columns // 2)[None, :], other=0).to(tl.int32)  # fmt: skip
         for half in tl.static_range(2):
-            code = ((pair >> (4 * half)) & 15).to(tl.float32)
-            k = byte // 32 * 64 + byte % 32 + 32 * half
-            held = k < inputs
-            outlier = tl.load(is_outlier + k, mask=held, other=0)
-            inputs_part = tl.load(x + k, mask=held & (outlier == 0), other=0.0).to(tl.float32)
-            group = first // 32 + 2 * tl.arange(0, BLOCK_K // 64) + half
-            known = real[:, None] & (group < groups)[None, :]
-            scale = tl.load(scales + row[:, None] * groups + group[None, :], mask=known, other=0.0).to(tl.float32)
+            code, scale, inputs_part = _plane_part(
+                x, is_outlier, scales, pair, byte, first, half, row, real, groups, inputs, BLOCK_K
+            )
             product = (16.0 * code - 120.5) * inputs_part[None, :]
             estimate += tl.sum(scale * tl.sum(tl.reshape(product, (BLOCK_N, BLOCK_K // 64, 32)), axis=2), axis=1)
             energy = tl.sum(tl.reshape(inputs_part * inputs_part, (BLOCK_K // 64, 32)), axis=1)
@@ -116,14 +127,9 @@ def progressive_up_kernel(
             pair = tl.load(low + row[:, None] * (columns // 2) + byte[None, :],
                            mask=wanted[:, None] & (byte < columns // 2)[None, :], other=0).to(tl.int32)  # fmt: skip
             for half in tl.static_range(2):
-                code = ((pair >> (4 * half)) & 15).to(tl.float32)
-                k = byte // 32 * 64 + byte % 32 + 32 * half
-                held = k < inputs
-                outlier = tl.load(is_outlier + k, mask=held, other=0)
-                inputs_part = tl.load(x + k, mask=held & (outlier == 0), other=0.0).to(tl.float32)
-                group = first // 32 + 2 * tl.arange(0, BLOCK_K // 64) + half
-                known = wanted[:, None] & (group < groups)[None, :]
-                scale = tl.load(scales + row[:, None] * groups + group[None, :], mask=known, other=0.0).to(tl.float32)
+                code, scale, inputs_part = _plane_part(
+                    x, is_outlier, scales, pair, byte, first, half, row, wanted, groups, inputs, BLOCK_K
+                )
                 product = (code - 7.5) * inputs_part[None, :]
                 estimate += tl.sum(scale * tl.sum(tl.reshape(product, (BLOCK_N, BLOCK_K // 64, 32)), axis=2), axis=1)
     activation = tl.where(wanted, tl.maximum(estimate, 0.0), 0.0)
