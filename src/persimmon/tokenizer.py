@@ -113,6 +113,8 @@ class Tokenizer:
             bos: put the end-of-text piece in front.
             continuation: the text goes on after other text, so no space is put in front of it.
         """
+        if not isinstance(text, str):
+            raise TokenizerError(f"text must be a string, got {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -11,6 +11,7 @@ from persimmon.bench.traffic import (
     in_batch,
     mlp_bytes,
     prefill_flops,
+    prompt_bytes,
     token_traffic,
 )
 from persimmon.config import preset
@@ -64,6 +65,15 @@ def test_a_batch_shares_weights_and_adds_up_neurons_at_most_to_all() -> None:
     alone = token_traffic(FULL, "q4", "int8", attended=0, counts=counts_of(FULL, 0, 0))
     eight = token_traffic(FULL, "q4", "int8", attended=0, batch=8, counts=counts_of(FULL, 0, 0))
     assert eight.read == alone.read / 8
+
+
+def test_a_prompt_reads_the_blocks_once_a_step_and_the_head_once() -> None:
+    token = token_traffic(FULL, "q4", "int8", attended=0, counts=counts_of(FULL, 0, 0)).dense
+    head = 262144 * 16 * (144 + 128) + 2 * 4096 * 4 + 4096 * 2
+    cache = 512 * 513 / 2 / 32 * kv_bytes_per_token(FULL, "int8")
+    assert prompt_bytes(FULL, "q4", "int8", 1, 256) == pytest.approx(token, rel=1e-4)
+    assert prompt_bytes(FULL, "q4", "int8", 512, 256) == 2 * (token - head) + head + cache
+    assert prompt_bytes(FULL, "q4", "int8", 513, 256) > 3 * (token - head) + head + cache
 
 
 def test_an_engine_without_counts_reads_everything() -> None:

@@ -10,8 +10,9 @@ from persimmon.bench.peers import Peer
 from persimmon.bench.row import Row, finished
 from persimmon.bench.subject import Subject, random_ids
 from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, repeat
-from persimmon.bench.traffic import prefill_flops
+from persimmon.bench.traffic import prefill_flops, prompt_bytes
 from persimmon.errors import ContextLengthError
+from persimmon.fast.cpu.memory import STEP_TOKENS
 from persimmon.infer.decoder import Chunk
 
 _WARM_UP = 16  # tokens
@@ -72,12 +73,13 @@ def prefill_row(subject: Subject, lengths: list[int], runs: int, ceiling: Ceilin
 
 
 def _figures(subject: Subject, length: int, ours: Summary) -> dict[str, Any]:
-    traffic = subject.traffic((length + 1) / 2, 1, None)
+    step = STEP_TOKENS if subject.decoder.name == "cpu" else length
+    read = prompt_bytes(subject.config, subject.weight_format, subject.kv_dtype, length, step) / length
     return {
         "context": length,
         "tokens_per_second": ours.median,
         "runs": list(ours.values),
-        "bytes_per_token": traffic.dense / length,
-        "bytes_per_token_dense": traffic.dense / length,
+        "bytes_per_token": read,
+        "bytes_per_token_dense": read,
         "flops": prefill_flops(subject.config, length),
     }

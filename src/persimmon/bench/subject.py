@@ -52,8 +52,10 @@ class Subject:
         )  # fmt: skip
 
     def page_in(self) -> int:
-        """Read the weight files, so that the page cache has them again after a peer pushed them out; returns bytes."""
+        """Read mapped weight files: a peer may have pushed them out of the page cache. Returns bytes."""
         count = 0
+        if getattr(self.decoder, "weights", None) == "resident":
+            return count
         for file in sorted(self.directory.glob("*.safetensors")):
             with file.open("rb", buffering=0) as stream:
                 while part := stream.read(_READ_BYTES):
@@ -69,8 +71,8 @@ class Subject:
             "kv_dtype": self.kv_dtype,
             "threads": self.threads,
         }
-        isa = getattr(self.decoder, "isa", None)
-        return facts | ({"instructions": isa} if isa else {})
+        known = {"instructions": getattr(self.decoder, "isa", None), "weights": getattr(self.decoder, "weights", None)}
+        return facts | {name: value for name, value in known.items() if value}
 
 
 def load_subject(name: str, options: Mapping[str, Any]) -> Subject:

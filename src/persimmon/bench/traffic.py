@@ -121,6 +121,19 @@ def token_traffic(
     return Traffic(read / batch + cache, dense / batch + cache)
 
 
+QUERY_TILE = 32
+"""Queries that share the keys and values of the CPU engine's attention (native/kernels.h: kQueryTile)."""
+
+
+def prompt_bytes(config: ModelConfig, weight_format: str, kv_dtype: str, tokens: int, step: int) -> float:
+    """Bytes that reading a prompt moves: the blocks' weights once a step of `step` tokens, the head once."""
+    form, rows = FORMATS[weight_format], config.vocab_size
+    head = head_bytes(config, form, rows)
+    blocks = step_weight_bytes(config, form, all_neurons(config), head_rows=rows) - head
+    cache = tokens * (tokens + 1) / 2 / QUERY_TILE * accounting.kv_bytes_per_token(config, kv_dtype)
+    return -(-tokens // step) * blocks + head + cache
+
+
 def prefill_flops(config: ModelConfig, tokens: int) -> int:
     """FLOPs of reading a prompt: every matrix of the blocks for every token, the head once, causal attention."""
     count = accounting.count_parameters(config)

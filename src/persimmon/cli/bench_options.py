@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from persimmon.cli.options import add_model_argument
+from persimmon.cli.options import WEIGHTS_HELP, add_model_argument
 
 _LIST = "comma-separated"
 
@@ -119,6 +119,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     group.add_argument("--kv-dtype", metavar="NAME", help="keys and values in float32 or int8 (cpu engine)")
     group.add_argument("--sparsity-margin", type=float, metavar="K", help="see persimmon generate (cpu engine)")
+    group.add_argument("--weights", metavar="NAME", help=WEIGHTS_HELP)
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ def _ours(args: argparse.Namespace, stack: contextlib.ExitStack, name: str, most
     command = [sys.executable, "-m", "persimmon.cli.main", "serve", name, "--port", str(port), "--no-access-log"]
     command += ["--max-concurrency", str(most), "--max-queue", str(most), "--drain", "5", "--quiet"]
     command += ["--device", args.device, "--engine", args.engine, "--dtype", args.dtype]
-    for flag in ("threads", "kv_dtype", "sparsity_margin"):
+    for flag in ("threads", "kv_dtype", "sparsity_margin", "weights"):
         if getattr(args, flag) is not None:
             command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
     server = stack.enter_context(ServerProcess(command, port))

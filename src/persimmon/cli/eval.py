@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before prompts")
     how.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions per batch (default: 64)")
-    how.add_argument("--lanes", type=int, default=16, metavar="N", help="sequences side by side (default: 16)")
+    how.add_argument(
+        "--lanes", type=int, metavar="N", help="sequences side by side (default: 16; 64 on the cpu engine)"
+    )
     how.add_argument(
         "--cache-tokens",
         type=int,
@@ -229,7 +231,7 @@ def _model(args: argparse.Namespace, options: Mapping[str, Any]) -> LanguageMode
 
         return ServerLanguageModel(
             args.url, args.model, api_key=os.environ.get("PERSIMMON_API_KEY") or os.environ.get("OPENAI_API_KEY"),
-            context=args.context, concurrency=args.lanes, seed=args.seed,
+            context=args.context, concurrency=args.lanes or 16, seed=args.seed,
         )  # fmt: skip
     from persimmon.evals.loading import load_language_model
 

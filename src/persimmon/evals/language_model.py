@@ -58,7 +58,7 @@ class DecoderLanguageModel:
         *,
         context: int | None = None,
         bos: bool = True,
-        lanes: int = 16,
+        lanes: int | None = None,
         cache_tokens: int = 65_536,
         seed: int = 0,
         identity: Mapping[str, Any] | None = None,
@@ -70,11 +70,13 @@ class DecoderLanguageModel:
             tokenizer: its vocabulary.
             context: longest sequence in tokens; None is the model's.
             bos: open every sequence with the end-of-text token, as the hub's tokenizer does.
-            lanes: most sequences that run side by side.
+            lanes: most sequences that run side by side; None is 64, or 16 where the decoder hands out logits for all.
             cache_tokens: most tokens of keys and values kept by all lanes together.
             seed: of sampled completions.
             identity: what else to record, for instance the model's name.
         """
+        if lanes is None:
+            lanes = 64 if isinstance(decoder, ScoringDecoder) else 16
         if lanes < 1 or cache_tokens < 1:
             raise InputError(f"lanes and cache_tokens must be at least 1, got {lanes} and {cache_tokens}")
         self._decoder, self._tokenizer = decoder, tokenizer

@@ -18,7 +18,7 @@ def load_language_model(
     model: str,
     *,
     bos: bool = True,
-    lanes: int = 16,
+    lanes: int | None = None,
     cache_tokens: int = 65_536,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,

@@ -81,6 +81,23 @@ def test_many_tokens_have_the_bits_of_one(kind: str, isa: str, rows: int, column
     assert np.array_equal(matrix.times(x, isa, tiled=True), matrix.times(x, ISAS[0]))
 
 
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(1, 256, 1), (33, 300, 5), (70, 1024, 17)])
+def test_the_heads_two_passes(rows: int, columns: int, tokens: int) -> None:
+    """Refined estimates are the full product to the last bit, and bounds of many deviations lie above it."""
+    w, x = case(rows, columns, tokens, seed=columns)
+    matrix = RowMatrix("planes", w)
+    estimates, bounds, exact = _native.head_rows(matrix.packed, matrix.low, x, 6.0, ISAS[0])
+    assert np.array_equal(exact, matrix.times(x, ISAS[0]))
+    assert np.all(bounds >= exact) and np.all(bounds > estimates)
+    deviation = (bounds - estimates) / 6.0
+    assert np.abs((exact - estimates) / deviation).max() < 5.0  # of a normal distribution
+    for isa, tiled in [(isa, False) for isa in ISAS] + [(isa, True) for isa in TILED_ISAS]:
+        for first, other in zip(
+            (estimates, bounds, exact), _native.head_rows(matrix.packed, matrix.low, x, 6.0, isa, tiled), strict=True
+        ):
+            assert np.array_equal(first, other), (isa, tiled)
+
+
 def test_tiles_are_refused_where_there_are_none() -> None:
     w, x = case(1, 256, 1)
     with pytest.raises(ValueError, match="no tiled kernels"):

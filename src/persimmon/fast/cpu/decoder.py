@@ -95,14 +95,15 @@ class CpuDecoder:
         sparsity_margin: float = DEFAULT_MARGIN,
         audit_every: int = 0,
         isa: str = "auto",
+        weights: str = "mapped",
     ) -> None:
         """`arrays` as in formats.py. sparsity_margin: see docs/sparsity.md; `inf` skips nothing that is not zero.
 
         audit_every: recompute one decoded token in this many without skipping, and count what was missed; 0 never.
-        isa: instruction set, `auto` the best of this processor.
+        isa: instruction set, `auto` the best of this processor. weights: where they are, mapped or resident.
         """
         _check_options(threads, kv_dtype, sparsity_margin, audit_every, isa)
-        self._config, self._form, self._arrays = config, form, arrays
+        self._config, self._form, self._arrays, self.weights = config, form, arrays, weights
         self._kv_dtype = kv_dtype if kv_dtype != "auto" else ("int8" if form.packed else "float32")
         if (reason := why_unfit(config)) is not None:
             raise UnavailableError(reason)

@@ -12,7 +12,9 @@ from persimmon.machine import memory_available
 
 GIB = 1 << 30
 
-_STEP_TOKENS = 256  # native/model.cpp: kStepTokens
+STEP_TOKENS = 256
+"""Tokens that run through all layers together (native/model.cpp: kStepTokens)."""
+
 _BASE_BYTES = 300_000_000  # Python, numpy, PyTorch and the tokenizer
 
 
@@ -21,7 +23,7 @@ class MemoryPlan:
     """Bytes that a model takes with a context."""
 
     weights: int
-    """Memory-mapped: resident once used, shared with other processes. The embedding counts only by its rows in use."""
+    """Resident, or mapped and then so once used. The embedding counts only by its rows in use."""
     keys_and_values: int
     """Of `context` tokens."""
     scratch: int
@@ -52,7 +54,7 @@ def plan_memory(config: ModelConfig, form: Format, kv_dtype: str, context: int) 
     embedding = "F32" if form.name == "float32" else "BF16"
     rows = config.vocab_size * config.hidden_size * (4 if embedding == "F32" else 2)
     per_token = 4 * (5 * config.hidden_size + 2 * config.intermediate_size)
-    scratch = _BASE_BYTES + _STEP_TOKENS * per_token + 8 * config.vocab_size
+    scratch = _BASE_BYTES + STEP_TOKENS * per_token + 8 * config.vocab_size
     weights = planned_bytes(config, form, embedding) - rows
     return MemoryPlan(weights, context * kv_bytes_per_token(config, kv_dtype), scratch, context)
 

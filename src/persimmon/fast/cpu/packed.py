@@ -12,11 +12,12 @@ match unless verification is turned off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from persimmon.checkpoints import shards
@@ -25,7 +26,7 @@ from persimmon.checkpoints.shards import ProgressReport, no_progress
 from persimmon.checkpoints.tensors import StoredTensor, describe
 from persimmon.config import ModelConfig
 from persimmon.errors import CheckpointError, NotFoundError
-from persimmon.fast.cpu.fingerprints import fingerprint_file
+from persimmon.fast.cpu.fingerprints import fingerprint_file, read_file
 from persimmon.fast.cpu.formats import (
     FORMATS,
     PACKED_FORMATS,
@@ -71,26 +72,46 @@ class PackedDirectory:
     form: Format
     embedding: str
     tensors: dict[str, StoredTensor]
+    sizes: dict[str, int]
+    """Bytes of every file, by its name."""
     fingerprints: dict[str, str]
 
-    def map(self) -> dict[str, NDArray[Any]]:
-        """Every tensor, memory-mapped."""
-        return {name: map_array(stored) for name, stored in self.tensors.items()}
+    def tensors_of(self, file: str) -> list[StoredTensor]:
+        """The tensors that lie in a file."""
+        return [tensor for tensor in self.tensors.values() if tensor.file.name == file]
+
+    def map(self, tensors: Iterable[StoredTensor] | None = None) -> dict[str, NDArray[Any]]:
+        """Every tensor, or these, memory-mapped."""
+        chosen = self.tensors.values() if tensors is None else tensors
+        return {tensor.name: map_array(tensor) for tensor in chosen}
 
     def verify(self, threads: int, progress: ProgressReport = no_progress) -> None:
         """Compare the fingerprint of every file; CheckpointError names the first that is damaged."""
-        total = sum((self.path / name).stat().st_size for name in self.fingerprints)
-        done = 0
+        self.read(threads, progress, {})
+
+    def read(
+        self, threads: int, progress: ProgressReport, into: Mapping[str, NDArray[np.uint8]], *, verify: bool = True
+    ) -> None:
+        """Read files into the memory that `into` has for them and, in the same pass, compare all fingerprints.
+
+        verify: compare; without, only the files of `into` are read. Raises CheckpointError as `verify` does.
+        """
+        names = self.sizes if verify else into
+        total, done = sum(self.sizes[name] for name in names), 0
 
         def report(count: int) -> None:
             nonlocal done
             done += count
             progress(done, total)
 
-        for name, expected in self.fingerprints.items():
-            found = fingerprint_file(self.path / name, threads, report)
+        for name in names:
+            file, expected = self.path / name, self.fingerprints[name]
+            if not verify:
+                read_file(file, threads, report, into[name])
+                continue
+            found = fingerprint_file(file, threads, report, into.get(name))
             if found != expected:
-                raise CheckpointError(f"{self.path / name} is damaged: fingerprint {found}, expected {expected}")
+                raise CheckpointError(f"{file} is damaged: fingerprint {found}, expected {expected}")
 
 
 def open_packed(directory: Path) -> PackedDirectory:
@@ -105,7 +126,8 @@ def open_packed(directory: Path) -> PackedDirectory:
     tensors: dict[str, StoredTensor] = {}
     for name, expected in zip(expected_names, plan, strict=True):
         tensors |= _checked_file(directory / name, listed[name][0], expected)
-    return PackedDirectory(directory, config, form, embedding, tensors, {name: f[1] for name, f in listed.items()})
+    sizes, fingerprints = ({name: listed[name][part] for name in expected_names} for part in (0, 1))
+    return PackedDirectory(directory, config, form, embedding, tensors, sizes, fingerprints)  # type: ignore[arg-type]
 
 
 def _read_description(file: Path) -> tuple[Format, str, dict[str, tuple[int, str]]]:

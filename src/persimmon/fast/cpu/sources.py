@@ -15,7 +15,8 @@ from persimmon.errors import CheckpointError
 
 Floats = NDArray[np.float32]
 
-_NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I32": "<i4"}
+NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I32": "<i4"}
+"""Of the element types of safetensors files; bfloat16 as its bits."""
 
 SLICE_BYTES = 64 << 20
 """Most float32 bytes of a matrix in memory at a time."""
@@ -23,7 +24,7 @@ SLICE_BYTES = 64 << 20
 
 def map_array(stored: StoredTensor) -> NDArray[np.generic]:
     """The tensor's elements without reading them; bfloat16 as uint16. The mapping lives as long as the array."""
-    dtype = np.dtype(_NUMPY_TYPES[stored.dtype])
+    dtype = np.dtype(NUMPY_TYPES[stored.dtype])
     size = num_bytes(stored)
     if size == 0:
         return np.empty(stored.shape, dtype)

@@ -5,7 +5,8 @@
 // Milakov and Gimelshein 2018). So keys and values are streamed once and nothing grows with their number; up to kQueryTile
 // queries share each tile while it is in the first-level cache, a few at a time in registers.
 //
-// For a lone query the memory is the limit: the next tile is prefetched line by line while this one is computed.
+// For a lone token the memory is the limit. Its heads take each tile in turn, since their records of a block lie behind each
+// other: memory is read in long pieces. The next tile is prefetched line by line while this one is computed.
 //
 // A query's result depends on its own position and the keys before it alone: tiles lie at fixed places, sums run over
 // dimensions and keys in order, a scaling by one is left out, a key behind the query has weight zero. So one query or many,
@@ -23,6 +24,7 @@ namespace PERSIMMON_ISA {
 
 constexpr int kTileGroups = 4;
 constexpr int kTileKeys = kTileGroups * kKeyGroup;
+constexpr int kTilesAhead = 3;  // of a head: 26 KiB of int8 keys and values of 64 dimensions
 #if defined(__AVX512F__)
 constexpr int kQueriesAtOnce = 4, kVectorsAtOnce = 4;  // 16 sums of 16 lanes: half of the registers
 #else
@@ -122,9 +124,15 @@ INLINE f32x16 to_floats(const KeySums& sums) {
 
 // ---- the two kinds of cache ----------------------------------------------------------------------------------------------
 
-// The records of a tile, and of the one after it.
+// The records of a tile, of the one after it, and of one that is read some time later.
 struct KeyTile {
-  const uint8_t *group[kTileGroups], *next[kTileGroups];
+  const uint8_t *group[kTileGroups], *next[kTileGroups], *later[kTileGroups];
+
+  // Line `offset` of a record of the next tile into the first cache, of the later one into the second.
+  inline __attribute__((always_inline)) void fetch(int record, size_t offset) const {
+    __builtin_prefetch(next[record] + offset);
+    __builtin_prefetch(later[record] + offset, 0, 2);
+  }
 };
 
 struct FloatCache {
@@ -141,7 +149,7 @@ struct FloatCache {
       f32x16 keys[V];
       for (int v = 0; v < V; v++) {
         keys[v] = load16(reinterpret_cast<const float*>(tile.group[from + v]) + kKeyGroup * d);
-        if (Q == 1) __builtin_prefetch(tile.next[from + v] + 64 * d);
+        if (Q == 1) tile.fetch(from + v, 64 * d);
       }
       for (int i = 0; i < Q; i++) {
         const f32x16 x = set16(q[(first + i) * stride + d]);
@@ -181,7 +189,7 @@ struct Int8Cache {
       KeyBytes keys[V];
       for (int v = 0; v < V; v++) {
         keys[v] = load_keys(tile.group[from + v] + 64 * j);
-        if (Q == 1) __builtin_prefetch(tile.next[from + v] + 64 * j);
+        if (Q == 1) tile.fetch(from + v, 64 * j);
       }
       for (int i = 0; i < Q; i++)
         for (int v = 0; v < V; v++) sums[i][v] = add_dots(sums[i][v], keys[v], words[first + i][j]);
@@ -219,7 +227,7 @@ INLINE void add_values(const KeyTile& tile, size_t offset, int keys, int dim, in
     const size_t place = offset + (k % kKeyGroup * dim + from) * sizeof(T);
     const T* value = reinterpret_cast<const T*>(tile.group[k / kKeyGroup] + place);
     if (Q == 1)
-      for (size_t i = 0; i < 16 * V * sizeof(T); i += 64) __builtin_prefetch(tile.next[k / kKeyGroup] + place + i);
+      for (size_t i = 0; i < 16 * V * sizeof(T); i += 64) tile.fetch(k / kKeyGroup, place + i);
     f32x16 values[V];
     for (int v = 0; v < V; v++) values[v] = load_value16(value + 16 * v);
     for (int i = 0; i < Q; i++) {
@@ -276,18 +284,19 @@ INLINE void to_weights(const Cache& cache, const KeyTile& tile, int visible, flo
   }
 }
 
-// Q queries from `first` against one tile of which the sequence has `keys` keys; the first of them is key `start`.
+// Q queries from `first`, the first of them at `position`, against one tile of which the sequence has `keys` keys; the first
+// of them is key `start`.
 template <int Q, class Cache>
 INLINE void attend_tile(const AttentionArgs& a, const Cache& cache, const KeyTile& tile, int start, int keys, int first,
-                        Softmax* states) {
+                        int position, Softmax* states) {
   float scores[Q * kTileKeys];
   float* out = a.out + first * a.out_stride;
   for (int g = 0; g < kTileGroups; g += kVectorsAtOnce) cache.template scores<Q, kVectorsAtOnce>(first, tile, g, scores);
   for (int i = 0; i < Q; i++) {
-    const int visible = a.position + first + i + 1 - start;
+    const int visible = position + i + 1 - start;
     to_weights(cache, tile, visible, scores + kTileKeys * i, states + first + i, out + i * a.out_stride);
   }
-  const int last = min_int(keys, a.position + first + Q - start);
+  const int last = min_int(keys, position + Q - start);
   add_all_values<typename Cache::Value, Q>(tile, cache.values_offset(), last, a.head_dim, scores, out, a.out_stride);
 }
 
@@ -299,24 +308,54 @@ INLINE void find_groups(const AttentionArgs& a, int start, int keys, const uint8
   }
 }
 
+// One token: "queries" are its heads, whose records lie head_bytes apart.
 template <class Cache>
-INLINE void attend(const AttentionArgs& a) {
-  const Cache cache(a);
-  Softmax states[kQueryTile];
-  for (int i = 0; i < a.queries; i++)
-    for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] = 0.0f;
+INLINE void attend_heads(const AttentionArgs& a, const Cache& cache, Softmax* states) {
+  const int length = a.position + 1;
+  const uint8_t *group[kTileGroups], *after[kTileGroups];
+  KeyTile tile;
+  // Head i of the tile at hand; behind the last head come the heads of the tile after it.
+  const auto locate = [&](int i, const uint8_t** out) {
+    for (int g = 0; g < kTileGroups; g++)
+      out[g] = i < a.queries ? group[g] + i * a.head_bytes : after[g] + (i - a.queries) * a.head_bytes;
+  };
+  find_groups(a, 0, length, after);
+  for (int start = 0; start < length; start += kTileKeys) {
+    const int keys = min_int(kTileKeys, length - start);
+    memcpy(group, after, sizeof group);
+    if (start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, after);
+    for (int i = 0; i < a.queries; i++) {
+      locate(i, tile.group), locate(i + 1, tile.next), locate(i + kTilesAhead, tile.later);
+      attend_tile<1>(a, cache, tile, start, keys, i, a.position, states);
+    }
+  }
+}
+
+template <class Cache>
+INLINE void attend_queries(const AttentionArgs& a, const Cache& cache, Softmax* states) {
   const int length = a.position + a.queries;
   KeyTile tile;
   find_groups(a, 0, length, tile.next);
   for (int start = 0; start < length; start += kTileKeys) {
     memcpy(tile.group, tile.next, sizeof tile.group);
     if (start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, tile.next);
+    memcpy(tile.later, tile.next, sizeof tile.next);
     const int keys = min_int(kTileKeys, length - start);
     int i = start > a.position ? start - a.position : 0;  // earlier queries do not see this tile
     for (; i + kQueriesAtOnce <= a.queries; i += kQueriesAtOnce)
-      attend_tile<kQueriesAtOnce>(a, cache, tile, start, keys, i, states);
-    for (; i < a.queries; i++) attend_tile<1>(a, cache, tile, start, keys, i, states);
+      attend_tile<kQueriesAtOnce>(a, cache, tile, start, keys, i, a.position + i, states);
+    for (; i < a.queries; i++) attend_tile<1>(a, cache, tile, start, keys, i, a.position + i, states);
   }
+}
+
+template <class Cache>
+INLINE void attend(const AttentionArgs& a) {
+  const Cache cache(a);
+  Softmax states[kQueryTile];
+  for (int i = 0; i < a.queries; i++)
+    for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] = 0.0f;
+  if (a.head_bytes) attend_heads(a, cache, states);
+  else attend_queries(a, cache, states);
   for (int i = 0; i < a.queries; i++) {
     const float inverse = 1.0f / sum_lanes(states[i].sum);
     for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] *= inverse;

@@ -13,6 +13,7 @@
 #include "cpu.h"
 #include "model.h"
 #include "pack.h"
+#include "train_binding.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -283,6 +284,69 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
   return out.array({tokens, count});
 }
 
+// The vocabulary head's two passes over rows in planes: estimates, their bounds, and every row refined, [T, R] each.
+std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In<uint8_t, 2> low, In<float, 2> x, float sigmas,
+                                                         const std::string& isa, bool tiled) {
+  const Kernels* kernels = find_kernels(isa);
+  const Inputs inputs(kernels, Format::planes, x);
+  const size_t tokens = x.shape(0), count = high.shape(0);
+  Owned<float> estimate(tokens * count), bound(tokens * count), exact(tokens * count);
+  RowsArgs args = {};
+  args.format = Format::planes, args.weights = high.data(), args.row_bytes = high.shape(1);
+  args.low = low.data(), args.low_bytes = low.shape(1);
+  args.blocks = static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock);
+  args.x = inputs.data(), args.tokens = static_cast<int>(tokens);
+  const int rows = static_cast<int>(count);
+  if (tiled) {
+    const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
+    args.tiles = tiles.groups.data();
+    kernels->tiled_estimates(args, 0, rows, sigmas, estimate.data, bound.data, count, tiles.scratch());
+  } else {
+    kernels->estimate_rows(args, 0, rows, sigmas, estimate.data, bound.data, count);
+  }
+  for (size_t i = 0; i < tokens * count; i++)
+    exact.data[i] = kernels->refine_row(args, static_cast<int>(i / count), static_cast<int>(i % count), estimate.data[i]);
+  return {estimate.array({tokens, count}), bound.array({tokens, count}), exact.array({tokens, count})};
+}
+
+// The MLP of all tokens of a call together, as for batches and prompts; `tiles` is scratch memory of the tiled kernels or null.
+void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, float* panels, float* y, MlpCounts* counts) {
+  const int tokens = args.tokens, width = args.blocks * kSuperblock;
+  const int blocks = (args.neurons + kNeuronBlock - 1) / kNeuronBlock;
+  std::vector<ActiveBlock> active(static_cast<size_t>(blocks) * tokens);
+  for (int b = 0; b < blocks; b++) {
+    std::vector<ActiveBlock*> out(tokens);
+    for (int t = 0; t < tokens; t++) {
+      out[t] = &active[static_cast<size_t>(b) * tokens + t];
+      out[t]->count = 0;
+    }
+    const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
+    if (tiles) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), counts, tiles);
+    else if (panels) kernels->panel_activate(args, b * kNeuronBlock, last, out.data(), counts, panels);
+    else kernels->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), counts);
+  }
+  const std::vector<float> no_bias(width, 0.0f);
+  std::vector<float> scratch(down_scratch_floats(tokens));
+  kernels->down_columns(args, active.data(), 0, width, no_bias.data(), y, width, scratch.data());
+}
+
+// The same token by token, as in decoding.
+void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, float* y, MlpCounts* counts) {
+  const bool packed = args.format != Format::f32 && args.format != Format::bf16;
+  const size_t width = static_cast<size_t>(args.blocks) * kSuperblock;
+  const size_t input_bytes = args.blocks * (packed ? sizeof(ActivationBlock) : kSuperblock * sizeof(float));
+  std::vector<float> sum(width);
+  for (int t = 0; t < args.tokens; t++) {
+    MlpArgs one = args;
+    one.tokens = 1, one.x = static_cast<const uint8_t*>(args.x) + t * input_bytes, one.outliers = args.outliers + t * kOutliers;
+    for (int b = 0; b * kNeuronBlock < args.neurons; b++) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      kernels->one_block(one, b, sum.data(), counts);
+      for (size_t i = 0; i < width; i++) y[t * width + i] += sum[i];
+    }
+  }
+}
+
 // relu(up . x + bias)^2 through the neurons of `down`: as one token at a time, or as many together.
 std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_name, In<uint8_t, 2> up, In<uint8_t, 2> down, int down_offset,
                                                     In<float, 1> bias, In<float, 2> x, In<float, 2> outliers,
@@ -293,7 +357,7 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   const Inputs inputs(kernels, format, x);
   const int tokens = static_cast<int>(x.shape(0)), neurons = static_cast<int>(up.shape(0));
   const size_t width = round_up(x.shape(1), kSuperblock);
-  const int blocks = (neurons + kNeuronBlock - 1) / kNeuronBlock;
+  require(format != Format::q4, "q4 has a dense down projection");
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
                   static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr};
@@ -301,34 +365,12 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
   std::optional<Panels> panels;
   if (in_panels) args.panels = panels.emplace(kernels, inputs, args.blocks, tokens).floats.data();
-  std::vector<ActiveBlock> active(static_cast<size_t>(blocks) * tokens);
   MlpCounts counts = {};
-  for (int b = 0; b < blocks; b++) {
-    std::vector<ActiveBlock*> out(tokens);
-    for (int t = 0; t < tokens; t++) {
-      out[t] = &active[static_cast<size_t>(b) * tokens + t];
-      out[t]->count = 0;
-    }
-    const int last = std::min((b + 1) * kNeuronBlock, neurons);
-    if (tiled) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), &counts, tiles->scratch());
-    else if (in_panels) kernels->panel_activate(args, b * kNeuronBlock, last, out.data(), &counts, panels->scratch.data());
-    else kernels->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &counts);
-  }
   Owned<float> y(tokens * width);
   std::fill_n(y.data, tokens * width, 0.0f);
-  if (together) {
-    const std::vector<float> no_bias(width, 0.0f);
-    std::vector<float> scratch(down_scratch_floats(tokens));
-    kernels->down_columns(args, active.data(), 0, static_cast<int>(width), no_bias.data(), y.data, width, scratch.data());
-  } else {
-    std::vector<float> sum(width);
-    for (int t = 0; t < tokens; t++)
-      for (int b = 0; b < blocks; b++) {
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        kernels->add_neurons(args, b, active[static_cast<size_t>(b) * tokens + t], 0, sum.data());
-        for (size_t i = 0; i < width; i++) y.data[t * width + i] += sum[i];
-      }
-  }
+  float* scratch = panels ? panels->scratch.data() : nullptr;
+  if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, scratch, y.data, &counts);
+  else mlp_one_by_one(kernels, args, y.data, &counts);
   return {y.array({static_cast<size_t>(tokens), width}), counts.candidates, counts.active};
 }
 
@@ -440,6 +482,8 @@ NB_MODULE(_native, m) {
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "isa"_a = "auto");
   m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false,
         "x [T, K] . weights^T -> [T, R]; tiled, panels: by the kernels for many tokens of packed or float rows.");
+  m.def("head_rows", &head_rows, "high"_a, "low"_a, "x"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
+        "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
   m.def("tiled_tokens", [](const std::string& isa) { return find_kernels(isa)->tiled_tokens; }, "isa"_a = "auto",
         "Fewest tokens for which the tiled kernels are used; 0 where there are none.");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
@@ -454,6 +498,8 @@ NB_MODULE(_native, m) {
   m.def("pack_rows", &py_pack_rows, "format"_a, "weights"_a, "out"_a.noconvert(), "importance"_a.none(), "threads"_a);
   m.def("pack_planes", &py_pack_planes, "weights"_a, "high"_a.noconvert(), "low"_a.noconvert(), "threads"_a);
   m.def("pack_neurons", &py_pack_neurons, "weights"_a, "out"_a.noconvert(), "offset"_a, "threads"_a);
+
+  bind_training(m);
 }
 
 }  // namespace persimmon

@@ -2,10 +2,10 @@
 
 #include <stdexcept>
 
-#if defined(__x86_64__)
+#if defined(PERSIMMON_AMX)
 #include <cpuid.h>
 #endif
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(PERSIMMON_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -13,19 +13,18 @@
 namespace persimmon {
 namespace {
 
-#if defined(__x86_64__)
+#if defined(PERSIMMON_AMX)
 // CPUID leaf 7: AMX-TILE and AMX-INT8. The compiler's own check knows these names only in later versions.
 bool has_amx_int8() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   return (d >> 24 & 1) && (d >> 25 & 1);
 }
-#endif
 
 // Tile registers make a thread's saved state 8 KiB larger, so Linux wants to be asked once before their first use. It refuses
 // when a thread has too small a stack for signals; then there is no AMX.
 bool amx_permitted() {
-#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+#if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   return permitted;
@@ -33,6 +32,7 @@ bool amx_permitted() {
   return false;
 #endif
 }
+#endif
 
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found = {portable_kernels()};
@@ -44,7 +44,9 @@ std::vector<const Kernels*> supported() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
   if (avx512) found.push_back(avx512_kernels());
+#if defined(PERSIMMON_AMX)
   if (avx512 && has_amx_int8() && amx_permitted()) found.push_back(amx_kernels());
+#endif
 #endif
   return found;
 }

@@ -114,7 +114,15 @@ void Model::head_top(const RowsArgs& args, int top, float* logits) {
         kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride);
       for (int t = 0; t < tokens; t++) {
         std::vector<Ranked>& best = ranked[static_cast<size_t>(t) * chunks + c];
-        for (int r = first; r < last; r++) best.push_back({estimates_[t * stride + r], r});
+        float least = -HUGE_VALF;  // the worst of the best so far
+        for (int r = first; r < last; r++) {
+          const float estimate = estimates_[t * stride + r];
+          if (!(estimate >= least)) continue;
+          best.push_back({estimate, r});
+          if (static_cast<int>(best.size()) < 2 * top) continue;
+          keep_best(&best, top);
+          least = std::max_element(best.begin(), best.end(), better)->value;
+        }
         keep_best(&best, top);
       }
     }

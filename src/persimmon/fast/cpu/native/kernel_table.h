@@ -19,7 +19,7 @@ static constexpr Kernels table(const char* name) {
 #endif
   return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED,
           make_panels, panel_scratch_floats, panel_rows, panel_activate, estimate_rows, refine_row,
-          activate, add_neurons, down_columns, summarize, attend_int8, attend_float, quantize_head,
+          activate, one_block, down_columns, summarize, attend_int8, attend_float, quantize_head,
           int4_scale, fingerprint};
 }
 

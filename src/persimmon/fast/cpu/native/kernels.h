@@ -74,20 +74,22 @@ constexpr size_t key_group_bytes(int head_dim, bool int8) {
   return 2 * kKeyGroup * (int8 ? head_dim + sizeof(float) : head_dim * sizeof(float));
 }
 
-// Consecutive tokens of one sequence, at most kQueryTile, as queries of one head against all keys up to themselves.
+// Consecutive tokens of one sequence, at most kQueryTile, as queries of one head against all keys up to themselves; or, with
+// head_bytes, one token's queries of as many consecutive heads.
 struct AttentionArgs {
   const float* q;           // [queries] rows of [D], normalised and rotated, `q_stride` floats apart
   size_t q_stride;
   float* out;               // likewise
   size_t out_stride;
   int queries;
-  int position;             // of the first query: query i sees keys 0 .. position + i
+  int position;             // of the first query: query i sees keys 0 .. position + i, every head 0 .. position
   int head_dim;
   float scale;              // 1 / sqrt(D)
   const uint8_t* base;      // records of the head: base + table[g / groups_per_block] * block_bytes
   const int32_t* table;     //                      + g % groups_per_block * group_bytes
   int groups_per_block;
   size_t group_bytes, block_bytes;
+  size_t head_bytes;        // from a head's records in a block to the next head's; 0: queries of one head
 };
 constexpr int kQueryTile = 32;
 
@@ -124,8 +126,8 @@ struct Kernels {
   // Append the active neurons among [begin, end) (inside one block) of tokens [token, token + count) to out[0 .. count).
   void (*activate)(const MlpArgs& args, int begin, int end, int token, int count, ActiveBlock* const* out,
                    MlpCounts* counts);
-  // sum[0 .. H) += down rows of block `block`, entries [from, active.count), times their values: for one token.
-  void (*add_neurons)(const MlpArgs& args, int block, const ActiveBlock& active, int from, float* sum);
+  // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute. Not for q4.
+  void (*one_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts);
   // y[t, c] += (sum over blocks of their neurons' contributions) + bias[c] for columns [begin, end), multiples of 64.
   // active[block * tokens + t]; scratch holds down_scratch_floats.
   void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,

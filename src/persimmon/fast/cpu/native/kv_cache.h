@@ -34,6 +34,8 @@ class KvCache {
   // Store the key and value [D] of the token at `position` of the sequence in `table`.
   void store(const Kernels& kernels, int layer, int head, const int32_t* table, int position, const float* key,
              const float* value);
+  // From a head's records in a block to the next head's.
+  size_t head_bytes() const { return piece_bytes_; }
   // Fill in where the keys and values of a head are.
   void locate(int layer, int head, const int32_t* table, AttentionArgs* args) const;
   void copy_block(int source, int target);

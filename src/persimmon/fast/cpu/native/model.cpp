@@ -12,7 +12,6 @@ constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
-constexpr int kNeuronsAtOnce = 64;     // hot rows stay in the second-level cache until their cold rows are read
 
 size_t row_bytes(Format format, int blocks) {
   switch (format) {
@@ -314,7 +313,7 @@ void Model::attention_one(const Layer& layer, int index, const std::vector<Token
     for (int h = begin; h < end; h++) {
       kernels_->rows(args, h * rows, (h + 1) * rows);
       prepare_head(layer, index, tokens[0], 0, h);
-      attend_head(index, tokens, queries_[0], h);
+      attend_heads(index, tokens, queries_[0], h, 1);
     }
   });
 }
@@ -322,12 +321,19 @@ void Model::attention_one(const Layer& layer, int index, const std::vector<Token
 void Model::attention(const Layer& layer, int index, const std::vector<Token>& tokens) {
   const int count = static_cast<int>(tokens.size()), heads = shape_.heads, groups = static_cast<int>(queries_.size());
   const auto chunk = [&](int items) { return std::max(1, items / (pool_.threads() * 8)); };
+  if (count == 1) {
+    pool_.parallel_for(heads, std::clamp(heads / (2 * pool_.threads()), 1, kQueryTile), [&](int begin, int end, int) {
+      for (int h = begin; h < end; h++) prepare_head(layer, index, tokens[0], 0, h);
+      for (int h = begin; h < end; h += kQueryTile) attend_heads(index, tokens, queries_[0], h, std::min(kQueryTile, end - h));
+    });
+    return;
+  }
   if (groups == count) {  // all of different sequences: nobody waits for another's keys
     pool_.parallel_for(heads * count, chunk(heads * count), [&](int begin, int end, int) {
       for (int i = begin; i < end; i++) {
         const int t = i % count, head = i / count;
         prepare_head(layer, index, tokens[t], t, head);
-        attend_head(index, tokens, queries_[t], head);
+        attend_heads(index, tokens, queries_[t], head, 1);
       }
     });
     return;
@@ -337,7 +343,7 @@ void Model::attention(const Layer& layer, int index, const std::vector<Token>& t
     for (int i = begin; i < end; i++) prepare_head(layer, index, tokens[i % count], i % count, i / count);
   });
   pool_.parallel_for(heads * groups, chunk(heads * groups), [&](int begin, int end, int) {
-    for (int i = begin; i < end; i++) attend_head(index, tokens, queries_[i % groups], i / groups);
+    for (int i = begin; i < end; i++) attend_heads(index, tokens, queries_[i % groups], i / groups, 1);
   });
 }
 
@@ -356,7 +362,8 @@ void Model::prepare_head(const Layer& layer, int index, const Token& token, int 
   token.cache->store(*kernels_, index, head, token.table, token.position, k, v);
 }
 
-void Model::attend_head(int index, const std::vector<Token>& tokens, const Queries& queries, int head) {
+// Queries of one head, or of several heads where there is one query.
+void Model::attend_heads(int index, const std::vector<Token>& tokens, const Queries& queries, int head, int heads) {
   const int dim = shape_.head_dim, row = 3 * shape_.hidden;
   const Token& token = tokens[queries.first];
   AttentionArgs args = {};
@@ -366,6 +373,10 @@ void Model::attend_head(int index, const std::vector<Token>& tokens, const Queri
   args.out = attended_.data() + static_cast<size_t>(queries.first) * width_ + head * dim;
   args.out_stride = width_;
   args.queries = queries.count;
+  if (heads > 1) {
+    args.queries = heads, args.head_bytes = token.cache->head_bytes();
+    args.q_stride = 3 * dim, args.out_stride = dim;
+  }
   args.position = token.position;
   args.head_dim = dim;
   args.scale = 1.0f / std::sqrt(static_cast<float>(dim));
@@ -411,15 +422,7 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
       float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
       std::fill(sum, sum + width_, 0.0f);
       MlpCounts found = {};
-      ActiveBlock active;
-      active.count = 0;
-      ActiveBlock* out = &active;
-      const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-      for (int n = b * kNeuronBlock; n < last; n += kNeuronsAtOnce) {
-        const int before = active.count;
-        kernels_->activate(args, n, std::min(n + kNeuronsAtOnce, last), 0, 1, &out, &found);
-        kernels_->add_neurons(args, b, active, before, sum);
-      }
+      kernels_->one_block(args, b, sum, &found);
       block_counts_[b] = found;
     }
   });

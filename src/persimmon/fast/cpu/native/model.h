@@ -142,7 +142,7 @@ class Model {
   void attention_one(const Layer& layer, int index, const std::vector<Token>& tokens);
   void attention(const Layer& layer, int index, const std::vector<Token>& tokens);
   void prepare_head(const Layer& layer, int index, const Token& token, int t, int head);
-  void attend_head(int index, const std::vector<Token>& tokens, const Queries& queries, int head);
+  void attend_heads(int index, const std::vector<Token>& tokens, const Queries& queries, int head, int heads);
   MlpArgs mlp_args(const Layer& layer, int tokens) const;
   void mlp(const Layer& layer, int index, int tokens);
   void mlp_dense_q4(const Layer& layer, int tokens);

@@ -36,7 +36,7 @@ void wake_all(std::atomic<uint32_t>&) {}
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : runs_(std::make_unique<Run[]>(threads)) {
   for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
 }
 
@@ -47,12 +47,13 @@ Pool::~Pool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void Pool::take_chunks(int thread) {
-  for (;;) {
-    const int begin = next_.fetch_add(job_.grain, std::memory_order_relaxed);
-    if (begin >= job_.size) return;
-    const int end = begin + job_.grain < job_.size ? begin + job_.grain : job_.size;
-    job_.call(job_.context, begin, end, thread);
+bool Pool::take_first(Run* run, int* chunk) {
+  for (uint64_t left = run->left.load(std::memory_order_relaxed);;) {
+    const uint32_t first = static_cast<uint32_t>(left), end = static_cast<uint32_t>(left >> 32);
+    if (first >= end) return false;
+    if (!run->left.compare_exchange_weak(left, left + 1, std::memory_order_relaxed)) continue;
+    *chunk = static_cast<int>(first);
+    return true;
   }
 }
 
@@ -63,9 +64,32 @@ void Pool::wake() {
   if (sleepers_.load()) wake_all(epoch_);
 }
 
+bool Pool::take_last(Run* run, int* chunk) {
+  for (uint64_t left = run->left.load(std::memory_order_relaxed);;) {
+    const uint32_t first = static_cast<uint32_t>(left), end = static_cast<uint32_t>(left >> 32);
+    if (first >= end) return false;
+    if (!run->left.compare_exchange_weak(left, left - (uint64_t{1} << 32), std::memory_order_relaxed)) continue;
+    *chunk = static_cast<int>(end - 1);
+    return true;
+  }
+}
+
+void Pool::take_chunks(int thread) {
+  const auto run_chunk = [&](int chunk) {
+    const int begin = chunk * job_.grain;
+    job_.call(job_.context, begin, job_.size - begin > job_.grain ? begin + job_.grain : job_.size, thread);
+  };
+  int chunk;
+  while (take_first(&runs_[thread], &chunk)) run_chunk(chunk);
+  for (int other = 1; other < threads(); other++)
+    while (take_last(&runs_[(thread + other) % threads()], &chunk)) run_chunk(chunk);
+}
+
 void Pool::run(const Job& job) {
   job_ = job;
-  next_.store(0, std::memory_order_relaxed);
+  const uint64_t chunks = (static_cast<uint64_t>(job.size) + job.grain - 1) / job.grain, count = threads();
+  for (uint64_t t = 0; t < count; t++)
+    runs_[t].left.store(chunks * (t + 1) / count << 32 | chunks * t / count, std::memory_order_relaxed);
   members_.store(1, std::memory_order_release);  // open: publishes the job
   epoch_.fetch_add(1);
   if (sleepers_.load()) wake_all(epoch_);

@@ -1,7 +1,10 @@
 // Worker threads that stay awake between the many small parallel regions of a token.
 //
-// A region is cut into chunks that threads take from a shared counter, so that a core slowed by other work takes fewer of
-// them. Workers join a region when they see it: the caller works too, waits at the end for those that have joined, and for
+// A region is cut into chunks. Every thread owns a run of neighbouring chunks and takes them in ascending order, so that it
+// reads one stream: chunks dealt out in turns make each core fetch ahead into what the other is reading, which costs a
+// quarter of the bandwidth (docs/LOG.md, 2026-11-26). Who is done takes chunks from the ends of the others' runs, so that a
+// core slowed by other work does less.
+// Workers join a region when they see it: the caller works too, waits at the end for those that have joined, and for
 // nobody else, so a worker that has no core just now (a server and its clients share the machine) holds nothing up.
 // Inside a call of the model (`Pool::Awake`) waiting workers spin, and after a while let others run between two looks;
 // after it they do so for a short while longer, then sleep in the kernel: a token has dozens to hundreds of regions, and
@@ -9,6 +12,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -55,15 +59,21 @@ class Pool {
     void (*call)(void* context, int begin, int end, int thread);
     int size, grain;
   };
+  // The chunks that are left of a thread's run: the first in the low half, the end in the high half.
+  struct alignas(64) Run {
+    std::atomic<uint64_t> left{0};
+  };
 
   void wake();
   void run(const Job& job);
   void work(int thread);
   bool join();
   void take_chunks(int thread);
+  bool take_first(Run* run, int* chunk);
+  bool take_last(Run* run, int* chunk);
 
   Job job_ = {};
-  alignas(64) std::atomic<int> next_{0};
+  std::unique_ptr<Run[]> runs_;  // per thread
   // The region: twice its workers, plus one while it is open to more of them. job_ changes only while it is 0.
   alignas(64) std::atomic<uint32_t> members_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};  // counts regions and wakings; workers wait for it to change

@@ -12,11 +12,10 @@ namespace persimmon {
 namespace PERSIMMON_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kTile = 8;              // tokens that share unpacked weights; thirty-two registers ...
+constexpr int kTile = 8;  // tokens that share unpacked weights; thirty-two registers ...
 #else
-constexpr int kTile = 4;              // ... or sixteen
+constexpr int kTile = 4;  // ... or sixteen
 #endif
-constexpr int kPrefetchAhead = 4096;  // bytes; rows follow each other in memory, so it crosses their ends
 
 // Products of one packed row of `blocks` superblocks with N tokens.
 template <class F, int N>
@@ -24,7 +23,7 @@ INLINE void packed_row(const uint8_t* row, int blocks, const ActivationBlock* co
   f32x8 sum[N];
   for (int t = 0; t < N; t++) sum[t] = zero8();
   for (int s = 0; s < blocks; s++, row += F::bytes) {
-    prefetch(row + kPrefetchAhead, F::bytes);
+    prefetch_stream(row, F::bytes);  // rows follow each other in memory, so it crosses their ends
     const Weights w = F::load(row);
     const f32x8 scale = load_half8(row + F::scales_at);
     for (int t = 0; t < N; t++)
@@ -40,7 +39,7 @@ INLINE void estimate_row(const uint8_t* row, int blocks, const ActivationBlock* 
   f32x8 sum[N], variance[N];
   for (int t = 0; t < N; t++) sum[t] = variance[t] = zero8();
   for (int s = 0; s < blocks; s++, row += High::bytes) {
-    prefetch(row + kPrefetchAhead, High::bytes);
+    prefetch_stream(row, High::bytes);
     const Weights w = High::load(row);
     const f32x8 scale = load_half8(row + High::scales_at), squared = mul(scale, scale);
     for (int t = 0; t < N; t++) {
@@ -71,6 +70,8 @@ INLINE void low_row(const uint8_t* low, const uint8_t* high, int blocks, const A
 INLINE f32x16 load_weights16(const float* p) { return load16(p); }
 INLINE f32x16 load_weights16(const uint16_t* p) { return load_bf16x16(p); }
 
+constexpr int kFloatsAhead = 4096;  // bytes: with several rows at once every one of them has a stream of its own
+
 // Products of R rows of T = float or bfloat16, `stride` elements apart, with N tokens: out[r * N + t].
 template <class T, int N, int R>
 INLINE void float_rows(const T* row, size_t stride, int blocks, const float* const* x, float* out) {
@@ -83,7 +84,7 @@ INLINE void float_rows(const T* row, size_t stride, int blocks, const float* con
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       w[r] = load_weights16(row + r * stride + i);
-      if (i * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row + r * stride + i) + kPrefetchAhead, 0, 2);
+      if (i * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row + r * stride + i) + kFloatsAhead, 0, 2);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < N; t++) {

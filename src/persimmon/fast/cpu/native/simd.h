@@ -223,6 +223,15 @@ INLINE void prefetch(const void* p, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
+// The same for a stream that has come to p: from memory into the second level early, from there into the first late.
+constexpr int kStreamAhead = 4096, kStreamSoon = 1024;  // bytes
+INLINE void prefetch_stream(const void* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(p) + kStreamAhead + i, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(p) + kStreamSoon + i, 0, 3);
+  }
+}
+
 // e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, a polynomial of degree 6 (Taylor, next term below 2e-7 relative), and 0
 // where the result would be below the smallest normal number.
 INLINE f32x8 exp_nonpositive(f32x8 x) {

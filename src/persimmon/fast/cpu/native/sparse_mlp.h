@@ -180,6 +180,56 @@ static void add_neurons(const MlpArgs& a, int block, const ActiveBlock& active, 
   }
 }
 
+// p44, one token: the estimates of a block in one stream, without a branch between its rows; then the cold records that are
+// needed, each read from end to end. Nothing is prefetched there: records are long enough for the processor's own
+// prefetchers, and anything more made it slower (docs/LOG.md, 2026-11-26).
+static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
+  const ActivationBlock* x[1] = {static_cast<const ActivationBlock*>(a.x)};
+  const int begin = block * kNeuronBlock, end = min_int(begin + kNeuronBlock, a.neurons);
+  float pre[kNeuronBlock];
+  int list[kNeuronBlock], candidates = 0;
+  for (int r = begin; r < end; r++) {
+    const uint8_t* hot = a.up + r * a.up_bytes;
+    float spread, p;
+    estimate_row<1>(hot, a.blocks, x, &p, &spread);
+    p = p + outlier_product(hot + a.blocks * kQ4Bytes, a.outliers) + a.bias[r];
+    pre[candidates] = p, list[candidates] = r;
+    candidates += !(p <= -a.margin * spread);
+  }
+  const uint8_t *row[kRowsAtOnce], *next[kRowsAtOnce] = {};
+  float value[kRowsAtOnce];
+  int waiting = 0;
+  for (int k = 0; k < candidates; k++) {
+    const uint8_t *hot = a.up + list[k] * a.up_bytes, *cold = a.down + list[k] * a.down_bytes;
+    float low;
+    low_row<1>(cold, hot, a.blocks, x, &low);
+    const float p = pre[k] + low;
+    if (p > 0.0f) {
+      row[waiting] = cold + a.down_offset, value[waiting] = p * p;
+      waiting++, counts->active++;
+    }
+    if (waiting == kRowsAtOnce) add_rows<Int8Down, kRowsAtOnce>(row, value, next, a.blocks, sum), waiting = 0;
+  }
+  for (int k = 0; k < waiting; k++) add_rows<Int8Down, 1>(row + k, value + k, next, a.blocks, sum);
+  counts->candidates += candidates;
+}
+
+constexpr int kNeuronsAtOnce = 64;  // rows of the up projection between two looks at the down projection
+
+// One token and one block of neurons, up and down: sum[0 .. H) += their contributions.
+static void one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
+  if (a.format == Format::planes) return planes_block(a, block, sum, counts);
+  ActiveBlock active;
+  active.count = 0;
+  ActiveBlock* out = &active;
+  const int last = min_int((block + 1) * kNeuronBlock, a.neurons);
+  for (int n = block * kNeuronBlock; n < last; n += kNeuronsAtOnce) {
+    const int before = active.count;
+    activate(a, n, min_int(n + kNeuronsAtOnce, last), 0, 1, &out, counts);
+    add_neurons(a, block, active, before, sum);
+  }
+}
+
 // Many tokens: C columns of a block's rows become floats once, then every token adds its own neurons from them, its
 // sums in registers. `total` [T][C] gathers the blocks.
 constexpr int kFewTokens = 32;  // with more, nearly every neuron is needed by one of them

@@ -56,7 +56,7 @@ static void make_tiles(const ActivationBlock* x, int tokens, int blocks, int beg
 
 // ---- weights -------------------------------------------------------------------------------------------------------------
 
-// The formats as stored in a panel: codes less `shift`, sign bit flipped by `flip`, value = product + offset * sum of inputs.
+// The formats as stored in a panel: codes less `shift` (128: the sign bit flipped), value = product + offset * sum of inputs.
 template <class F>
 struct Panel {
   static constexpr bool bytes = false;
@@ -292,9 +292,8 @@ struct TileScratch {
 constexpr int kSum = 0, kVariance = 3, kEstimate = 6, kParts = 7;
 
 static size_t tile_scratch_bytes(int blocks, int tokens) {
-  const TileScratch scratch(nullptr, blocks, tokens);
   return sizeof(WeightGroup) * kPanelsAtOnce * kLanes * blocks +
-         sizeof(float) * kParts * kPanelsAtOnce * kPanelRows * scratch.tokens;
+         sizeof(float) * kParts * kPanelsAtOnce * kPanelRows * round_up(tokens, kTileTokens);
 }
 
 template <class P, bool kSpread, int N>

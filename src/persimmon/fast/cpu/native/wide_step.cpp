@@ -57,7 +57,7 @@ MlpCounts Model::finish_layer(const Layer& layer, int index, const std::vector<T
   const auto before = [](const Queries& queries, int token) { return queries.first < token; };
   for (int head = 0; head < shape_.heads; head++)  // a group's queries are its own: no run of them crosses its edge
     for (auto it = std::lower_bound(queries_.begin(), queries_.end(), group.first, before); it != queries_.end() && it->first < end; ++it)
-      attend_head(index, tokens, *it, head);
+      attend_heads(index, tokens, *it, head, 1);
   panels_of_group(attended_.data(), group);
   multiply_group(layer.dense, attended_.data(), group, x_.data(), width_, Epilogue::add);
   normalize_group(layer.post, group);
