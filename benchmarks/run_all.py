@@ -147,12 +147,11 @@ def train_rows() -> Iterator[Row]:
 
     dtypes = ["float32"] + (["bfloat16"] if {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_features()) else [])
     for dtype in dtypes:
-        for length, batch in ((1024, 8), (16384, 1)):
-            shape = ["--context", str(length), "--batch", str(batch), "--dtype", dtype]
-            yield Row(
-                f"train-{length}x{batch}-{dtype}",
-                bench("train", *shape, "--runs", "2" if length > 1024 else "3", "--against", "transformers"),
-            )
+        for length, batch, documents in ((1024, 8, 0), (16384, 1, 0), (16384, 1, 1024)):
+            shape = ["--context", str(length), "--batch", str(batch), "--documents", str(documents), "--dtype", dtype]
+            name = f"train-{length}x{batch}" + (f"-documents{documents}" if documents else "")
+            runs = "2" if length > 1024 else "5"
+            yield Row(f"{name}-{dtype}", bench("train", *shape, "--runs", runs, "--against", "transformers"))
 
 
 def make_models(folder: Path, names: Sequence[str]) -> None:

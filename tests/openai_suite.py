@@ -221,6 +221,23 @@ class OpenAISuite:
             with pytest.raises(openai.NotFoundError):
                 client.models.retrieve("other")
 
+    def test_answers_can_be_sent_back(self, served: Served) -> None:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+            messages: list[Any] = [{"role": "developer", "content": "Be short."}, *HELLO]
+            for _ in range(2):
+                answer = client.chat.completions.create(model=served.model, messages=messages, max_tokens=3)
+                messages.append(answer.choices[0].message)
+                messages.append({"role": "user", "content": "more"})
+            plain = client.chat.completions.create(model=served.model, messages=messages, max_tokens=3, seed=1)
+            nothing: Any = {"tools": None, "tool_choice": "none", "metadata": None, "store": False, "functions": None}
+            same = client.chat.completions.create(
+                model=served.model, messages=messages, max_tokens=3, seed=1, extra_body=nothing
+            )
+            assert same.choices[0].message == plain.choices[0].message
+            messages[0] = {"role": "system", "content": "Be short."}
+            same = client.chat.completions.create(model=served.model, messages=messages, max_tokens=3, seed=1)
+            assert same.choices[0].message == plain.choices[0].message
+
     def test_refusals_are_the_clients_errors(self, served: Served) -> None:
         with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
             for wrong in ({"tools": [{"type": "function", "function": {"name": "f"}}]}, {"temperature": -1.0}):

@@ -109,8 +109,8 @@ class RowMatrix:
         else:
             self.packed, self.floats = padded(weights).view(np.uint8), weights
 
-    def times(self, x: np.ndarray, isa: str, tiled: bool = False) -> np.ndarray:
-        return _native.rows(self.kind, self.packed, self.low, x, isa, tiled)
+    def times(self, x: np.ndarray, isa: str, tiled: bool = False, panels: bool = False) -> np.ndarray:
+        return _native.rows(self.kind, self.packed, self.low, x, isa, tiled, panels)
 
     def expected(self, x: np.ndarray) -> np.ndarray:
         """In float64, with the inputs as the kernel sees them."""

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -25,10 +26,12 @@ CONTEXT = 512
 KEY = "test-key-0123456789"
 
 
-def build_engine(num_blocks: int = 128, max_running: int = 8) -> Engine:
+def build_engine(
+    num_blocks: int = 128, max_running: int = 8, normalizer: Mapping[str, bool] = MappingProxyType({})
+) -> Engine:
     """Runs in the engine's process."""
     model = tiny_model(max_positions=CONTEXT)
-    return Engine(PagedReference(model, num_blocks, 16), tiny_tokenizer(), max_running=max_running)
+    return Engine(PagedReference(model, num_blocks, 16), tiny_tokenizer(**normalizer), max_running=max_running)
 
 
 class Server:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,14 @@ import persimmon
 from persimmon import chat, engines
 from persimmon.api import Persimmon
 from persimmon.config import preset
-from persimmon.errors import ContextLengthError, InputError, NotFoundError, PersimmonError, UnavailableError
+from persimmon.errors import (
+    CheckpointError,
+    ContextLengthError,
+    InputError,
+    NotFoundError,
+    PersimmonError,
+    UnavailableError,
+)
 from persimmon.infer.reference import ReferenceDecoder
 from scripted_decoder import says
 from tiny_directory import write_tiny_directory
@@ -95,7 +104,9 @@ def test_dtype_context_threads_and_rotary_precision(directory: Path) -> None:
     [
         ({"device": "tpu"}, InputError, "device must be one of"),
         ({"device": "cuda:99"}, UnavailableError, "not available"),
-        ({"engine": "warp"}, UnavailableError, "there are: auto, cpu, reference"),
+        ({"engine": "warp"}, InputError, "one of auto, cpu, reference"),
+        ({"device": "cuda:x"}, InputError, "device must be one of"),
+        ({"threads": 100_000}, InputError, "from 1 to 1024, got 100000"),
         ({"dtype": "float16"}, InputError, "65504"),
         ({"dtype": "int3"}, InputError, "dtype must be one of"),
         ({"context": 0}, InputError, "1 to the model's 16384"),
@@ -104,7 +115,7 @@ def test_dtype_context_threads_and_rotary_precision(directory: Path) -> None:
         ({"rotary_precision": "int8"}, InputError, "rotary_precision"),
         (
             {"engine": "reference", "sparsity_margin": 1.0},
-            UnavailableError,
+            InputError,
             "'reference' does not support sparsity_margin",
         ),
     ],
@@ -114,6 +125,37 @@ def test_impossible_options_are_refused(
 ) -> None:
     with pytest.raises(kind, match=message):
         persimmon.load(directory, **{"device": "cpu", **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model.generate(b"abc"), "text or integer token ids"),
+        (lambda model: model.generate([True]), "text or integer token ids"),
+        (lambda model: model.generate("a", stop=5), "stop must be text"),
+        (lambda model: model.generate("a", logit_bias=[1]), "logit_bias must be a mapping"),
+        (lambda model: model.chat("hi"), "messages must be a list"),
+        (lambda model: model.chat(["hi"]), "message 0: expected role and content"),
+        (lambda model: model.logits("abc"), "integers"),
+        (lambda model: model.logits([[1, 2], [3]]), "integers"),
+        (lambda model: model.tokenizer.encode(5), "must be a string"),
+    ],
+)
+def test_what_is_no_text_or_token_is_refused(
+    directory: Path, call: Callable[[persimmon.Persimmon], object], message: str
+) -> None:
+    with pytest.raises(PersimmonError, match=message):
+        call(persimmon.load(directory, device="cpu"))
+
+
+def test_damaged_numbers_of_a_small_model_are_refused(directory: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(directory, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or was changed"):
+        persimmon.load(damaged, device="cpu")
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:

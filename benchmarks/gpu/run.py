@@ -3,9 +3,11 @@
     python benchmarks/gpu/run.py --out results.json                      # the 8B's shape, under 8 minutes
     python benchmarks/gpu/run.py --device cpu --tiny --out dry.json      # the same code in Triton's interpreter
 
-Sections: checks, ceilings, mlp (dense against sparse: the engine's kernel table), decode, prefill, memory, baselines.
-Each is kept as soon as it is done; running again with the same file goes on behind the last one. A section that the
-budget has no time for is listed as not measured. Exit code 1 when a check fails.
+Sections: checks, ceilings, quality (logits and greedy ids against the float32 reference), mlp (dense against sparse:
+the engine's kernel table), decode, pairs (sparse against dense end to end), prefill, memory, baselines, ratios.
+Each row is kept as soon as it is done; running again with the same file goes on with those that are missing or failed.
+A section that the budget has no time for is listed as not measured. A row that fails holds its `error`, and the others
+go on. Exit code 1 when a check does not hold or a row failed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,53 +50,83 @@ def main(arguments: list[str] | None = None) -> int:
     import sections
 
     bench = make_bench(args, started + args.budget)
-    steps: dict[str, Callable[[Any], Any]] = {
-        "checks": sections.check_kernels, "ceilings": sections.ceilings, "mlp": sections.mlp_table,
-        "decode": sections.decode, "prefill": sections.prefill, "memory": sections.memory,
-        "baselines": sections.baselines,
-    }  # fmt: skip
-    wanted = [name for name in args.sections.split(",") if name] or list(steps)
-    for name in wanted:
-        if not bench.report["sections"].get(name, {}).get("complete"):
-            run_section(name, steps[name], bench)
-        if name == "mlp" and args.table is not None:
-            sections.kernel_table(bench).save(args.table)
-    failed = [n for n, c in bench.report["sections"].get("checks", {}).get("rows", {}).items() if not c["holds"]]
-    for name in failed:
-        print(f"check failed: {name}", file=sys.stderr)
+    for name in chosen(args.sections, list(sections.SECTIONS), sections.NEEDS):
+        run_section(name, sections.SECTIONS[name], bench)
+        table = bench.kernel_table()
+        if name == "mlp" and args.table is not None and table.mlp:
+            table.save(args.table)
+    failed = list(failures(bench.report))
+    for line in failed:
+        print(line, file=sys.stderr)
     print(json.dumps(bench.report))
     return 1 if failed else 0
 
 
-def run_section(name: str, step: Callable[[Any], Any], bench: Any) -> None:
-    """Measure a section, keeping what is there after every row."""
-    import sections
+def chosen(wanted: str, known: Sequence[str], needs: Mapping[str, Sequence[str]]) -> list[str]:
+    """The sections to run, in order, with those that others read."""
+    names = [name for name in wanted.split(",") if name] or list(known)
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"unknown section {name!r}; there are {', '.join(known)}")
+    names += [needed for name in names for needed in needs.get(name, ())]
+    return [name for name in known if name in names]
+
+
+def run_section(name: str, section: Callable[[Any], Iterator[Any]], bench: Any) -> None:
+    """Measure the rows of a section that are missing or failed before, keeping what is there after every row."""
+    from bench import OutOfTime
 
     started = time.monotonic()
-    entry: dict[str, Any] = {"complete": False, "rows": []}
-    bench.report["sections"][name] = entry
+    entry = bench.report["sections"].setdefault(name, {"rows": [], "seconds": 0.0})
+    entry["rows"] = [row for row in entry["rows"] if "error" not in row]
+    entry |= {"complete": False, "note": "not measured: the time was up"}
     try:
-        bench.check_time()
-        result = step(bench)
-        if isinstance(result, Iterator):
-            for row in result:
-                entry["rows"].append(row)
-                bench.save()
-        else:
-            entry["rows"] = result
+        for case in section(bench):
+            if any(case.key.items() <= row.items() for row in entry["rows"]):
+                continue
+            bench.check_time(case.seconds)
+            entry["rows"].append(case.key | measured(case, bench))
+            bench.save()
         entry["complete"] = True
-    except sections.OutOfTime:
-        entry["note"] = "not measured: the time was up" if not entry["rows"] else "cut short: the time was up"
-    entry["seconds"] = round(time.monotonic() - started, 2)
+        del entry["note"]
+    except OutOfTime:
+        if entry["rows"]:
+            entry["note"] = "cut short: the time was up"
+    entry["seconds"] = round(entry["seconds"] + time.monotonic() - started, 2)
     print(f"{name}: {entry['seconds']} s{'' if entry['complete'] else ', ' + entry['note']}", file=sys.stderr)
     bench.save()
 
 
+def measured(case: Any, bench: Any) -> dict[str, Any]:
+    """The row, or why there is none: a package that is missing, too little memory, a kernel that does not compile."""
+    try:
+        row: dict[str, Any] = case.measure()
+    except Exception as error:
+        row = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    # The exception is gone by now, and with it the frames that held tensors.
+    try:
+        bench.release()
+    except RuntimeError as error:  # after a failed kernel the device answers nothing any more
+        row.setdefault("error", f"{type(error).__name__}: {error}"[:2000])
+    return row
+
+
+def failures(report: dict[str, Any]) -> Iterator[str]:
+    """A line for every row that failed or does not hold."""
+    for name, section in report["sections"].items():
+        for row in section["rows"]:
+            about = ", ".join(f"{key} {value}" for key, value in row.items() if isinstance(value, (str, int)))
+            if "error" in row:
+                yield f"failed: {name}: {about}"
+            elif row.get("holds") is False:
+                yield f"does not hold: {name}: {about}"
+
+
 def make_bench(args: argparse.Namespace, deadline: float) -> Any:
     """The Bench, with the report so far."""
-    import sections
     import torch
 
+    from bench import Bench
     from persimmon.config import preset
 
     device = torch.device(args.device)
@@ -115,10 +147,11 @@ def make_bench(args: argparse.Namespace, deadline: float) -> Any:
         partial.replace(args.out)
 
     small = args.tiny
-    return sections.Bench(
+    return Bench(
         config, device, formats, args.active, batches=[1, 2] if small else [1, 2, 4, 8, 16, 32, 64],
         contexts=[32, 64] if small else [32, 2_048, 8_192, 16_384], prompts=[40] if small else [2_048, 8_192, 16_384],
-        decode_tokens=2 if small else 32, repeats=1 if small else 5, deadline=deadline, report=report, save=save,
+        decode_tokens=2 if small else 32, greedy_tokens=16 if small else 256, repeats=1 if small else 5,
+        deadline=deadline, report=report, save=save,
     )  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from persimmon import chat as chat_format
 from persimmon.accounting import count_parameters
+from persimmon.checkpoints.checksums import verify_checksums
 from persimmon.checkpoints.directory import open_directory
 from persimmon.checkpoints.download import resolve
+from persimmon.checkpoints.tensors import num_bytes
 from persimmon.config import ModelConfig
 from persimmon.engines import ENGINES, check_options, choose_device, choose_dtype, choose_engine
 from persimmon.errors import InputError, UnavailableError
@@ -26,7 +28,11 @@ from persimmon.infer.decoder import Chunk, Decoder, check_token_ids
 from persimmon.infer.generate import Stream
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.session import ReportProgress, Session
+from persimmon.machine import check_threads
 from persimmon.tokenizer import Tokenizer
+
+_CHECKED_BYTES = 256 << 20
+"""Weights up to so many bytes are compared with their checksums at every load: at 1 GB/s a quarter of a second."""
 
 Prompt = str | Sequence[int]
 """Text, or token ids, which are taken as they are."""
@@ -66,7 +72,10 @@ class Persimmon:
 
     def logits(self, token_ids: Tensor | Sequence[Sequence[int]] | Sequence[int]) -> Tensor:
         """Logits of every position: ids [B, T], or [T] for one row, -> float32 [B, T, V] on the CPU."""
-        rows = torch.as_tensor(token_ids)
+        try:
+            rows = torch.as_tensor(token_ids)
+        except (TypeError, ValueError):  # text, or rows of different lengths
+            raise InputError(f"token ids must be integers [B, T], got {reprlib.repr(token_ids)}") from None
         if rows.dim() not in (1, 2) or rows.numel() == 0 or rows.is_floating_point():
             raise InputError(f"token ids must be integers [B, T], got {rows.dtype} {list(rows.shape)}")
         rows = rows[None] if rows.dim() == 1 else rows
@@ -169,6 +178,8 @@ class Persimmon:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=bos)
         try:
+            if isinstance(prompt, bytes | bytearray) or any(isinstance(token_id, bool) for token_id in prompt):
+                raise TypeError
             return [operator.index(token_id) for token_id in prompt]
         except TypeError:
             raise InputError(f"a prompt is text or integer token ids, got {reprlib.repr(prompt)}") from None
@@ -248,8 +259,7 @@ def load_decoder(
     Returns it with the model's directory and the lines that say how it was set up.
     """
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads must be 1 or more, got {threads}")
+        check_threads(threads)
         torch.set_num_threads(threads)
     on = choose_device(device)
     path = resolve(model)
@@ -284,4 +294,6 @@ def _describe(path: Path, packed: bool) -> tuple[ModelConfig, str]:
         quantized = open_packed(path)
         return quantized.config, quantized.form.name
     opened = open_directory(path)
+    if sum(num_bytes(tensor) for tensor in opened.tensors.values()) <= _CHECKED_BYTES:
+        verify_checksums(path, weights_only=True)
     return opened.config, opened.dtype

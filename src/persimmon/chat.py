@@ -106,6 +106,9 @@ def _segments(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """The checked and stripped contents in turn, user first; the system text is part of the first."""
+    given: object = messages
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise InputError(f"messages must be a list of role and content, got {type(messages).__name__}")
     if not messages:
         raise InputError("messages must not be empty")
     contents = [_content(message, index) for index, message in enumerate(messages)]
@@ -127,6 +130,8 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _content(message: Mapping[str, Any], index: int) -> str:
+    if not isinstance(message, Mapping):
+        raise InputError(f"message {index}: expected role and content, got {message!r}")
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
         raise InputError(f"message {index}: unknown role {role!r}; known: {', '.join(_ROLES)}")

@@ -161,7 +161,8 @@ def choose_device(requested: str) -> Choice:
     import torch
 
     kind = requested.partition(":")[0]
-    if kind not in DEVICES:
+    number = requested.partition(":")[2]
+    if kind not in DEVICES or (":" in requested and not (kind == "cuda" and number.isdigit())):
         raise InputError(f"device must be one of {', '.join(DEVICES)} or cuda:N, got {requested!r}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if requested == "auto":
@@ -171,7 +172,7 @@ def choose_device(requested: str) -> Choice:
         raise UnavailableError(f"device {requested!r} is not available: PyTorch {torch.__version__} finds no such GPU")
     if kind == "cuda" and requested != "cuda":
         index, count = requested.partition(":")[2], torch.cuda.device_count()
-        if not index.isdigit() or int(index) >= count:
+        if int(index) >= count:
             raise UnavailableError(f"device {requested!r} is not available: there are {count} (cuda:0 ...)")
     return Choice(requested, "asked for")
 
@@ -183,7 +184,7 @@ def choose_engine(requested: str, device: str, packed: bool = False, config: Mod
     """
     kind = device.partition(":")[0]
     if requested != "auto" and requested not in ENGINES:
-        raise UnavailableError(f"engine {requested!r} is not installed; there are: auto, {', '.join(ENGINES)}")
+        raise InputError(f"engine must be one of auto, {', '.join(ENGINES)}, got {requested!r}")
     if requested == "auto":
         fitting = [e for e in ENGINES.values() if kind in e.devices and (e.packed or not packed)]
         missing = [reason for e in fitting if (reason := e.why_not(config)) is not None]
@@ -235,4 +236,4 @@ def check_options(engine: str, options: dict[str, object]) -> None:
     unknown = sorted(set(options) - ENGINES[engine].options)
     if unknown:
         known = ", ".join(sorted(ENGINES[engine].options)) or "none"
-        raise UnavailableError(f"engine {engine!r} does not support {', '.join(unknown)}; its extra options: {known}")
+        raise InputError(f"engine {engine!r} does not support {', '.join(unknown)}; its extra options: {known}")

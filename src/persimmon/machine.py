@@ -8,11 +8,23 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from persimmon.errors import InputError
+
 # The instruction sets that matrix kernels care about, as Linux and macOS spell them.
 _CPU_FEATURES = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16",
     "amx_int8", "neon", "asimd", "asimddp", "bf16", "i8mm", "sve",
 )  # fmt: skip
+
+
+MAX_THREADS = 1024
+"""More than any one machine of today has cores; tens of thousands make thread libraries crash."""
+
+
+def check_threads(threads: int | None) -> None:
+    """InputError for a number of threads that cannot be."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"threads must be from 1 to {MAX_THREADS}, got {threads}")
 
 
 def cpu_threads() -> int:

@@ -74,6 +74,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, piece in enumerate(parsed.pieces) if piece.type in _NOT_TEXT)
         self._pieces: list[str] = [piece.piece for piece in parsed.pieces]
         self._bytes = {i: int(p.piece[3:5], 16) for i, p in enumerate(parsed.pieces) if p.type == PieceType.BYTE}
+        self._contents: dict[int, bytes] = {}  # of the pieces that were asked for
         self._meta_ids = _byte_ids(self._bytes, META_SPACE)
         self._processor = _processor(parsed)
         spec = parsed.normalizer_spec
@@ -112,6 +113,8 @@ class Tokenizer:
             bos: put the end-of-text piece in front.
             continuation: the text goes on after other text, so no space is put in front of it.
         """
+        if not isinstance(text, str):
+            raise TokenizerError(f"text must be a string, got {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -138,7 +141,12 @@ class Tokenizer:
 
     def piece_bytes(self, token_id: int) -> bytes:
         """What a piece adds to a text, in UTF-8; nothing for a control piece."""
-        token_id = self._checked(token_id)
+        content = self._contents.get(token_id)
+        if content is None:
+            content = self._contents[token_id] = self._content(self._checked(token_id))
+        return content
+
+    def _content(self, token_id: int) -> bytes:
         if token_id in self.special_ids:
             return b""
         if token_id in self._bytes:

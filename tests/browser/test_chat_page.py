@@ -237,6 +237,61 @@ def test_reloading_keeps_conversations(page: Page) -> None:
     assert page.page.locator("#conversations li").count() == 1
 
 
+def test_two_tabs_keep_each_others_conversations(page: Page) -> None:
+    page.ask("what is a stack")
+    other = page.context.new_page()
+    other.goto(page.page.url)
+    page.page.click("#new")
+    page.ask("the file")
+    other.wait_for_selector("#conversations button:has-text('the file')")
+    other.click("#new")
+    other.fill("#prompt", "make it wide")
+    other.keyboard.press("Enter")
+    other.wait_for_selector(".message.assistant:last-child:not(.streaming) .actions button")
+    page.page.wait_for_selector("#conversations button:has-text('make it wide')")
+    other.on("dialog", lambda dialog: dialog.accept())
+    other.hover("#conversations li:has-text('the file')")
+    other.click("#conversations li:has-text('the file') button.icon")
+    page.page.wait_for_selector("#conversations button:has-text('the file')", state="detached")
+    page.ask("the file")
+    page.page.reload()
+    titles = page.page.locator("#conversations .open").all_inner_texts()
+    assert sorted(titles)[0] == "make it wide" and len(titles) == 2, titles
+    other.close()
+
+
+def test_an_answer_that_is_being_written_outlives_a_reload(page: Page) -> None:
+    page.ask("endless please", wait=False)
+    page.page.wait_for_selector(".message.streaming .content :text('and on')")
+    page.page.reload()
+    page.page.wait_for_selector("text=Stopped.")
+    assert page.answer().startswith("and on")
+    assert page.page.locator(".message.user").inner_text().startswith("endless please")
+
+
+def test_another_conversation_while_answering(page: Page, server: Server) -> None:
+    page.ask("the file")
+    page.page.click("#new")
+    page.ask("endless please", wait=False)
+    page.page.wait_for_selector(".message.streaming .content :text('and on')")
+    page.page.click("#conversations button:has-text('the file')")
+    assert page.page.get_attribute("#send", "aria-label") == "Send"
+    server.wait_idle()
+    page.ask("the file")
+    assert page.page.locator(".message").count() == 4
+
+
+def test_escape_closes_the_settings_and_not_the_answer(page: Page) -> None:
+    page.ask("endless please", wait=False)
+    page.page.wait_for_selector(".message.streaming .content :text('and on')")
+    page.page.click("#open-settings")
+    page.page.keyboard.press("Escape")
+    page.page.wait_for_selector("#settings", state="hidden")
+    assert page.page.locator(".message.streaming").count() == 1
+    page.page.keyboard.press("Escape")
+    page.page.wait_for_selector("text=Stopped.")
+
+
 def test_export(page: Page) -> None:
     page.ask("the file")
     page.page.click("#export")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,9 +223,20 @@ def test_export(capsys: pytest.CaptureFixture[str], directory: Path, tmp_path: P
     assert code == 2 and "--max-shard-gb" in err
 
 
+def test_a_damaged_source_is_not_copied(capsys: pytest.CaptureFixture[str], directory: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(directory, tmp_path / "damaged")
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-2] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    for verb in ("export", "prune-vocab", "import"):
+        code, _, err = run(capsys, verb, damaged, tmp_path / "out")
+        assert code == 2 and "model.safetensors is damaged or was changed" in err, verb
+        assert not (tmp_path / "out").exists()
+
+
 def test_prune_and_restore(capsys: pytest.CaptureFixture[str], directory: Path, tmp_path: Path) -> None:
     code, out, _ = run(capsys, "prune-vocab", directory, tmp_path / "pruned")
-    assert code == 0 and "294 of 320 vocabulary rows are in use" in out
+    assert code == 0 and "294 of 320 vocabulary rows are kept" in out
     code, out, _ = run(capsys, "prune-vocab", tmp_path / "pruned", tmp_path / "restored", "--restore", "--json")
     assert code == 0 and json.loads(out)["original_rows"] == 320
     assert same_tensors(load_model(tmp_path / "restored"), load_model(directory))

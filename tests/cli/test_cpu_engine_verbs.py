@@ -11,6 +11,7 @@ import pytest
 import persimmon
 from persimmon.cli.main import main
 from persimmon.fast.cpu.native_module import why_unavailable
+from persimmon.fast.cpu.packed import is_packed
 from tiny_directory import write_tiny_directory
 
 needs_the_engine = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
@@ -34,6 +35,18 @@ def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]
     code = main([str(word) for word in words])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_a_model_exported_over_a_quantized_one_takes_its_place(
+    capsys: pytest.CaptureFixture[str], directory: Path, tmp_path: Path
+) -> None:
+    assert run(capsys, "quantize", directory, tmp_path / "out", "--format", "q8", "--quiet")[0] == 0
+    code, said, _ = run(capsys, "info", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(said)["weights"]["dtype"] == "q8"
+    code, _, err = run(capsys, "export", tmp_path / "out", tmp_path / "again")
+    assert code == 2 and "is quantized; use the model that it was made from" in err
+    assert run(capsys, "export", directory, tmp_path / "out", "--force", "--quiet")[0] == 0
+    assert not is_packed(tmp_path / "out") and not list((tmp_path / "out").glob("packed-*"))
 
 
 # -- quantize ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,10 @@ def test_the_console_script_is_main() -> None:
         pytest.skip("the package is not installed as a command")
     result = subprocess.run([script, "--version"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("persimmon ")
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-"])
+def test_closed_streams_are_no_errors(redirection: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m persimmon.cli.main info test --json {redirection}"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 0 and "Error" not in result.stderr

@@ -49,7 +49,8 @@ def test_a_run_writes_everything_and_repeats_exactly(
     assert output.err == ""
     second = json.loads(output.out)
     for name in names:
-        assert second["results"][name]["unparsed"] == first["results"][name]["unparsed"]
+        unparsed = [content["persimmon"]["details"][name]["unparsed"] for content in (first, second)]
+        assert unparsed[0] == unparsed[1]
     assert evaluate(*arguments, "--quiet", "--out", str(tmp_path / "a")) == 0  # all from the journal
     assert json.loads(capsys.readouterr().out)["results"] == first["results"]
     with pytest.raises(InputError, match="another model"):
@@ -115,3 +116,27 @@ def test_long_context_tasks_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "1k, " in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(InputError, match="at least 1024"):
         evaluate(str(tmp_path / "tiny"), "--context", "900", "--tasks", "needle", "--out", out)
+
+
+def test_every_option_of_the_model_reaches_it_and_is_recorded(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("persimmon.fast.cpu._native")
+    arguments = [str(checkpoint), "--tasks", "perplexity", "--data", str(data), "--quiet", "--json", "--engine", "cpu"]
+    margin = ["--sparsity-margin", "inf"]
+    assert evaluate(*arguments, "--kv-dtype", "int8", *margin, "--out", str(tmp_path / "a")) == 0
+    exact = json.loads(capsys.readouterr().out)
+    assert exact["persimmon"]["identity"]["kv_dtype"] == "int8"
+    assert exact["persimmon"]["identity"]["sparsity_margin"] == "inf"
+    assert evaluate(*arguments, "--out", str(tmp_path / "b")) == 0
+    plain = json.loads(capsys.readouterr().out)
+    metric = "bits_per_byte,none"
+    assert exact["results"]["perplexity"][metric] != plain["results"]["perplexity"][metric]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--no-bos"], ["--dtype", "bfloat16"], ["--kv-dtype", "int8"], ["--threads", "1"], ["--variant", "a:b=c"]]
+)
+def test_what_sets_up_a_model_here_does_not_go_with_a_server(flags: list[str]) -> None:
+    with pytest.raises(InputError, match=f"{flags[0]}: .* --url"):
+        evaluate("--url", "http://127.0.0.1:9/v1", "--tasks", "arc_easy", *flags)

@@ -14,7 +14,9 @@ from persimmon.evals.tasks.winogrande import parse_digit, sentence_and_options
         (" B", 1), ("B", 1), ("\nC", 2), (" (D)", 3), (" A: the first", 0), (" B.", 1), ("**C**", 2), (" 'D'", 3),
         (" The answer is B", 1), (" the correct answer is: C.", 2), (" Answer: A", 0), (" Option D", 3),
         (" A dog is an animal", None), (" Because of A", None), ("", None), (" E", None), (" b", None), (" Bees", None),
-        (" 1", None), (" A's", None), (" I think B", None),
+        (" C is correct", 2), (" D is the correct answer", 3), (" B because it is", 1), (" E and", None),
+        (" A is correct", 0), (" A because", 0), (" The answer is A", 0), (" A cat is correct", None),
+        (" B dogs", 1), (" 1", None), (" A's", None), (" I think B", None),
     ],
 )  # fmt: skip
 def test_letters(text: str, index: int | None) -> None:
@@ -59,3 +61,6 @@ def test_hub_records_are_adapted() -> None:
     row = {"activity_label": "Cooking", "ctx_a": "A man cooks.", "ctx_b": "he", "endings": ["stirs [step] it."]}
     adapted = adapt_hellaswag({**row, "label": "0"})
     assert adapted == {"context": "Cooking: A man cooks. He", "endings": ["stirs it."], "label": 0}
+    spaced = adapt_hellaswag({**row, "ctx_a": "A   man  cooks.", "endings": ["stirs [step]  it."], "label": "0"})
+    assert spaced["context"] == "Cooking: A  man cooks. He", "as lm-eval's one replacement leaves it"
+    assert spaced["endings"] == ["stirs  it."]

@@ -191,8 +191,11 @@ def test_results_have_the_layout_of_lm_eval(data: Path, tmp_path: Path) -> None:
     content, found = results.read(tmp_path)
     assert found == path
     entry = content["results"]["mmlu"]
-    assert entry["acc,none"] == 1.0 and entry["acc_stderr,none"] == 0.0 and entry["unparsed"] == 0
-    assert content["n-shot"] == {"mmlu": 5} and content["versions"] == {"mmlu": 1}
+    assert entry == {"alias": "MMLU", "sample_len": 60, "acc,none": 1.0, "acc_stderr,none": 0.0}
+    assert content["persimmon"]["details"]["mmlu"] == {"intervals": {"acc": [1.0, 1.0]}, "unparsed": 0}
+    rows = ["mmlu", "mmlu_more_sums", "mmlu_simple_sums"]
+    assert content["n-shot"] == dict.fromkeys(rows, 5) and content["versions"] == dict.fromkeys(rows, 2)
+    assert sorted(content["configs"]) == sorted(content["n-samples"]) == rows
     assert content["n-samples"]["mmlu"] == {"original": 60, "effective": 60}
     assert content["group_subtasks"]["mmlu"] == ["mmlu_more_sums", "mmlu_simple_sums"]
     assert content["results"]["mmlu_simple_sums"]["sample_len"] == 30
@@ -201,7 +204,24 @@ def test_results_have_the_layout_of_lm_eval(data: Path, tmp_path: Path) -> None:
     assert len(lines) == 60
     assert lines[0]["arguments"]["gen_args_1"] == {"arg_0": prompts(items[0])[1], "arg_1": " B"}
     assert len(lines[0]["resps"]) == 4 and lines[0]["acc"] == 1.0
+    assert lines[0]["filter"] == "none" and lines[0]["metrics"][0] == "acc"
+    assert lines[0]["persimmon"]["parsed"]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_lm_eval_shows_our_results_and_has_our_hashes(data: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval.utils")
+    pytest.importorskip("pytablewriter")
+    runs = []
+    for style in ("adept", "loglikelihood"):
+        items = items_of(data, "mmlu", style=style)
+        runs.append(run_task(TASKS["mmlu"], style, items, knows(items, style), Settings()))
+    content = json.loads(json.dumps(results.document(runs, {"model": "knows"}, {"limit": None})))
+    table = lm_eval.make_table(content)
+    assert "MMLU" in table and "simple_sums" in table and "unparsed" not in table
+    (line, *_) = results.sample_lines(runs[0])
+    text = json.dumps(line["doc"], indent=2, default=lm_eval.handle_non_serializable, ensure_ascii=False)
+    assert line["doc_hash"] == lm_eval.hash_string(text)
 
 
 def test_unreadable_results_are_named(tmp_path: Path) -> None:

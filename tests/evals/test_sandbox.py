@@ -101,6 +101,20 @@ EVIL = {
     "kill everything": "os.kill(-1, 9); print('ESCAPED')",
     "kill own group": "os.killpg(0, 9); print('ESCAPED')",
     "signal through a descriptor": "signal.pidfd_send_signal(os.pidfd_open(PARENT), 9); print('ESCAPED')",
+    "signal by a pipe's owner": """
+        import fcntl
+        reading, writing = os.pipe()
+        fcntl.fcntl(reading, fcntl.F_SETOWN, PARENT)
+        fcntl.fcntl(reading, 10, 9)
+        fcntl.fcntl(reading, fcntl.F_SETFL, fcntl.fcntl(reading, fcntl.F_GETFL) | os.O_ASYNC)
+        os.write(writing, b'x'); print('ESCAPED')
+    """,
+    "signal by a pipe's extended owner": """
+        import fcntl, struct
+        fcntl.fcntl(os.pipe()[0], 15, struct.pack('ii', 1, PARENT)); print('ESCAPED')
+    """,
+    "kill signal for a pipe": "import fcntl\nfcntl.fcntl(os.pipe()[0], 10, 9); print('ESCAPED')",
+    "outlive the evaluation": "check(libc.prctl(1, 0, 0, 0, 0)); print('ESCAPED')",
     "trace the parent": "check(libc.ptrace(16, PARENT, 0, 0)); print('ESCAPED')",
     "peek at the parent": "check(libc.process_vm_readv(PARENT, None, 0, None, 0, 0)); print('ESCAPED')",
     "limit the parent": "resource.prlimit(PARENT, resource.RLIMIT_CPU, (1, 1)); print('ESCAPED')",
@@ -337,12 +351,37 @@ def test_without_a_wall_only_by_name() -> None:
     assert box.run("import os\ntry: os.fork()\nexcept PermissionError: pass\nelse: raise SystemExit").passed
 
 
+@pytest.mark.parametrize("isolation", ["landlock", "none"])
+def test_the_filter_alone_keeps_a_program_from_signalling_by_a_pipe(isolation: sandbox.Isolation) -> None:
+    """Same user, and no scope of signals: Landlock has one from its version 6 on only."""
+    script = (
+        "import os, subprocess, sys\n"
+        "from persimmon.evals.sandbox import Sandbox\n"
+        f"box = Sandbox({isolation!r})\n"
+        "old = 'Landlock is not available\")'\n"
+        "box._child = box._child.replace(old, old + '; version = min(version, 4)', 1)\n"
+        "os.setgroups([]); os.setresgid(1000, 1000, 1000); os.setresuid(1000, 1000, 1000)\n"
+        "victim = subprocess.Popen(['sleep', '60'])\n"
+        "verdict = box.run(f'PARENT = {victim.pid}\\n' + sys.stdin.read())\n"
+        "victim.kill()\n"
+        "print(verdict.detail if verdict.status == 'failed' else verdict, victim.wait())\n"
+    )
+    if os.geteuid() != 0:
+        script = script.replace("os.setgroups([]); os.setresgid(1000, 1000, 1000); os.setresuid(1000, 1000, 1000)", "")
+    program = PRELUDE + textwrap.dedent(EVIL["signal by a pipe's owner"])
+    done = subprocess.run([sys.executable, "-c", script], input=program, capture_output=True, text=True, timeout=60)
+    if "Landlock" in done.stderr and "Unavailable" in done.stderr:
+        pytest.skip("no Landlock here")
+    assert done.stdout.startswith("PermissionError"), done.stdout + done.stderr
+
+
 def test_table_of_system_calls_agrees_with_the_headers() -> None:
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip("kernel headers are not installed")
     numbers = dict(line.split()[1:3] for line in header.read_text().splitlines() if line.startswith("#define __NR_"))
-    for name, (number, _) in seccomp.DENIED.items():
+    calls = seccomp.DENIED | {name: known[0] for name, known in seccomp.DENIED_COMMANDS.items()}
+    for name, (number, _) in calls.items():
         if f"__NR_{name}" in numbers:
             assert int(numbers[f"__NR_{name}"]) == number, name
 

@@ -52,5 +52,15 @@ def test_paired_differences() -> None:
     assert shuffled.p_value > 0.05
 
 
+def test_a_weighted_difference_is_that_of_the_weighted_means() -> None:
+    first, second, weights = [1.0, 2.0, 4.0], [1.5, 2.0, 3.0], [10.0, 1.0, 2.0]
+    found = paired_difference(first, second, weights)
+    expected = estimate(first, weights).value - estimate(second, weights).value
+    assert found.value == pytest.approx(expected) and expected < 0
+    assert paired_difference(first, second).value > 0, "the plain mean has the other sign"
+    assert found.low <= found.value <= found.high
+    assert paired_difference(first, second, [3.0] * 3) == paired_difference(first, second)
+
+
 def test_unpaired_interval() -> None:
     assert unpaired_interval(40.0, 1.0, 38.0) == pytest.approx((0.04, 3.96), abs=0.001)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ class Reply:
 
 def call(
     settings: ServerSettings, path: str = "/v1/models", *, body: tuple[bytes, ...] = (b"",), stall: bool = False,
-    send_delay: float = 0, **headers: str,
+    send_delay: float = 0, vanish: bool = False, **headers: str,
 ) -> Reply:  # fmt: skip
     sent: list[dict[str, Any]] = []
     log: list[Mapping[str, Any]] = []
@@ -45,7 +46,10 @@ def call(
     async def receive() -> dict[str, Any]:
         if stall:
             await asyncio.sleep(30)
-        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+        if not parts:
+            return {"type": "http.disconnect"}
+        part = parts.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(parts) or vanish}
 
     async def send(message: Any) -> None:
         await asyncio.sleep(send_delay)
@@ -105,7 +109,22 @@ def test_only_own_names_are_served(host: str, status: int) -> None:
 def test_other_origins_are_refused() -> None:
     assert call(ServerSettings(), origin="https://evil.example").status == 403
     assert call(ServerSettings(), origin="http://127.0.0.1:8000").status == 200
-    assert call(ServerSettings(), origin="null").status == 403
+    for odd in ("null", "http://[", "http://[evil", "http://", ""):
+        assert call(ServerSettings(), origin=odd).status == 403, odd
+
+
+def test_names_on_a_public_address() -> None:
+    """Without a key a page elsewhere could take this server's place by a name of its own; an address is no name."""
+    free = ServerSettings(host="0.0.0.0", allow_public_without_key=True)
+    for host, status in (
+        ("192.168.1.5:8000", 200), ("[2001:db8::1]:8000", 200), ("localhost:8000", 200), (socket.gethostname(), 200),
+        ("evil.example:8000", 403), ("192.168.1.5.evil.example", 403),
+    ):  # fmt: skip
+        assert call(free, host=host).status == status, host
+    named = ServerSettings(host="0.0.0.0", allow_public_without_key=True, allowed_hosts=("good.example",))
+    assert call(named, host="good.example").status == 200 and call(named, host="192.168.1.5").status == 403
+    locked = ServerSettings(host="0.0.0.0", api_keys=(KEY,))
+    assert call(locked, host="any.example", authorization=f"Bearer {KEY}").status == 200
 
 
 def test_large_bodies_are_refused_announced_or_not() -> None:
@@ -118,7 +137,9 @@ def test_large_bodies_are_refused_announced_or_not() -> None:
 
 def test_slow_bodies_and_slow_readers_are_dropped() -> None:
     slow = call(ServerSettings(body_seconds=0.05), stall=True)
-    assert slow.status == 0 and slow.log[0]["ended"] == "the body did not arrive in time"
+    assert slow.status == 408 and slow.headers["connection"] == "close"
+    gone = call(ServerSettings(), body=(b"half",), vanish=True)
+    assert gone.status == 0 and gone.log[0]["ended"] == "the client closed the connection"
     reader = call(ServerSettings(send_seconds=0.05), send_delay=5)
     assert reader.log[0]["ended"] == "the client stopped reading"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +29,11 @@ from served import Server, running  # noqa: E402
 pytestmark = pytest.mark.slow
 CONTEXT = 1_024
 ENGINE: dict[str, Any] = {"engine": "reference", "dtype": "float32", "device": "cpu"}
+
+DATA = os.environ.get("PERSIMMON_EVAL_DATA")
+"""Directory of real sets as `persimmon eval --data` reads them: ARC Easy's first questions are asked too."""
+
+REAL_QUESTIONS = 50
 
 CHOICES = [
     ("The sun is", ["hot", "a small cat", "made of bread"], 0),
@@ -69,11 +77,21 @@ def server() -> Iterator[Server]:
         yield found
 
 
+def choices() -> list[dict[str, Any]]:
+    """Made questions, and real ones where there are some."""
+    rows: list[dict[str, Any]] = [{"query": q, "choices": c, "gold": g} for q, c, g in CHOICES]
+    if DATA:
+        with gzip.open(Path(DATA) / "arc_easy.jsonl.gz", "rt", encoding="utf-8") as lines:
+            real = [json.loads(line) for line in itertools.islice(lines, REAL_QUESTIONS)]
+        rows += [{"query": f"{r['query']}\nAnswer:", "choices": r["choices"], "gold": r["gold"]} for r in real]
+    return rows
+
+
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
     folder = tmp_path_factory.mktemp("tasks")
     for name, template, rows in (
-        ("choose", CHOOSE, [{"query": q, "choices": c, "gold": g} for q, c, g in CHOICES]),
+        ("choose", CHOOSE, choices()),
         ("reply", REPLY, [{"question": q, "answer": a} for q, a in QUESTIONS]),
     ):
         data = folder / f"{name}.jsonl"
@@ -110,6 +128,11 @@ def test_completions_score_as_in_process(server: Server, manager: TaskManager) -
     for ours, theirs in zip(remote["answers"]["choose"], local["answers"]["choose"], strict=True):
         assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
         assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-3)
+    pairs = zip(
+        itertools.chain(*remote["answers"]["choose"]), itertools.chain(*local["answers"]["choose"]), strict=True
+    )
+    gaps = [abs(ours[0] - theirs[0]) for ours, theirs in pairs]
+    print(f"{len(gaps)} choices, largest difference {max(gaps):.2e}; {remote['metrics']['choose']}")
 
 
 def test_chats_score_as_in_process(server: Server, manager: TaskManager) -> None:

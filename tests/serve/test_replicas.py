@@ -32,7 +32,7 @@ from persimmon.infer.engine import EngineState  # noqa: E402
 from persimmon.infer.paged import page  # noqa: E402
 from persimmon.serve.protocol import ChatRequest  # noqa: E402
 from persimmon.serve.replica_settings import ReplicaSettings  # noqa: E402
-from persimmon.serve.replicas import LOST, PublicNeedsKey, combined  # noqa: E402
+from persimmon.serve.replicas import LOST, PublicNeedsKey, combined, reason_of, server_settings  # noqa: E402
 from persimmon.serve.settings import ServerSettings  # noqa: E402
 from persimmon.tokenizer import Tokenizer  # noqa: E402
 
@@ -207,6 +207,32 @@ def test_states_are_added_up() -> None:
     found = combined([EngineState(1, 2, 10, 3, active_fraction=(0.1, 0.3)), EngineState(running=4, blocks=10)])
     assert (found.running, found.waiting, found.blocks, found.blocks_held) == (5, 2, 20, 3)
     assert found.active_fraction == (0.1, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "accepted"),
+    [
+        ("test-key-0123456789", {}, {"serve.example": True, "10.0.0.5": True}),
+        ("", {"allow_public_without_key": True}, {"serve.example": False, "10.0.0.5": True}),
+        ("", {}, {"serve.example": False, "10.0.0.5": False, "localhost": True}),
+        ("", {"allowed_hosts": ["serve.example"]}, {"serve.example": True}),
+    ],
+)
+def test_names_are_judged_by_key_and_settings(
+    monkeypatch: pytest.MonkeyPatch, key: str, given: dict[str, Any], accepted: dict[str, bool]
+) -> None:
+    monkeypatch.setenv("PERSIMMON_API_KEY", key)
+    settings = server_settings(ReplicaSettings(**given))
+    assert {name: settings.accepts_host(name) for name in accepted} == accepted
+
+
+def test_what_goes_wrong_in_a_replica_is_named() -> None:
+    try:
+        raise KeyError("weights")
+    except KeyError as error:
+        wrapped = ray.exceptions.RayTaskError("generate", "a long\ntraceback", error)
+    assert reason_of(wrapped) == "KeyError: 'weights'"
+    assert reason_of(RuntimeError("first\nlast")) == "RuntimeError: last"
 
 
 def test_unknown_settings_are_named() -> None:

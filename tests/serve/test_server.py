@@ -79,6 +79,18 @@ def test_n_choices_differ_and_the_first_is_the_only_one(client: Any) -> None:
     assert several.usage.prompt_tokens == single.usage.prompt_tokens
 
 
+def test_cached_tokens_count_every_prompt(client: Any) -> None:
+    def cached(prompt: Any, n: int) -> int:
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, n=n, temperature=0)
+        return int(answer.usage.prompt_tokens_details.cached_tokens)
+
+    prompts = [[7 + k] * 40 for k in range(2)]
+    assert cached(prompts[0], 3) == 0, "the first choice computes it, the others find it"
+    alone = cached(prompts[0], 1)
+    cached(prompts[1], 1)
+    assert alone > 0 and cached(prompts, 2) == 2 * alone
+
+
 def test_chat_logprobs(client: Any) -> None:
     answer = chat(client, logprobs=True, top_logprobs=3)
     entries = answer.choices[0].logprobs.content
@@ -147,6 +159,18 @@ def test_echoed_logprobs_are_what_the_evaluation_harness_sums(client: Any) -> No
     assert math.isclose(sum(part.token_logprobs[1:5]), sum(whole.token_logprobs[1:5]))
 
 
+def test_offsets_are_places_in_the_text_whole_and_streamed(client: Any) -> None:
+    text = "the 日本 story"
+    settings = {"model": "tiny", "prompt": text, "max_tokens": 6, "temperature": 0, "logprobs": 1, "echo": True}
+    whole = client.completions.create(**settings).choices[0]
+    offsets = whole.logprobs.text_offset
+    assert offsets[0] == 0 and offsets == sorted(offsets)
+    assert [o for o in offsets if o <= len(text)][-1] == len(text)
+    assert offsets.count(text.index("日")) == 3
+    chunks = client.completions.create(**settings, stream=True)
+    assert [o for c in chunks if c.choices[0].logprobs for o in c.choices[0].logprobs.text_offset] == offsets
+
+
 def test_models_tokens_and_information(server: Server, client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
@@ -162,6 +186,9 @@ def test_models_tokens_and_information(server: Server, client: Any) -> None:
 BAD_BODIES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": []}, 400, "messages", "at least 1"),
     ({"messages": HELLO, "tools": []}, 400, "tools", "not trained to call tools"),
+    ({"messages": HELLO, "tool_choice": "auto"}, 400, "tool_choice", "not trained to call tools"),
+    ({"messages": HELLO, "store": True}, 400, "store", "not kept"),
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, 400, "tool_calls", "unknown field"),
     ({"messages": HELLO, "frobnicate": 1}, 400, "frobnicate", "unknown field"),
     ({"messages": HELLO, "temperature": "hot"}, 400, "temperature", "number"),
     ({"messages": HELLO, "temperature": -1}, 400, "temperature", "greater than or equal to 0"),
@@ -223,10 +250,21 @@ def test_a_client_that_goes_away_stops_its_request() -> None:
             next(lines)
             assert slow.service.worker.in_flight == 1
         slow.wait_idle()
+        logged(slow, "the client closed the connection", 1)
         with pytest.raises(httpx.ReadTimeout):
             early = httpx.post(f"{slow.url}/v1/chat/completions", json=body | {"stream": False}, timeout=0.3)
             raise AssertionError(f"answered at once: {early.status_code} {early.text[:300]}")
         slow.wait_idle()
+        logged(slow, "the client closed the connection", 2)
+
+
+def logged(server: Server, ended: str, count: int) -> None:
+    """Wait for so many lines about cut answers; each has its tokens."""
+    deadline = time.monotonic() + 30
+    while len(found := [e for e in server.log if e.get("ended") == ended]) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(found) == count and all("prompt_tokens" in entry for entry in found)
+    assert found[0]["completion_tokens"] > 0
 
 
 def test_metrics_count_what_happened(server: Server, client: Any) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from persimmon.errors import ContextLengthError, InputError, NotFoundError, PersimmonError
+from persimmon.terminal.attachments import TextFile
 from persimmon.terminal.commands import ALIASES, COMMANDS, Commands, is_command, is_open_block, unwrapped
 from persimmon.terminal.conversation import Exchange
 from persimmon.terminal.dialogue import Dialogue
@@ -178,7 +179,9 @@ def test_save_and_load(commands: Commands, talk: Dialogue, tmp_path: Path) -> No
     assert [exchange.question for exchange in talk.conversation.exchanges] == ["a", "c"]
     assert talk.conversation.system == "Be brief."
     assert talk.settings.temperature == 0.7
+    talk.attach(TextFile("waits.txt", "words"))
     assert "It was held with mini." in Commands(talk, "8b").run(f"/load {path}").text
+    assert [file.name for file in talk.conversation.files] == ["waits.txt"], "what waits is not lost"
 
 
 def test_a_wrong_file_changes_nothing(commands: Commands, talk: Dialogue, tmp_path: Path) -> None:

@@ -156,8 +156,9 @@ def test_replayed_rows_have_their_share(settings: dict[str, Any], tmp_path: Path
     ] == ["chat", "chat", "chat", "text"]
 
 
-def test_replay_that_leaves_no_room_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings["replay"]["share"] = 1.0
+@pytest.mark.parametrize("share", [1.0, 0.01])
+def test_replay_of_all_rows_or_of_none_is_refused(share: float, settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["replay"]["share"] = share
     recipe = load_recipe(FinetuneRecipe, write_recipe(settings, tmp_path / "recipe.yaml"))
     with pytest.raises(ConfigError, match=r"replay\.share"):
         FinetuneSource(recipe, ConversationRows(made_items(30), 128, 1, 0))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from made_rows import RandomRows
+from persimmon.accounting import count_parameters
 from persimmon.config import preset
 from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel
@@ -23,7 +24,7 @@ from persimmon.train.loop import (
 from persimmon.train.loss import IGNORE
 from persimmon.train.optimizer import OptimizerRecipe
 from persimmon.train.parallel import World, run_processes
-from persimmon.train.tracking import truncate_metrics
+from persimmon.train.tracking import SpeedMeter, truncate_metrics
 
 
 def build(recipe: LoopRecipe, directory: Path, world: World | None = None, **changes: Any) -> Trainer:
@@ -226,3 +227,13 @@ def test_compiled_blocks_train_the_same(tmp_path: Path) -> None:
         pytest.skip("torch.compile needs a C++ compiler")
     losses = [[build(LoopRecipe(compile=compiled), tmp_path).train_step()["loss"]][0] for compiled in (False, True)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_frozen_weights_need_no_gradient_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = preset("test")
+    monkeypatch.setattr("persimmon.train.tracking.measured_peak", lambda device, dtype: 1e9)
+    whole, adapted = (SpeedMeter(config, World(), torch.float32, adapters) for adapters in (0, 1000))
+    weights = count_parameters(config).read_per_token
+    rows = [meter.measure(tokens=10, squared_lengths=0.0, seconds=1.0, tokens_left=10) for meter in (whole, adapted)]
+    assert rows[0]["mfu"] == round(6 * weights * 10 / 1e9, 4)
+    assert rows[1]["mfu"] == round((4 * weights + 6 * 1000) * 10 / 1e9, 4)

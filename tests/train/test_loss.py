@@ -140,7 +140,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket is torch.ops.aten.mm
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         self.largest = max([self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
         return out
 

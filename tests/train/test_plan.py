@@ -38,6 +38,12 @@ def test_the_published_run() -> None:
     assert plan.days == pytest.approx(plan.total_flops / (8 * 989e12 * 0.35) / 86_400)
 
 
+def test_one_byte_moments_are_a_quarter() -> None:
+    settings = ("loop.optimizer.matrices=adamw", "loop.optimizer.state=int8")
+    plan = make_plan(recipe("mini", *settings), *parse_hardware("1xH100"))
+    assert plan.memory.optimizer == round((2 + 8 / 256) * plan.parameters)
+
+
 def test_the_page_shows_the_plan_as_it_is() -> None:
     page = (ROOT / "docs/training.md").read_text()
     shown = render(make_plan(recipe("8b"), *parse_hardware("64xH100")))

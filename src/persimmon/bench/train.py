@@ -17,6 +17,7 @@ from persimmon.bench.row import Row, finished, peak_rss_bytes
 from persimmon.bench.timing import Stopwatch, alternate, percent_of, repeat
 from persimmon.config import ModelConfig
 from persimmon.model import PersimmonModel
+from persimmon.train.fused import in_use
 from persimmon.train.loop import Batch, LoopRecipe, Trainer
 from persimmon.train.optimizer import OptimizerRecipe
 from persimmon.train.parallel import World
@@ -75,6 +76,7 @@ class Training:
     def __init__(self, work: TrainWork, steps: int) -> None:
         """`steps`: most steps that will be run, besides one to warm up."""
         self._work = work
+        torch.set_flush_denormal(True)  # as `pretrain` does
         model = PersimmonModel(work.config)
         model.initialize(torch.Generator().manual_seed(work.seed))
         recipe = LoopRecipe(
@@ -84,6 +86,8 @@ class Training:
         self._directory = tempfile.TemporaryDirectory()
         self._trainer = Trainer(model, RandomRows(work), steps + 1, recipe, Path(self._directory.name), World())
         self._trainer.train_step()
+        self.engine = "cpu" if in_use(model) else "reference"
+        """Whether the training kernels of the CPU engine run, or PyTorch alone."""
 
     def run(self) -> float:
         """Tokens per second of one step."""
@@ -109,13 +113,14 @@ def train_row(work: TrainWork, threads: int, runs: int, ceiling: Ceiling, peer: 
     peak = peak_rss_bytes()
     theirs = against.get("peer", {}).get("peak_rss_bytes")
     limit = ceiling.again()
-    flops = training_flops_per_token(work.config, work.length)
-    most = limit.value * 1e9 / flops
+    flops = training_flops_per_token(work.config, work.documents or work.length)
+    products = {limit.method: limit.value, **limit.others}
+    most = products.get(work.dtype, limit.value) * 1e9 / flops
     return finished(
         {
             "bench": "train",
             "model": shape_name(work.config),
-            "engine": "reference",
+            "engine": training.engine,
             "format": work.dtype,
             "threads": threads,
             "context": work.length,
@@ -127,7 +132,7 @@ def train_row(work: TrainWork, threads: int, runs: int, ceiling: Ceiling, peer: 
             "bytes_per_token_dense": None,
             "bandwidth_gb_s": None,
             "flops_per_token": flops,
-            "gemm_gflops": {limit.method: limit.value, **limit.others},
+            "gemm_gflops": products,
             "ceiling_tokens_per_second": most,
             "percent_of_ceiling": percent_of(ours.median, most),
             "peak_rss_bytes": peak,

@@ -1,6 +1,7 @@
 """`checksums.json`: SHA-256 and size of every file of a model directory, because safetensors files carry none.
 
-Loading checks structure and sizes, which catches every truncation; damage inside the numbers shows only here.
+Loading checks structure and sizes, which catches every truncation. Damage inside the numbers shows only here: verbs
+that read a whole model to write another compare its weights first, and loading does so for small models.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from persimmon.checkpoints.tensors import CHUNK_BYTES
 from persimmon.errors import CheckpointError
 
 CHECKSUM_FILE = "checksums.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 def write_checksums(directory: Path, known: Mapping[str, FileDigest]) -> None:
@@ -28,16 +30,21 @@ def write_checksums(directory: Path, known: Mapping[str, FileDigest]) -> None:
     (directory / CHECKSUM_FILE).write_text(json.dumps(document, indent=2) + "\n")
 
 
-def verify_checksums(directory: Path, progress: ProgressReport = no_progress) -> int | None:
+def verify_checksums(
+    directory: Path, progress: ProgressReport = no_progress, *, weights_only: bool = False
+) -> int | None:
     """Compare every file with the list: the number of files, or None where there is no list.
 
-    Raises CheckpointError naming the first file that differs.
+    weights_only: leave the small files aside, which people may edit. Raises CheckpointError naming the first file that
+    differs.
     """
     if not (directory / CHECKSUM_FILE).is_file():
         return None
     document = read_json(directory / CHECKSUM_FILE)
     try:
         expected = {Path(name).name: FileDigest(**facts) for name, facts in document["files"].items()}
+        if weights_only:
+            expected = {name: digest for name, digest in expected.items() if name.endswith(_WEIGHT_SUFFIXES)}
         total = sum(digest.size for digest in expected.values())
     except (TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{directory / CHECKSUM_FILE}: not a list of checksums") from None

@@ -93,6 +93,8 @@ def _read_tensors(directory: Path) -> list[StoredTensor]:
             return _read_indexed(index, read)
         if (directory / single).is_file():
             return read(directory / single)
+    if (directory / "quantization.json").is_file():
+        raise CheckpointError(f"{directory} is quantized; use the model that it was made from")
     raise NotFoundError(f"{directory} has no weights: neither {shards.SINGLE_FILE} nor {shards.INDEX_FILE} is there")
 
 

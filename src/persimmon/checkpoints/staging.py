@@ -8,14 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from persimmon.errors import InputError
+from persimmon.errors import InputError, StorageError
 
 CONFIG_FILE = "config.json"
 
-# What an earlier model in the same directory may have left; anything else there is somebody's and stays.
+# What an earlier model in the same directory may have left; anything else there is somebody's and stays. The mark of
+# a packed model goes first: while it stands, its tensors count and not those beside it.
 _MODEL_FILES = (
+    "quantization.json", "packed-*.safetensors",
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
     "checksums.json", "vocabulary_map.json", "vocabulary_dropped.safetensors",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
 
 
@@ -41,10 +45,12 @@ def staged(directory: Path) -> Iterator[Path]:
     directory = directory.resolve()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; a model needs a directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be written: {error.strerror}") from None
     try:
         yield partial
         _publish(partial, directory)

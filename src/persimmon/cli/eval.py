@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persimmon.cli.options import add_model_options, model_name
+from persimmon.cli.options import add_model_options, load_options, model_name
 from persimmon.errors import DataError, InputError, NotFoundError, UnavailableError
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ HELP = "score a model on tasks"
 
 FIDELITY_TEXTS = 20
 """Prompts of the tasks on which variants are compared when there are no documents."""
+
+LOCAL_OPTIONS = (
+    "device", "engine", "dtype", "threads", "rotary_precision", "kv_dtype", "sparsity_margin", "adapter", "no_bos",
+    "cache_tokens", "variant",
+)  # fmt: skip
+"""Options that say how a model is loaded and run in this process."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before prompts")
     how.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions per batch (default: 64)")
-    how.add_argument("--lanes", type=int, default=16, metavar="N", help="sequences side by side (default: 16)")
+    how.add_argument(
+        "--lanes", type=int, metavar="N", help="sequences side by side (default: 16; 64 on the cpu engine)"
+    )
     how.add_argument(
         "--cache-tokens",
         type=int,
@@ -93,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     tasks = _tasks(args)
     variants = [("", {}), *map(_variant, args.variant)]
-    if args.url and args.variant:
-        raise InputError("--variant sets up models here; it does not go with --url")
+    if args.url:
+        _refuse_local_options(args)
     label = _label(args)
     out = args.out or Path("evaluations") / label
     runs: list[Run] = []
@@ -117,6 +125,16 @@ def run(args: argparse.Namespace) -> int:
         print("\n\n".join(_tables(runs, fidelity)))
     note(f"results and samples in {out}", quiet=args.quiet)
     return 0
+
+
+def _refuse_local_options(args: argparse.Namespace) -> None:
+    """InputError for an option that sets up a model here, where a server is asked that has its own."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [name for name in LOCAL_OPTIONS if getattr(args, name) != parser.get_default(name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{flags}: this sets up a model here and does not go with --url")
 
 
 def _document(runs: Sequence[Run], fidelity: Sequence[Fidelity]) -> dict[str, Any]:
@@ -213,14 +231,11 @@ def _model(args: argparse.Namespace, options: Mapping[str, Any]) -> LanguageMode
 
         return ServerLanguageModel(
             args.url, args.model, api_key=os.environ.get("PERSIMMON_API_KEY") or os.environ.get("OPENAI_API_KEY"),
-            context=args.context or 16_384, concurrency=args.lanes, seed=args.seed,
+            context=args.context, concurrency=args.lanes or 16, seed=args.seed,
         )  # fmt: skip
     from persimmon.evals.loading import load_language_model
 
-    given = {
-        "device": args.device, "engine": args.engine, "dtype": args.dtype, "threads": args.threads,
-        "context": args.context, "rotary_precision": args.rotary_precision,
-    } | ({"adapter": args.adapter} if args.adapter else {}) | dict(options)  # fmt: skip
+    given = {**load_options(args), **options}
     name = given.pop("model", None) or model_name(args)
     return load_language_model(
         str(name), bos=not args.no_bos, lanes=args.lanes, cache_tokens=args.cache_tokens, seed=args.seed, options=given

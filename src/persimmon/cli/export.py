@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from persimmon.cli.import_ import add_writing_options, describe, print_summary, shard_bytes, verify
+from persimmon.cli.options import checked_source
 
 HELP = "write a model as a directory that transformers reads"
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     target = Path(args.out)
     check_target(target, overwrite=args.force)
-    opened = open_directory(resolve(args.model))
+    opened = open_directory(checked_source(resolve(args.model), quiet=args.quiet))
     dtype = None
     if args.dtype != "auto":
         import torch

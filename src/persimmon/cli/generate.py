@@ -13,6 +13,7 @@ from persimmon.cli.options import (
     add_model_options,
     add_reading_options,
     add_sampling_options,
+    check_readable,
     given_text,
     load_from,
     load_options,
@@ -111,7 +112,7 @@ def answer_prompts(args: argparse.Namespace) -> int:
 
 def _batch_files(args: argparse.Namespace) -> tuple[Path, Path]:
     """--input and --output; InputError where one is missing or another option does not go with them."""
-    from persimmon.errors import InputError, NotFoundError
+    from persimmon.errors import InputError
 
     if args.input is None or args.output is None:
         raise InputError("--input and --output belong together")
@@ -119,8 +120,7 @@ def _batch_files(args: argparse.Namespace) -> tuple[Path, Path]:
         if getattr(args, flag) not in (None, False, 0):
             raise InputError(f"--{flag.replace('_', '-')} does not go with --input")
     source, target = Path(args.input), Path(args.output)
-    if not source.is_file():
-        raise NotFoundError(f"--input {source} does not exist")
+    check_readable("--input", source)
     if target.exists() and target.samefile(source):
         raise InputError(f"--input and --output are the same file: {source}")
     return source, target

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persimmon.cli.options import checked_source
+
 if TYPE_CHECKING:
     from persimmon.checkpoints.releases import Release
     from persimmon.checkpoints.tensors import TensorData
@@ -117,6 +119,8 @@ def _import_directory(args: argparse.Namespace, target: Path) -> tuple[Mapping[s
 
     directory = resolve(args.source, revision=args.revision)
     facts: dict[str, Any] = {}
+    if not args.verify:
+        checked_source(directory, quiet=args.quiet)
     if args.verify:
         with Progress("checking SHA-256", quiet=args.quiet) as progress:
             facts["verified_files"] = verify_checksums(directory, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from persimmon.checkpoints.directory import ModelDirectory
+    from persimmon.checkpoints.tensors import StoredTensor
     from persimmon.config import ModelConfig
 
 HELP = "show a model's configuration, parameters, bytes per token and memory needs"
@@ -56,7 +57,7 @@ class _Subject:
     name: str
     config: ModelConfig
     path: Path | None = None
-    opened: ModelDirectory | None = None
+    weights: dict[str, Any] | None = None
 
 
 def _find(name: str) -> _Subject:
@@ -64,6 +65,7 @@ def _find(name: str) -> _Subject:
     from persimmon.checkpoints.download import resolve
     from persimmon.config import PRESETS, preset
     from persimmon.errors import NotFoundError
+    from persimmon.fast.cpu.packed import is_packed, open_packed
 
     if name in PRESETS and not Path(name).is_dir():
         try:
@@ -72,9 +74,12 @@ def _find(name: str) -> _Subject:
             return _Subject(name, preset(name))
     else:
         path = resolve(name, weights=False)
+    if is_packed(path):
+        packed = open_packed(path)
+        return _Subject(name, packed.config, path, _weights(packed.form.name, packed.tensors.values()))
     if has_weights(path):
         opened = open_directory(path)
-        return _Subject(name, opened.config, path, opened)
+        return _Subject(name, opened.config, path, _weights(opened.dtype, opened.tensors.values()))
     return _Subject(name, read_config(path), path)
 
 
@@ -92,7 +97,7 @@ def _describe(subject: _Subject, active: float) -> dict[str, Any]:
             **dataclasses.asdict(config), "head_dim": config.head_dim, "rotary_dim": config.rotary_dim,
         },
         "parameters": {**dataclasses.asdict(count), "total": count.total, "read_per_token": count.read_per_token},
-        "weights": _weights(subject.opened),
+        "weights": subject.weights,
         "flops_per_token": {
             "context": config.max_positions,
             "decoding": accounting.decoding_flops_per_token(config, config.max_positions),
@@ -143,13 +148,11 @@ def _licence(subject: _Subject) -> str | None:
     return licence_of(subject.path) if subject.path else None
 
 
-def _weights(opened: ModelDirectory | None) -> dict[str, Any] | None:
-    if opened is None:
-        return None
-    files = sorted({tensor.file for tensor in opened.tensors.values()})
+def _weights(dtype: str, tensors: Collection[StoredTensor]) -> dict[str, Any]:
+    files = sorted({tensor.file for tensor in tensors})
     return {
-        "dtype": opened.dtype,
-        "tensors": len(opened.tensors),
+        "dtype": dtype,
+        "tensors": len(tensors),
         "files": [file.name for file in files],
         "bytes": sum(file.stat().st_size for file in files),
     }

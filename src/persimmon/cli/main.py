@@ -222,10 +222,18 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
         return EXIT_USAGE if usage else EXIT_FAILED
 
 
+def _open_closed_streams() -> None:
+    """A shell's `>&-` leaves None where a stream should be: what is written there is lost, reading finds nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open for the process's life)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a stream of text
     return _guarded(lambda: _dispatch([word for word in words if word != "--debug"]), debug)

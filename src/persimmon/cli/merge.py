@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from persimmon.cli.import_ import add_writing_options, describe, print_summary, shard_bytes
+from persimmon.cli.options import checked_source
 
 HELP = "merge an adapter into its model, as a directory that everything reads"
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     check_target(target, overwrite=args.force)
     if is_packed(model):
         raise InputError(f"{model} is quantized; merge into the model it was made from, then quantize the result")
+    checked_source(model, quiet=args.quiet)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with Progress("merging", quiet=args.quiet) as progress:
         _, adapter, notes = merge(

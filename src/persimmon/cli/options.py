@@ -136,20 +136,29 @@ def reading_from(args: argparse.Namespace) -> dict[str, Any]:
     return {"lookup": args.lookup, "prompt_cache": args.prompt_cache}
 
 
+def check_readable(flag: str, path: Path) -> None:
+    """NotFoundError for a path that is not there, InputError for a directory; pipes and devices are files."""
+    from persimmon.errors import InputError, NotFoundError
+
+    if path.is_dir():
+        raise InputError(f"{flag} {path} is a directory, not a file")
+    if not path.exists():
+        raise NotFoundError(f"{flag} {path} does not exist")
+
+
 def given_text(what: str, direct: tuple[str, str | None], file: tuple[str, str | None]) -> str:
     """The text of a flag or of the file that another names; without either, or for `-`, standard input but no terminal.
 
     direct, file: the two flags and their values. Raises InputError and NotFoundError, which name them.
     """
-    from persimmon.errors import InputError, NotFoundError
+    from persimmon.errors import InputError
 
     (text_flag, text), (file_flag, name) = direct, file
     if text is not None and text != "-":
         return text
     if name is not None and name != "-":
         path = Path(name)
-        if not path.is_file():
-            raise NotFoundError(f"{file_flag} {path} does not exist")
+        check_readable(file_flag, path)
         source, content = str(path), path.read_bytes()
     elif text is None and name is None and sys.stdin.isatty():
         raise InputError(f"no {what}: give {text_flag} TEXT or {file_flag} FILE, or pipe a text in")
@@ -159,6 +168,16 @@ def given_text(what: str, direct: tuple[str, str | None], file: tuple[str, str |
         return content.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{source} is not UTF-8: byte {error.start}") from None
+
+
+def checked_source(directory: Path, *, quiet: bool) -> Path:
+    """The model directory that another is made from, its weights compared with its checksums where it has them."""
+    from persimmon.checkpoints.checksums import verify_checksums
+    from persimmon.cli.console import Progress
+
+    with Progress("checking SHA-256", quiet=quiet) as progress:
+        verify_checksums(directory, progress, weights_only=True)
+    return directory
 
 
 def read_text(name: str) -> str:

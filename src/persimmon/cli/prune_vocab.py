@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from persimmon.cli.import_ import add_writing_options, describe, print_summary, shard_bytes
+from persimmon.cli.options import checked_source
 
 HELP = "drop unused vocabulary rows of embedding and head, exactly and reversibly"
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--restore takes neither --discard nor --unused")
     target = Path(args.out)
     check_target(target, overwrite=args.force)
-    source = resolve(args.model)
+    source = checked_source(resolve(args.model), quiet=args.quiet)
     with Progress("writing", quiet=args.quiet) as progress:
         if args.restore:
             mapping = restore(source, target, max_shard_bytes=shard_bytes(args), progress=progress)
@@ -52,5 +53,6 @@ def run(args: argparse.Namespace) -> int:
         print_json(facts)
     else:
         print_summary("restored" if args.restore else "pruned", facts)
-        print(f"  {mapping.size:,} of {mapping.original_size:,} vocabulary rows are in use")
+        pruned = f"{mapping.size:,} of {mapping.original_size:,} vocabulary rows are kept"
+        print(f"  {mapping.original_size:,} vocabulary rows again" if args.restore else f"  {pruned}")
     return 0

@@ -37,12 +37,13 @@ def run(args: argparse.Namespace) -> int:
     """Execute the verb."""
     from persimmon.checkpoints.download import resolve
     from persimmon.cli.console import Progress, print_json
-    from persimmon.cli.options import read_text
+    from persimmon.cli.options import checked_source, read_text
     from persimmon.fast.cpu.quantize import quantize
+    from persimmon.machine import check_threads
 
     check_threads(args.threads)
     text = read_text(args.report) if args.report else None  # first, so that a wrong name costs nothing
-    source, target = resolve(args.model), Path(args.out)
+    source, target = checked_source(resolve(args.model), quiet=args.quiet), Path(args.out)
     with Progress("packing", quiet=args.quiet) as progress:
         quantize(source, target, args.format, threads=args.threads, progress=progress)
     facts: dict[str, Any] = {**describe_packed(target), "source_bytes": _source_bytes(source)}
@@ -53,14 +54,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(facts)
     return 0
-
-
-def check_threads(threads: int | None) -> None:
-    """InputError for a number of threads that cannot be."""
-    from persimmon.errors import InputError
-
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be 1 or more, got {threads}")
 
 
 def describe_packed(target: Path) -> dict[str, Any]:

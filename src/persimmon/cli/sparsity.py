@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_tokens < 1:
         raise InputError(f"--max-tokens must be 1 or more, got {args.max_tokens}")
     text = read_text(args.text)
+    if not text:
+        raise InputError(f"--text {args.text} is empty")
     directory = _resolve(args.model)
     token_ids = Tokenizer.load(directory).encode(text, bos=True)[: args.max_tokens]
     model = _load(directory)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from persimmon.cli.quantize import add_format_options, check_threads, describe_packed, show_packed
+from persimmon.cli.quantize import add_format_options, describe_packed, show_packed
 
 HELP = "write a random model for benchmarks, with a chosen share of active neurons"
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from persimmon.cli.console import Progress, note, print_json
     from persimmon.config import preset
     from persimmon.fast.cpu.synthesize import synthesize
+    from persimmon.machine import check_threads
 
     check_threads(args.threads)
     config = preset(args.preset, **({} if args.layers is None else {"num_layers": args.layers}))

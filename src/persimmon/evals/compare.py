@@ -72,7 +72,8 @@ def _scores(label: str, content: dict[str, Any]) -> list[Score]:
         scale = 1.0 if metric == "bits_per_byte" else 100.0
         stderr = entry.get(f"{metric}_stderr,none")
         stderr = stderr if isinstance(stderr, int | float) else None
-        low, high = entry.get(f"{metric}_interval,none") or (None, None)
+        details = results.details_of(content, name)
+        low, high = details.get("intervals", {}).get(metric) or (None, None)
         number = entry.get("sample_len") or content.get("n-samples", {}).get(name, {}).get("effective")
         found.append(
             Score(
@@ -86,7 +87,7 @@ def _scores(label: str, content: dict[str, Any]) -> list[Score]:
                 None if high is None else scale * high,
                 content.get("n-shot", {}).get(name),
                 number,
-                entry.get("unparsed"),
+                details.get("unparsed"),
                 100 * task.chance or None,
             )
         )
@@ -114,7 +115,11 @@ def against_run(first: Run, second: Run, task: str, style: str) -> Difference | 
     if not shared:
         return None
     scale = 1.0 if one.metric == "bits_per_byte" else 100.0
-    return paired_difference([scale * mine[key] for key in shared], [scale * theirs[key] for key in shared])
+    return paired_difference(
+        [scale * mine[key][0] for key in shared],
+        [scale * theirs[key][0] for key in shared],
+        [mine[key][1] for key in shared],
+    )
 
 
 def against_published(score: Score, model: str) -> tuple[float, float, float] | None:

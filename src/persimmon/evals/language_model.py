@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from persimmon.errors import InputError
 from persimmon.evals.tasks.task import Generate, Likelihood, Measure, Request, Response, Score, TokenLikelihoods
-from persimmon.infer.decoder import CachedSequence, Chunk, Decoder, Logits
+from persimmon.infer.decoder import CachedSequence, Chunk, Decoder, Logits, Scored, ScoringDecoder
 from persimmon.tokenizer import Tokenizer, split_continuation
 
 MEASURE_CHUNK = 512
@@ -58,7 +58,7 @@ class DecoderLanguageModel:
         *,
         context: int | None = None,
         bos: bool = True,
-        lanes: int = 16,
+        lanes: int | None = None,
         cache_tokens: int = 65_536,
         seed: int = 0,
         identity: Mapping[str, Any] | None = None,
@@ -70,11 +70,13 @@ class DecoderLanguageModel:
             tokenizer: its vocabulary.
             context: longest sequence in tokens; None is the model's.
             bos: open every sequence with the end-of-text token, as the hub's tokenizer does.
-            lanes: most sequences that run side by side.
+            lanes: most sequences that run side by side; None is 64, or 16 where the decoder hands out logits for all.
             cache_tokens: most tokens of keys and values kept by all lanes together.
             seed: of sampled completions.
             identity: what else to record, for instance the model's name.
         """
+        if lanes is None:
+            lanes = 64 if isinstance(decoder, ScoringDecoder) else 16
         if lanes < 1 or cache_tokens < 1:
             raise InputError(f"lanes and cache_tokens must be at least 1, got {lanes} and {cache_tokens}")
         self._decoder, self._tokenizer = decoder, tokenizer
@@ -138,10 +140,9 @@ class DecoderLanguageModel:
             self._feed([(lane, context[:-1], "none") for lane, context in turn])
             waiting = {lane: list(jobs[context].items()) for lane, context in turn}
             while ready := [(lane, context, waiting[lane].pop()) for lane, context in turn if waiting[lane]]:
-                logits = self._feed([(lane, [*context, *job[0][:-1]], "all") for lane, context, job in ready])
-                for (lane, context, (continuation, indices)), rows in zip(ready, logits, strict=True):
-                    assert rows is not None
-                    results |= dict.fromkeys(indices, likelihood(rows, continuation))
+                scored = self._score([(lane, context, continuation) for lane, context, (continuation, _) in ready])
+                for (lane, context, (_, indices)), found in zip(ready, scored, strict=True):
+                    results |= dict.fromkeys(indices, found)
                     lane.truncate(len(context) - 1)
         _close(lanes)
         return [results[index] for index in range(len(pairs))]
@@ -174,9 +175,8 @@ class DecoderLanguageModel:
         found: list[float] = []
         for start in range(0, len(ids) - 1, MEASURE_CHUNK):
             part = ids[start : min(start + MEASURE_CHUNK, len(ids) - 1)]
-            (rows,) = self._decoder.forward([Chunk(sequence, part, "all")])
-            assert rows is not None
-            found += log_probabilities(rows, ids[start + 1 : start + 1 + len(part)]).tolist()
+            (scored,) = score(self._decoder, [Chunk(sequence, part, "all")], [ids[start + 1 : start + 1 + len(part)]])
+            found += scored.log_probabilities.tolist()
         sequence.close()
         return found
 
@@ -277,6 +277,16 @@ class DecoderLanguageModel:
                 lane.held.extend(new)
         return self._decoder.forward(chunks, exact_top=exact_top) if chunks else []
 
+    def _score(self, wanted: Sequence[tuple[_Lane, Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """Likelihoods of (lane, context, continuation); every lane holds its context but for the last token."""
+        chunks = []
+        for lane, context, continuation in wanted:
+            new = [context[-1], *continuation[:-1]]
+            chunks.append(Chunk(lane.sequence, new, "all"))
+            lane.held.extend(new)
+        scored = score(self._decoder, chunks, [continuation for _, _, continuation in wanted])
+        return [likelihood(found, continuation) for found, (_, _, continuation) in zip(scored, wanted, strict=True)]
+
 
 @dataclass(eq=False)
 class _Lane:
@@ -328,17 +338,27 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def log_probabilities(logits: Logits, tokens: Sequence[int]) -> NDArray[np.float64]:
+def score(decoder: Decoder, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> list[Scored]:
+    """Run chunks, a target for each of their tokens: by the decoder itself where it can, else from its logits."""
+    if isinstance(decoder, ScoringDecoder):
+        return decoder.score(chunks, targets)
+    return [
+        scored_logits(rows, wanted)
+        for rows, wanted in zip(decoder.forward(chunks), targets, strict=True)
+        if rows is not None
+    ]
+
+
+def scored_logits(logits: Logits, tokens: Sequence[int]) -> Scored:
     """Log-softmax of logits [T, V] at tokens [T], summed in float64."""
     rows = logits.astype(np.float64)
     top = rows.max(axis=1)
     normalizer = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
     picked: NDArray[np.float64] = rows[np.arange(len(tokens)), np.asarray(tokens)]
-    return picked - normalizer
+    return Scored(picked - normalizer, logits.argmax(axis=1).astype(np.int32))
 
 
-def likelihood(logits: Logits, tokens: Sequence[int]) -> Likelihood:
-    """Likelihood of tokens [T] under logits [T, V]."""
-    total = float(log_probabilities(logits, tokens).sum())
-    greedy = bool((logits.argmax(axis=1) == np.asarray(tokens)).all())
-    return Likelihood(total, greedy, len(tokens))
+def likelihood(scored: Scored, tokens: Sequence[int]) -> Likelihood:
+    """Likelihood of tokens [T] together."""
+    total = float(scored.log_probabilities.sum())
+    return Likelihood(total, bool((scored.likeliest == np.asarray(tokens)).all()), len(tokens))

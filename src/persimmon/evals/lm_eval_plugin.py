@@ -43,7 +43,7 @@ class PersimmonLM(LM):  # type: ignore[misc]
         *,
         add_bos_token: bool = True,
         seed: int = 0,
-        lanes: int = 16,
+        lanes: int | None = None,
         cache_tokens: int = 65_536,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def load_language_model(
     model: str,
     *,
     bos: bool = True,
-    lanes: int = 16,
+    lanes: int | None = None,
     cache_tokens: int = 65_536,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
@@ -34,7 +35,7 @@ def load_language_model(
         **{name: chosen[name] for name in ("device", "dtype") if name in chosen},
         "rotary_precision": loaded.config.rotary_precision,
         **{
-            name: value
+            name: value if value != math.inf else "inf"  # JSON has no infinity
             for name, value in (options or {}).items()
             if name not in ("device", "engine", "dtype", "threads")
         },

@@ -75,7 +75,7 @@ def group_table(content: Mapping[str, Any], name: str, metric: str) -> str:
     for part in content.get("group_subtasks", {}).get(name, []):
         entry = content["results"][part]
         value = f"{100 * entry[f'{metric},none']:.1f}"
-        body.append([entry["alias"].removeprefix(" - "), str(entry["sample_len"]), value])
+        body.append([entry["alias"], str(entry["sample_len"]), value])
     return table(["part", "questions", metric], body)
 
 

@@ -30,36 +30,43 @@ def summarize(answers: Sequence[Answered], metrics: Sequence[str]) -> dict[str, 
     return summary
 
 
-def _entry(alias: str, answers: Sequence[Answered], metrics: Sequence[str]) -> dict[str, Any]:
-    """One row of lm-eval's `results`, with the interval and the unparsed answers added."""
+def _entry(alias: str, answers: Sequence[Answered], metrics: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One row of lm-eval's `results`, which must be numbers, and what it has no place for."""
     entry: dict[str, Any] = {"alias": alias, "sample_len": len(answers)}
+    intervals = {}
     for name, value in summarize(answers, metrics).items():
         entry[f"{name},none"] = value.value
         entry[f"{name}_stderr,none"] = value.stderr
-        entry[f"{name}_interval,none"] = [value.low, value.high]
-    entry["unparsed"] = sum(not answer.outcome.parsed for answer in answers)
-    return entry
+        intervals[name] = [value.low, value.high]
+    return entry, {"intervals": intervals, "unparsed": sum(not answer.outcome.parsed for answer in answers)}
 
 
 def document(runs: Sequence[TaskRun], identity: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The results file of a run: lm-eval's keys, and `persimmon` with what its layout has no place for."""
     results: dict[str, Any] = {}
+    details: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
+    owners: dict[str, TaskRun] = {}
     for run in runs:
-        results[run.name] = _entry(run.task.title, run.answers, run.style.metrics)
+        owners[run.name] = run
+        results[run.name], details[run.name] = _entry(run.task.title, run.answers, run.style.metrics)
         for group in sorted({a.item.group for a in run.answers if a.item.group is not None}):
             name = f"{run.name}_{group}".replace(" ", "")
             inside = [answer for answer in run.answers if answer.item.group == group]
-            results[name] = _entry(f" - {group}", inside, run.style.metrics)
+            owners[name] = run
+            results[name], details[name] = _entry(group, inside, run.style.metrics)
             groups.setdefault(run.name, []).append(name)
+    sizes = {name: results[name]["sample_len"] for name in owners}
     return {
         "results": results,
         "group_subtasks": groups,
-        "configs": {run.name: _config(run) for run in runs},
-        "versions": {run.name: run.task.version for run in runs},
-        "n-shot": {run.name: run.shots for run in runs},
-        "higher_is_better": {run.name: dict.fromkeys(run.style.metrics, run.task.name != "perplexity") for run in runs},
-        "n-samples": {run.name: {"original": len(run.answers), "effective": len(run.answers)} for run in runs},
+        "configs": {name: _config(name, run) for name, run in owners.items()},
+        "versions": {name: run.task.version for name, run in owners.items()},
+        "n-shot": {name: run.shots for name, run in owners.items()},
+        "higher_is_better": {
+            name: dict.fromkeys(run.style.metrics, run.task.name != "perplexity") for name, run in owners.items()
+        },
+        "n-samples": {name: {"original": size, "effective": size} for name, size in sizes.items()},
         "config": {"model": "persimmon", "model_args": dict(identity), "limit": settings.get("limit")},
         "model_name": str(identity.get("model", "model")),
         "git_hash": None,
@@ -68,16 +75,23 @@ def document(runs: Sequence[TaskRun], identity: Mapping[str, Any], settings: Map
             "identity": dict(identity),
             "settings": dict(settings),
             "tasks": {run.name: {"task": run.task.name, "style": run.style_name} for run in runs},
+            "details": details,
             "python": platform.python_version(),
             "machine": platform.machine(),
         },
     }
 
 
-def _config(run: TaskRun) -> dict[str, Any]:
+def details_of(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """`intervals` by metric and `unparsed` of a row; empty for files of others."""
+    found: Mapping[str, Any] = content.get("persimmon", {}).get("details", {}).get(name, {})
+    return found
+
+
+def _config(name: str, run: TaskRun) -> dict[str, Any]:
     source = run.task.source
     return {
-        "task": run.name,
+        "task": name,
         "dataset_path": source.hub or source.file if source else "generated",
         "dataset_name": source.configuration if source else None,
         "test_split": source.split if source else None,
@@ -113,12 +127,17 @@ def _sample(number: int, answer: Answered) -> dict[str, Any]:
         "arguments": arguments,
         "resps": [[_response(part)] for part in answer.responses],
         "filtered_resps": [_response(part) for part in answer.responses],
-        "answer": answer.outcome.answer,
-        "parsed": answer.outcome.parsed,
-        "doc_hash": _hash(json.dumps(dict(answer.item.record), sort_keys=True, ensure_ascii=False)),
+        "filter": "none",
+        "metrics": list(answer.outcome.metrics),
+        "doc_hash": _hash(json.dumps(dict(answer.item.record), indent=2, default=str, ensure_ascii=False)),
         "prompt_hash": _hash(prompts(answer.item)[0]),
         "target_hash": _hash(str(answer.item.question.gold)),
         **answer.outcome.metrics,
+        "persimmon": {
+            "answer": answer.outcome.answer,
+            "parsed": answer.outcome.parsed,
+            "weights": dict(answer.outcome.weights),
+        },
     }
 
 
@@ -180,8 +199,8 @@ def read(path: Path) -> tuple[dict[str, Any], Path]:
     return content, path
 
 
-def read_scores(results: Path, task: str, metric: str) -> dict[str, float]:
-    """Score of every question of one task, by question hash, from the samples file beside `results`.
+def read_scores(results: Path, task: str, metric: str) -> dict[str, tuple[float, float]]:
+    """Score and weight of every question of one task, by its hash, from the samples file beside `results`.
 
     Empty when there is none.
     """
@@ -194,5 +213,6 @@ def read_scores(results: Path, task: str, metric: str) -> dict[str, float]:
         entry = json.loads(line)
         value = entry.get(metric)
         if isinstance(value, int | float) and not math.isnan(value):
-            scores[f"{entry['doc_hash']}"] = float(value)
+            weight = entry.get("persimmon", {}).get("weights", {}).get(metric, 1.0)
+            scores[f"{entry['doc_hash']}"] = float(value), float(weight)
     return scores

@@ -232,7 +232,7 @@ def _platform_problem(isolation: Isolation) -> str | None:
 
 
 _ATTACK = """
-import os, socket
+import fcntl, os, socket
 
 def attempt(name, action):
     try:
@@ -246,6 +246,8 @@ attempt("opening a local socket", lambda: socket.socket(socket.AF_UNIX))
 attempt("starting a process", os.fork)
 attempt("executing a program", lambda: os.execv("/bin/sh", ["sh"]))
 attempt("signalling the parent process", lambda: os.kill(os.getppid(), 0))
+attempt("choosing whom a pipe signals", lambda: fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getpid()))
+attempt("choosing with what a pipe signals", lambda: fcntl.fcntl(os.pipe()[0], 10, 0))
 attempt("writing to the file system", lambda: open(TARGET, "w"))
 attempt("reading a private file", lambda: open(SECRET).read())
 attempt("listing a private directory", lambda: os.listdir(os.path.dirname(SECRET)))

@@ -1,10 +1,12 @@
 """The system-call filter of the sandbox, assembled here as classic BPF without any library.
 
 A deny-list: a Python interpreter uses too many calls, varying with its version, for an allow-list to stay right. What
-is denied answers EPERM, so a program sees an ordinary PermissionError. Three calls need more than their number:
-`clone` passes only to start a thread, `prlimit64` only on the caller itself, and `clone3` says ENOSYS, whereupon the
-C library falls back to `clone` (the filter cannot look into clone3's argument block). Calls newer than this table say
-ENOSYS, so a future kernel opens nothing by itself. Another architecture's calls kill the process.
+is denied answers EPERM, so a program sees an ordinary PermissionError. Five calls need more than their number:
+`clone` passes only to start a thread, `prlimit64` only on the caller itself, `fcntl` not to choose whom a descriptor
+signals (a kill by detour) nor with what, `prctl` not to change the signal of the parent's death, and `clone3` says
+ENOSYS, whereupon the C library falls back to `clone` (the filter cannot look into clone3's argument block). Calls
+newer than this table say ENOSYS, so a future kernel opens nothing by itself. Another architecture's calls kill the
+process.
 
 Layout of a filter and its instructions: Linux `Documentation/userspace-api/seccomp_filter.rst`.
 """
@@ -139,6 +141,12 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "modify_ldt": (154, None),
 }
 
+DENIED_COMMANDS: dict[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
+    # name: (numbers as above, index of the argument that says what to do, its values that are denied)
+    "fcntl": ((72, 25), 1, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    "prctl": ((157, 167), 0, (1,)),  # PR_SET_PDEATHSIG
+}
+
 _SPECIAL: dict[str, tuple[int, int]] = {"clone": (56, 220), "clone3": (435, 435), "prlimit64": (302, 261)}
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -149,6 +157,16 @@ _CLONE_THREAD = 0x00010000
 
 def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("<HBBI", code, if_true, if_false, operand)
+
+
+def _deny_commands(column: int, deny: bytes) -> list[bytes]:
+    """Calls of which some commands are denied; only the low word of the argument counts, as in the kernel."""
+    parts = []
+    for numbers, argument, commands in DENIED_COMMANDS.values():
+        tests = [_instruction(_EQUAL, command, 0, 1) + deny for command in commands]
+        body = b"".join([_instruction(_LOAD, _FIRST_ARGUMENT + 8 * argument), *tests, _instruction(_RETURN, _ALLOW)])
+        parts.append(_instruction(_EQUAL, numbers[column], 0, len(body) // 8) + body)
+    return parts
 
 
 def assemble(machine: str) -> bytes:
@@ -168,6 +186,7 @@ def assemble(machine: str) -> bytes:
         _instruction(_EQUAL, clone3, 0, 1) + unknown,
         _instruction(_EQUAL, clone, 0, 4) + load_argument + _instruction(_ANY_BIT, _CLONE_THREAD, 1, 0) + deny + allow,
         _instruction(_EQUAL, prlimit, 0, 4) + load_argument + _instruction(_EQUAL, 0, 1, 0) + deny + allow,
+        *_deny_commands(column, deny),
     ]
     for numbers in DENIED.values():
         number = numbers[column]

@@ -79,11 +79,19 @@ class Difference:
     num_questions: int
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Mean of first - second over the same questions, with a bootstrap interval and a sign-flip test."""
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
+) -> Difference:
+    """Mean of first - second over the same questions, with a bootstrap interval and a sign-flip test.
+
+    With `weights` the mean is weighted as the scores are, so that it is the difference of the two scores.
+    """
     delta = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    result = estimate(delta.tolist())
+    result = estimate(delta.tolist(), weights)
     generator = np.random.default_rng(_SEED)
+    if weights is not None:
+        w = np.asarray(weights, dtype=np.float64)
+        delta = delta * w / w.mean()
     changed = np.abs(delta[delta != 0])
     if len(changed) == 0:
         return Difference(result.value, result.low, result.high, 1.0, len(delta))

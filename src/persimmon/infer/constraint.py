@@ -64,7 +64,7 @@ class Constraint:
     def accept(self, token_id: int) -> None:
         """The token was picked."""
         if not self._matcher.consume_token(token_id):
-            raise InputError(f"the grammar became too complex: {self._matcher.get_error()}")
+            raise InputError(f"the grammar became too complex: {_first_line(self._matcher.get_error())}")
 
 
 class GrammarCompiler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,27 @@ class Decoder(Protocol):
         The result for one chunk does not depend on the others in the call, nor on how a prompt was cut into chunks,
         up to rounding stated by the engine. With `exact_top` = k only the k largest logits of each position need be
         exact and all others may be -inf, which lets an engine skip most of a large head.
+        """
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model says about tokens of a text."""
+
+    log_probabilities: NDArray[np.float64]
+    """[T], of each token given all before it."""
+    likeliest: NDArray[np.int32]
+    """[T], the token with the largest logit in each place, the first of equals."""
+
+
+@runtime_checkable
+class ScoringDecoder(Protocol):
+    """A decoder that gives log-probabilities without handing out logits."""
+
+    def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> list[Scored]:
+        """Append each chunk to its sequence; what its last len(targets) positions say about the targets.
+
+        The fields `logits` of the chunks are not looked at.
         """
 
 

@@ -173,6 +173,11 @@ class Engine:
             active_fraction=self._active_fraction,
         )
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that the whole cache holds."""
+        return self._scheduler.capacity
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError or ContextLengthError, and then nothing is queued."""
         if request.id in self._requests:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from persimmon.errors import InputError
 
@@ -66,9 +66,13 @@ class SamplingParams:
     """What happens when the context is full: see `infer.generate`."""
 
     def __post_init__(self) -> None:
-        stop: Any = self.stop
+        stop, bias = cast(Any, self.stop), cast(Any, self.logit_bias)
+        if not isinstance(stop, str | Iterable | None):
+            raise InputError(f"stop must be text or several texts, got {stop!r}")
+        if not isinstance(bias, Mapping | None):
+            raise InputError(f"logit_bias must be a mapping from token ids to numbers, got {bias!r}")
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        object.__setattr__(self, "logit_bias", dict(bias or {}))
         _check_integer("max_tokens", self.max_tokens, 1)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, open_below=True)

@@ -11,6 +11,7 @@ The draw of token i of a request comes from a counter-based generator, Philox ke
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,10 @@ class Sampler:
         self._seen[list(prompt_ids)] = True
         self._adjusts = self._choose_adjusts()
         self._filters = choose_filters(params)
+        # The largest logit wins as it stands: nearly every greedy token.
+        self._plain = params.greedy and params.logprobs is None and not self._adjusts
+        self._allowed = np.ones(num_rows, bool)
+        self._allowed[banned] = False
 
     @property
     def exact_top(self) -> int | None:
@@ -113,6 +118,11 @@ class Sampler:
 
         Where `allowed` [V] is given, only those tokens can be picked; the log-probabilities stay the model's own.
         """
+        if self._plain and allowed is None:
+            token_id = int(logits.argmax())
+            if self._allowed[token_id] and math.isfinite(logits[token_id]):
+                self.note(token_id)
+                return token_id, None
         scores = logits.astype(np.float64)
         for adjust in self._adjusts:
             adjust(scores)

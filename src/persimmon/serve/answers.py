@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from persimmon.infer.completion import Piece, Usage
 from persimmon.infer.engine import Request, Update
 from persimmon.infer.sampling import TokenLogprob
-from persimmon.tokenizer import Tokenizer
+from persimmon.tokenizer import IncrementalDecoder, Tokenizer
 
 Json = dict[str, Any]
 
@@ -39,6 +39,11 @@ class _Choice:
     finish_reason: str | None = None
     usage: Usage | None = None
     begun: bool = False
+
+
+def _num_tokens(choice: _Choice) -> int:
+    """Of an answer that has ended or not."""
+    return choice.usage.completion_tokens if choice.usage is not None else len(choice.token_ids)
 
 
 class Format(Protocol):
@@ -82,14 +87,22 @@ class _Answer:
     def usage(self) -> Json:
         """Token counts; a prompt that several choices share counts once."""
         prompts = {id(r.prompt_ids): len(r.prompt_ids) for r in self._requests}
-        done = [choice.usage for choice in self.choices if choice.usage is not None]
-        prompt, answer = sum(prompts.values()), sum(usage.completion_tokens for usage in done)
+        prompt, answer = sum(prompts.values()), sum(map(_num_tokens, self.choices))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
-            "prompt_tokens_details": {"cached_tokens": done[0].cached_tokens if done else 0},
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
         }
+
+    def _cached_tokens(self) -> int:
+        """Prompt tokens that were not computed. Of a prompt's choices the first finds the least, the others find it."""
+        found: dict[int, int] = {}
+        for request, choice in zip(self._requests, self.choices, strict=True):
+            if choice.usage is not None:
+                prompt, cached = id(request.prompt_ids), choice.usage.cached_tokens
+                found[prompt] = min(cached, found.get(prompt, cached))
+        return sum(found.values())
 
     def chunk(self, choices: list[Json], **more: Any) -> Json:
         """A chunk of a stream."""
@@ -164,7 +177,7 @@ class CompletionAnswer(_Answer):
         """`answer=False` leaves out what was generated (`max_tokens` 0)."""
         super().__init__(*args, **options)
         self._echo, self._answer = echo, answer
-        self._offsets = [0 for _ in self.choices]
+        self._places = [_Places(self._tokenizer) for _ in self.choices]
 
     def whole(self) -> Json:
         """The complete answer."""
@@ -213,6 +226,8 @@ class CompletionAnswer(_Answer):
         if self._echo and first:
             text = self._tokenizer.decode(request.prompt_ids)
             entries += zip(request.prompt_ids, prompt_logprobs, strict=False)
+        elif first:
+            self._places[index].begin_answer()
         if self._answer:
             text += piece.text
             entries += [(entry.token_id, entry) for entry in piece.logprobs]
@@ -223,10 +238,7 @@ class CompletionAnswer(_Answer):
     def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
         """The columns of the completions interface; the first token of a text has no log-probability."""
         tokens = [token_text(self._tokenizer, token_id) for token_id, _ in entries]
-        offsets = []
-        for token_id, _ in entries:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(self._tokenizer.decode([token_id]))
+        offsets = [self._places[index].next(token_id) for token_id, _ in entries]
         return {
             "tokens": tokens,
             "token_logprobs": [None if entry is None else _finite(entry.logprob) for _, entry in entries],
@@ -240,6 +252,26 @@ class CompletionAnswer(_Answer):
         for token_id, value in (*entry.alternatives, (entry.token_id, entry.logprob)):
             found.setdefault(token_text(self._tokenizer, token_id), _finite(value))
         return found
+
+
+class _Places:
+    """Where tokens begin in their text, in characters; all bytes of a character share its place."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._place = 0
+
+    def begin_answer(self) -> None:
+        """The text goes on after a prompt that is not part of it."""
+        self._decoder = IncrementalDecoder(self._tokenizer, continuation=True)
+
+    def next(self, token_id: int) -> int:
+        """The place of the token that comes next."""
+        place = self._place
+        if token_id < self._tokenizer.vocab_size:
+            self._place += len(self._decoder.add(token_id))
+        return place
 
 
 def _finite(value: float) -> float:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from persimmon import __version__, chat
 from persimmon.errors import InputError
 from persimmon.infer.engine import Failure, Update
 from persimmon.serve import protocol
 from persimmon.serve.answers import ChatAnswer, CompletionAnswer, token_text
+from persimmon.serve.connected import ClientDisconnected, EventStream, until_disconnected
+from persimmon.serve.guard import CLIENT_GONE
 from persimmon.serve.metrics import CONTENT_TYPE as METRICS_TYPE
 from persimmon.serve.protocol import ErrorResponse, UnsupportedField, error_body, sse
 from persimmon.serve.service import ApiError, Service, invalid
@@ -41,7 +43,6 @@ _EVENT = {
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 Answer = ChatAnswer | CompletionAnswer
-T = TypeVar("T")
 
 
 def build_app(service: Service) -> FastAPI:
@@ -138,20 +139,24 @@ async def _respond(
     try:
         if body.stream:
             options = body.stream_options or protocol.StreamOptions()
-            await _until_disconnected(request.receive, submission.accepted())
+            accepting = asyncio.wait_for(submission.accepted(), service.settings.request_seconds)
+            await until_disconnected(request.receive, accepting)
             if (failure := submission.refusal()) is not None:
                 raise _as_error(failure)
-            return EventStream(_events(service, submission, answer, options, log), submission)
+            events = _events(service, submission, answer, options)
+            return EventStream(events, submission, functools.partial(_note_end, log, answer))
         collecting = _collect(submission, answer)
         deadline = service.settings.request_seconds
-        await _until_disconnected(request.receive, asyncio.wait_for(collecting, deadline))
-        _log_usage(log, answer)
+        await until_disconnected(request.receive, asyncio.wait_for(collecting, deadline))
+        _note_end(log, answer)
         return JSONResponse(answer.whole())
     except TimeoutError:
         submission.close()
+        _note_end(log, answer, "timeout")
         raise ApiError(503, "the answer took too long", "server_error", code="timeout") from None
-    except BaseException:
+    except BaseException as error:
         submission.close()
+        _note_end(log, answer, CLIENT_GONE if isinstance(error, ClientDisconnected) else None)
         raise
 
 
@@ -165,15 +170,16 @@ async def _collect(submission: Submission, answer: Answer) -> None:
 
 
 async def _events(
-    service: Service, submission: Submission, answer: Answer, options: protocol.StreamOptions, log: dict[str, Any]
+    service: Service, submission: Submission, answer: Answer, options: protocol.StreamOptions
 ) -> AsyncIterator[bytes]:
     """The events of a stream; an error after its beginning is one of them."""
     deadline = time.monotonic() + service.settings.request_seconds
     progress = _Progress(service, submission.prompt_tokens)
+    events: list[bytes] = []
     while not submission.finished:
         item = await submission.next(service.settings.ping_seconds)
         if time.monotonic() > deadline:
-            yield sse(error_body("the answer took too long", "server_error", code="timeout"))
+            yield b"".join([*events, sse(error_body("the answer took too long", "server_error", code="timeout"))])
             return
         if item is None:
             yield b": ping\n\n"
@@ -181,17 +187,18 @@ async def _events(
         index, update = item
         if update.failure is not None:
             error = _as_error(update.failure)
-            yield sse(error_body(error.message, error.kind, code=error.code))
+            yield b"".join([*events, sse(error_body(error.message, error.kind, code=error.code))])
             return
         answer.note(index, update)
-        for chunk in answer.chunks(index, update):
-            yield sse(chunk)
+        events += [sse(chunk) for chunk in answer.chunks(index, update)]
         if options.include_progress and (report := progress.report(update)) is not None:
-            yield sse(answer.chunk([], progress=report))
-    _log_usage(log, answer)
+            events.append(sse(answer.chunk([], progress=report)))
+        if events and not submission.waiting:  # what has gathered goes out in one piece
+            yield b"".join(events)
+            events.clear()
     if options.include_usage:
-        yield sse(answer.chunk([]) | {"usage": answer.usage()})
-    yield b"data: [DONE]\n\n"
+        events.append(sse(answer.chunk([]) | {"usage": answer.usage()}))
+    yield b"".join([*events, b"data: [DONE]\n\n"])
 
 
 class _Progress:
@@ -232,7 +239,10 @@ def _as_error(failure: Failure) -> ApiError:
     return invalid(failure.message, code=code)
 
 
-def _log_usage(log: dict[str, Any], answer: Answer) -> None:
+def _note_end(log: dict[str, Any], answer: Answer, ended: str | None = None) -> None:
+    """For the access log: tokens up to here, and what ended an answer before its end."""
+    if ended is not None:
+        log.setdefault("ended", ended)
     usage = answer.usage()
     log["prompt_tokens"], log["completion_tokens"] = usage["prompt_tokens"], usage["completion_tokens"]
     log["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
@@ -240,57 +250,6 @@ def _log_usage(log: dict[str, Any], answer: Answer) -> None:
 
 def _new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-async def _until_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ApiError(499, "the client closed the connection", "invalid_request_error")
-    finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(Response):
-    """Server-sent events; the engine's work stops when the client goes away, or stops reading."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[bytes], submission: Submission) -> None:
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._events, self._submission = events, submission
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the events end or the client is gone."""
-        pump = asyncio.ensure_future(self._pump(send))
-        gone = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if pump.done():
-                pump.result()
-        finally:
-            self._submission.close()
-            for task in (pump, gone):
-                task.cancel()
-            await asyncio.gather(pump, gone, return_exceptions=True)
-
-    async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
 
 def _add_information(app: FastAPI, service: Service) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import json
 import re
@@ -29,6 +30,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/health", "/livez"})
 """Routes that need no key."""
 
+CLIENT_GONE = "the client closed the connection"
+
+DISCARDED_BODIES = 4
+DISCARD_SECONDS = 5.0
+"""What is still read of a body that is too large, in largest bodies, and for how long."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 # The page loads nothing from elsewhere, runs only its own scripts, and turns text into markup through one sanitizer.
@@ -49,11 +56,19 @@ _SECURITY_HEADERS = [
 
 
 class SlowClient(OSError):
-    """A client did not take what it was sent, or did not send its body."""
+    """A client did not take what it was sent."""
+
+
+class SlowBody(Exception):
+    """A body did not arrive in time."""
 
 
 class TooLarge(Exception):
     """A body is over the limit."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its body had arrived."""
 
 
 def write_log(entry: Mapping[str, Any]) -> None:
@@ -69,7 +84,6 @@ class Guard:
         self, app: App, settings: ServerSettings, *, log: Callable[[Mapping[str, Any]], None] = write_log
     ) -> None:
         self._app, self._settings, self._log = app, settings, log
-        self._hosts = settings.host_names
         self._keys = [key.encode() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,12 +98,20 @@ class Guard:
             if refusal is not None:
                 await exchange.refuse(*refusal)
             else:
+                await exchange.read_body()
                 await self._app(scope, exchange.receive, exchange.send)
         except TooLarge:
             limit = self._settings.max_body_bytes
+            await exchange.discard_body()
             await exchange.refuse(413, f"the body is larger than {limit} bytes", "invalid_request_error")
+        except SlowBody:
+            seconds = self._settings.body_seconds
+            await exchange.refuse(408, f"the body did not arrive within {seconds:g} seconds", "invalid_request_error")
+        except ClientGone:
+            exchange.facts["ended"] = CLIENT_GONE
         except SlowClient as error:
             exchange.facts["ended"] = str(error)
+            await exchange.abort()
         finally:
             self._log(exchange.entry())
 
@@ -99,10 +121,13 @@ class Guard:
         host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
         if headers.get("host", "").endswith("]"):
             host = headers["host"]
-        if self._hosts is not None and host.lower() not in self._hosts:
-            return 403, f"the Host header {host!r} is not served here (--allowed-host adds names)", "permission_error"
+        if not self._settings.accepts_host(host.lower()):
+            message = (
+                f"the Host header {host!r} is not served here (--allowed-host, or allowed_hosts in a file, adds it)"
+            )
+            return 403, message, "permission_error"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        if origin is not None and _authority(origin) != headers.get("host", "").lower():
             return 403, "requests from pages of other origins are not served", "permission_error"
         if exchange.path not in OPEN_PATHS and not self._authorized(headers):
             return 401, "a valid API key is needed: Authorization: Bearer KEY", "authentication_error"
@@ -120,6 +145,14 @@ class Guard:
             return True
         given = _given_key(headers).encode()
         return bool(sum(hmac.compare_digest(given, key) for key in self._keys))
+
+
+def _authority(origin: str) -> str:
+    """Host and port of an Origin header; empty when it has none, or makes no sense."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _given_key(headers: Mapping[str, str]) -> str:
@@ -147,23 +180,51 @@ class _Exchange:
         self._scope, self._settings = scope, settings
         self._receive, self._send = receive, send
         self._started = time.monotonic()
-        self._body_bytes, self._body_done = 0, False
+        self._body: bytes | None = None
+        self._body_done = False
         self._status = 0
 
-    async def receive(self) -> Message:
-        """The next part of the body, within the limits."""
-        if self._body_done:
-            return await self._receive()
-        left = self._started + self._settings.body_seconds - time.monotonic()
+    async def read_body(self) -> None:
+        """Read the whole body within the limits: the application would take what is raised in it for bad JSON."""
+        body, more = bytearray(), True
         try:
-            message = await asyncio.wait_for(self._receive(), max(left, 0.001))
+            async with asyncio.timeout(self._settings.body_seconds):
+                while more:
+                    message = await self._receive()
+                    if message["type"] != "http.request":
+                        raise ClientGone
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    self._body_done = not more
+                    if len(body) > self._settings.max_body_bytes:
+                        raise TooLarge
         except TimeoutError:
-            raise SlowClient("the body did not arrive in time") from None
-        self._body_bytes += len(message.get("body", b""))
-        self._body_done = message["type"] != "http.request" or not message.get("more_body", False)
-        if self._body_bytes > self._settings.max_body_bytes:
-            raise TooLarge
-        return message
+            raise SlowBody from None
+        self._body = bytes(body)
+
+    async def discard_body(self) -> None:
+        """Take what still comes for a moment: a client that is cut off while it sends never reads the answer."""
+        left = DISCARDED_BODIES * self._settings.max_body_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while left > 0 and not self._body_done:
+                    message = await self._receive()
+                    left -= len(message.get("body", b""))
+                    self._body_done = not message.get("more_body", False)
+
+    async def receive(self) -> Message:
+        """The body as one part, then what comes after it."""
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def abort(self) -> None:
+        """Drop the connection with what waits to be sent: nobody reads it."""
+        abort = self._scope.get("state", {}).get("abort")
+        if abort is not None:
+            abort()
+            await asyncio.sleep(0)  # the loop tells the server before this request ends without an answer
 
     async def send(self, message: Message) -> None:
         """Pass on a part of the answer; the client has limited time to take it."""
@@ -173,7 +234,8 @@ class _Exchange:
                 *message.get("headers", []), *_SECURITY_HEADERS, (b"x-request-id", self.request_id.encode())
             ]  # fmt: skip
         try:
-            await asyncio.wait_for(self._send(message), self._settings.send_seconds)
+            async with asyncio.timeout(self._settings.send_seconds):  # wait_for would start a task for every token
+                await self._send(message)
         except TimeoutError:
             raise SlowClient("the client stopped reading") from None
 

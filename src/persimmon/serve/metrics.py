@@ -98,32 +98,35 @@ class Metrics:
         times = self._times.setdefault(ticket, _Times())
         if times.started is None and update.prompt_done:
             times.started = now
-            self._queued.labels(self._model).observe(now - ticket.submitted_at)
+            self._queued.observe(now - ticket.submitted_at)
         if update.piece is not None and update.piece.token_ids:
             self._count_piece(ticket, times, len(update.piece.token_ids), now)
         if update.failure is not None:
             self._failed.labels(self._model, update.failure.kind).inc()
         if update.finish_reason is not None and update.usage is not None:
-            self._prompt_tokens.labels(self._model).inc(update.usage.prompt_tokens)
+            self._prompt_tokens.inc(update.usage.prompt_tokens)
             self._finished.labels(self._model, update.finish_reason).inc()
-            self._whole.labels(self._model).observe(now - ticket.submitted_at)
-            self._answering.labels(self._model).observe(now - (times.first_token or now))
+            self._whole.observe(now - ticket.submitted_at)
+            self._answering.observe(now - (times.first_token or now))
         if update.failure is not None or update.finish_reason is not None:
             self.forget(ticket)
 
     def _count_piece(self, ticket: Ticket, times: _Times, count: int, now: float) -> None:
-        self._answer_tokens.labels(self._model).inc(count)
+        self._answer_tokens.inc(count)
         if times.first_token is None or times.last_token is None:
             times.first_token = now
-            self._first.labels(self._model).observe(now - ticket.submitted_at)
-            self._reading.labels(self._model).observe(now - (times.started or now))
+            self._first.observe(now - ticket.submitted_at)
+            self._reading.observe(now - (times.started or now))
         else:
             for _ in range(count):  # tokens of one piece share the time since the last
-                self._between.labels(self._model).observe((now - times.last_token) / count)
+                self._between.observe((now - times.last_token) / count)
         times.last_token = now
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"persimmon_{name}", text, ["model_name", *labels], registry=self._registry)
+        counter = Counter(f"persimmon_{name}", text, ["model_name", *labels], registry=self._registry)
+        return counter if labels else counter.labels(self._model)
 
     def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"persimmon_{name}", text, ["model_name"], buckets=_SECONDS, registry=self._registry)
+        labels = ["model_name"]
+        histogram = Histogram(f"persimmon_{name}", text, labels, buckets=_SECONDS, registry=self._registry)
+        return histogram.labels(self._model)

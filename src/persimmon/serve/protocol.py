@@ -1,7 +1,7 @@
 """The OpenAI types that the server speaks: what a request may say, checked field by field, and what is sent back.
 
-Fields that are not listed are refused by name, never ignored. Limits stand in the types, so that /openapi.json
-shows them. No torch.
+Fields that are not listed are refused by name, never ignored; null is the same as nothing. Limits stand in the types,
+so that /openapi.json shows them. No torch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ UNSUPPORTED = {
     "function_call": "the model was not trained to call tools; use response_format",
     "parallel_tool_calls": "the model was not trained to call tools; use response_format",
     "suffix": "the model only continues texts",
+    "store": "answers are not kept",
+    "metadata": "answers are not kept",
     "modalities": "the model reads and writes text only",
     "audio": "the model reads and writes text only",
     "max_new_tokens": "the name here is max_tokens",
@@ -38,6 +40,18 @@ UNSUPPORTED = {
     "guided_choice": "the name here is choice",
     "context_overflow": "a prompt that does not fit is an error here",
 }
+
+# Values of them that ask for what happens anyway.
+HARMLESS: dict[str, Any] = {
+    "tool_choice": "none",
+    "function_call": "none",
+    "parallel_tool_calls": False,
+    "store": False,
+    "modalities": ["text"],
+}
+
+_EMPTY_IN_ANSWERS = frozenset({"refusal", "tool_calls", "function_call", "audio", "annotations"})
+"""Fields of an assistant's message that clients send back as they got them: with nothing in them."""
 
 
 class Body(BaseModel):
@@ -65,9 +79,17 @@ class TextPart(Body):
 class ChatMessage(Body):
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system.")
     content: str | list[TextPart]
     name: str | None = Field(None, max_length=64, description="Accepted and not shown to the model.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was_answered(cls, value: Any) -> Any:
+        """Leave out what an answer says it has none of, so that it can be sent back as history."""
+        if not isinstance(value, dict):
+            return value
+        return {name: part for name, part in value.items() if name not in _EMPTY_IN_ANSWERS or part not in (None, [])}
 
     @field_validator("content", mode="before")
     @classmethod
@@ -77,6 +99,11 @@ class ChatMessage(Body):
             if isinstance(part, dict) and part.get("type") not in (None, "text"):
                 raise ValueError(f"only parts of type 'text' can be read, got {str(part['type'])[:40]!r}")
         return content
+
+    @property
+    def speaker(self) -> str:
+        """The role as the model knows it."""
+        return "system" if self.role == "developer" else self.role
 
     @property
     def text(self) -> str:
@@ -140,11 +167,18 @@ class Sampling(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_with_reasons(cls, value: Any) -> Any:
-        """Say why, for what is known and not supported."""
-        for name in value if isinstance(value, dict) else ():
-            if name in UNSUPPORTED and name not in cls.model_fields:
-                raise UnsupportedField(name, UNSUPPORTED[name])
-        return value
+        """Say why, for what is known and not supported; leave out what is null or changes nothing."""
+        if not isinstance(value, dict):
+            return value
+        kept = {}
+        for name, part in value.items():
+            if name not in cls.model_fields:
+                if part is None or (name in HARMLESS and part == HARMLESS[name]):
+                    continue
+                if name in UNSUPPORTED:
+                    raise UnsupportedField(name, UNSUPPORTED[name])
+            kept[name] = part
+        return kept
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:
@@ -219,7 +253,7 @@ class ChatRequest(Sampling):
             return self.prompt_cache_key
         questions = [place for place, message in enumerate(self.messages) if message.role == "user"]
         head = self.messages[: questions[0] + 1] if questions else self.messages
-        content = json.dumps([[message.role, message.text] for message in head])
+        content = json.dumps([[message.speaker, message.text] for message in head])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -349,6 +383,9 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def sse(document: Mapping[str, Any]) -> bytes:
     """One event of a stream; JSON never holds a raw newline, so one data line is enough."""
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _to_json(document).encode() + b"\n\n"

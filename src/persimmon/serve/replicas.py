@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import fields
@@ -39,6 +40,8 @@ from persimmon.serve.submission import Submission, Ticket
 from persimmon.serve.worker import EngineWorker
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
+_log = logging.getLogger(__name__)
 
 LOST = "the engine that worked on this request was lost; another is being started: send the request again"
 
@@ -73,7 +76,12 @@ class EngineReplica:
 
     async def describe(self) -> dict[str, Any]:
         """What answers here."""
-        return {"engine": self._worker.engine_name, "replica": self._name, "process": os.getpid()}
+        return {
+            "engine": self._worker.engine_name,
+            "capacity": self._worker.capacity,
+            "replica": self._name,
+            "process": os.getpid(),
+        }
 
     async def generate(self, request: Request) -> AsyncIterator[Report]:
         """Run a request; it stops before the next step when the caller goes away."""
@@ -101,6 +109,7 @@ class ReplicatedEngine:
         self.failed: str | None = None
         self.restarts = 0
         self.engine_name = ""
+        self.capacity: int | None = None
         self.on_update: Any = lambda ticket, update: None
         self.on_cancel: Any = lambda ticket: None
 
@@ -121,7 +130,8 @@ class ReplicatedEngine:
     async def _wait_ready(self) -> None:
         while not self.ready.is_set():
             try:
-                self.engine_name = (await self._engines.describe.remote())["engine"]
+                found = await self._engines.describe.remote()
+                self.engine_name, self.capacity = found["engine"], found["capacity"]
                 self.ready.set()
             except Exception:  # a replica that died while it loaded; the next answers
                 await asyncio.sleep(1.0)
@@ -169,12 +179,16 @@ class ReplicatedEngine:
             async for replica, update, state in reports:
                 self._states[replica] = state
                 self._deliver(ticket, update)
+            message = "the engine said nothing more about this request"
+        except ray.exceptions.RayActorError:
+            self._forget(replica)
+            message = LOST
         except Exception as error:
-            if isinstance(error, ray.exceptions.RayActorError):
-                self._forget(replica)
+            _log.exception("request %s", ticket.request.id)
+            message = f"the engine could not be asked: {reason_of(error)}"
         finally:
             reports.cancel()
-        self._deliver(ticket, Update(ticket.request.id, failure=Failure(LOST, "engine")))
+        self._deliver(ticket, Update(ticket.request.id, failure=Failure(message, "engine")))
 
     def _deliver(self, ticket: Ticket, update: Update) -> None:
         """Hand over an update of a request that has not ended."""
@@ -184,6 +198,12 @@ class ReplicatedEngine:
             del self._tickets[ticket.request.id], self._runs[ticket.request.id]
         self.on_update(ticket, update)
         ticket.updates.put_nowait((ticket.index, update))
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong in a replica, without the traceback that Ray puts before it."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {str(cause).strip().rpartition(chr(10))[2]}"
 
 
 def is_there(replica: str) -> bool:
@@ -218,7 +238,7 @@ class Front:
         directory = resolve(settings.model)
         worker, name = ReplicatedEngine(engines), settings.served_model_name or Path(settings.model).name
         context = settings.context or read_config(directory).max_positions
-        self._settings = _server_settings(settings)
+        self._settings = server_settings(settings)
         self._service = Service(
             worker, Tokenizer.load(directory), name, context, self._settings, Metrics(worker, name)
         )  # fmt: skip
@@ -246,13 +266,17 @@ class PublicNeedsKey:
         await JSONResponse(error_body(message, "permission_error"), 403)(scope, receive, send)
 
 
-def _server_settings(settings: ReplicaSettings) -> ServerSettings:
+def server_settings(settings: ReplicaSettings) -> ServerSettings:
+    """What the front allows; Ray binds its port."""
     keys: tuple[str, ...] = ()
     if settings.api_key_file is not None:
         keys = read_keys(Path(settings.api_key_file).read_text().splitlines())
     if not keys and os.environ.get("PERSIMMON_API_KEY"):
         keys = (os.environ["PERSIMMON_API_KEY"],)
+    # Where others may come in, names are judged as on a public address of one's own.
+    public = bool(keys) or settings.allow_public_without_key
     return ServerSettings(
+        host="0.0.0.0" if public else "127.0.0.1",
         api_keys=keys,
         allow_public_without_key=settings.allow_public_without_key,
         allowed_hosts=tuple(settings.allowed_hosts),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import uvicorn
 
 from persimmon.infer.engine import Engine
 from persimmon.serve.app import build_app
+from persimmon.serve.connections import ConnectionLimits, LimitedConnection, allowed_connections
 from persimmon.serve.guard import Guard, write_log
 from persimmon.serve.metrics import Metrics
 from persimmon.serve.service import Service
@@ -36,11 +38,13 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, service: Service, *, log: Callable[[Mapping[str, Any]], None] = write_log) -> None:
         settings = service.settings
         app = Guard(build_app(service), settings, log=log)
+        limits = ConnectionLimits(settings.header_seconds, settings.max_connections or allowed_connections())
+        http: Any = functools.partial(LimitedConnection, limits=limits)
         config = uvicorn.Config(
             app,
             host=settings.host, port=settings.port, lifespan="on", access_log=False, log_level="warning",
             timeout_keep_alive=30, server_header=False, timeout_graceful_shutdown=1, ws="none",
-            h11_max_incomplete_event_size=65_536, http="h11",
+            h11_max_incomplete_event_size=65_536, http=http,
         )  # fmt: skip
         super().__init__(config)
         self._service = service

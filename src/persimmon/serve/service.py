@@ -108,7 +108,7 @@ class Service:
 
     def encode_messages(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The prompt of a conversation."""
-        return chat.encode(self.tokenizer, [{"role": m.role, "content": m.text} for m in messages])
+        return chat.encode(self.tokenizer, [{"role": m.speaker, "content": m.text} for m in messages])
 
     def _encode(self, prompt: str | list[int], bos: bool) -> list[int]:
         return self.tokenizer.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt
@@ -120,7 +120,10 @@ class Service:
             asked = f" and {wanted} tokens are asked for" if wanted is not None else ""
             message = f"the prompt has {len(prompt)} tokens{asked}; the context is {self.context}"
             raise invalid(message, code="context_length_exceeded")
-        return room if wanted is None else wanted
+        if wanted is not None:
+            return wanted
+        held = (self.worker.capacity or self.context) - len(prompt) + 1  # an open end never asks for more than there is
+        return max(1, min(room, held))
 
     def _retry_after(self) -> int:
         """Seconds until a place is likely to be free: a guess from the length of the queue."""

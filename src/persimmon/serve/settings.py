@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from persimmon.errors import InputError
 
@@ -27,6 +29,10 @@ class ServerSettings:
     max_queue: int = 64
     """Requests that may wait; one more gets 429."""
     max_body_bytes: int = 4 << 20
+    header_seconds: float = 10.0
+    """Most time for the header of a request to arrive; then the connection is closed."""
+    max_connections: int | None = None
+    """Connections at a time; None is what the limit of open files allows."""
     body_seconds: float = 30.0
     """Most time for the body of a request to arrive."""
     request_seconds: float = 3_600.0
@@ -41,8 +47,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise InputError(f"port must be from 0 to 65535, got {self.port}")
-        for name in ("max_concurrency", "max_body_bytes"):
-            if getattr(self, name) < 1:
+        for name in ("max_concurrency", "max_body_bytes", "max_connections"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.max_queue < 0:
             raise InputError(f"max_queue must be 0 or more, got {self.max_queue}")
@@ -55,13 +61,34 @@ class ServerSettings:
                 "or say --allow-public-without-key"
             )
 
-    @property
-    def host_names(self) -> frozenset[str] | None:
-        """Host headers that are accepted; None is any (a public address with keys)."""
-        if not is_loopback(self.host) and not self.allowed_hosts:
-            return None
+    def accepts_host(self, name: str) -> bool:
+        """Whether a Host header, without its port and in small letters, names this server.
+
+        A page elsewhere can have its own name resolve to this machine and so become the same origin (DNS rebinding).
+        With keys that gains it nothing; without, names must be known, while an address is no name.
+        """
+        if name in self._own_names:
+            return True
+        if is_loopback(self.host) or self.allowed_hosts:
+            return False
+        return bool(self.api_keys) or is_address(name.removeprefix("[").removesuffix("]"))
+
+    @cached_property
+    def _own_names(self) -> frozenset[str]:
         own = {"localhost", "127.0.0.1", "[::1]", f"[{self.host}]" if ":" in self.host else self.host.lower()}
+        if not is_loopback(self.host):
+            machine = socket.gethostname().lower()
+            own |= {machine, f"{machine.partition('.')[0]}.local"}
         return frozenset(own | {name.lower() for name in self.allowed_hosts})
+
+
+def is_address(name: str) -> bool:
+    """An IP address, not a name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -7,9 +7,10 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from persimmon.infer.completion import Piece
 from persimmon.infer.engine import EngineState, Failure, Request, Update
 
 _KEY_TOKENS = 64
@@ -31,6 +32,16 @@ class Ticket:
     submitted_at: float = field(default_factory=time.monotonic)
     conversation: str = ""
     """Requests with the same one gain from running on the same engine, where there are several."""
+    answered: list[Piece] = field(default_factory=list)
+    """What has come of the answer."""
+
+    def rest(self) -> Request:
+        """The request, to be taken up where the answer stands."""
+        return replace(
+            self.request,
+            replayed=tuple(token_id for piece in self.answered for token_id in piece.token_ids),
+            replayed_logprobs=tuple(entry for piece in self.answered for entry in piece.logprobs),
+        )
 
 
 class Worker(Protocol):
@@ -42,6 +53,8 @@ class Worker(Protocol):
     """Why the model could not be loaded."""
     restarts: int
     engine_name: str
+    capacity: int | None
+    """Tokens that the cache of an engine holds, once known."""
     on_update: Callable[[Ticket, Update], None]
     """Called for every update: metrics."""
     on_cancel: Callable[[Ticket], None]
@@ -106,13 +119,21 @@ class Submission:
         """The failure of a request that was refused, after `accepted`."""
         return next((update.failure for _, update in self._early if update.failure is not None), None)
 
+    @property
+    def waiting(self) -> bool:
+        """`next` has something to give at once."""
+        return bool(self._early) or not self._queue.empty()
+
     async def next(self, patience: float | None = None) -> tuple[int, Update] | None:
         """The next update; None when there is none for `patience` seconds."""
         if self._early:
             index, update = self._early.popleft()
+        elif not self._queue.empty():
+            index, update = self._queue.get_nowait()
         else:
             try:
-                index, update = await asyncio.wait_for(self._queue.get(), patience)
+                async with asyncio.timeout(patience):
+                    index, update = await self._queue.get()
             except TimeoutError:
                 return None
         if update.finish_reason is not None or update.failure is not None:

@@ -13,11 +13,12 @@ import asyncio
 import atexit
 import contextlib
 import multiprocessing
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from persimmon.errors import ContextLengthError, PersimmonError, UnavailableError
@@ -27,9 +28,15 @@ from persimmon.serve.submission import Ticket
 MAX_DEATHS = 2
 """Processes that may die under a request, without a token in between, before it is given up."""
 
-_RESTART_PAUSE_SECONDS = 0.5
+MAX_LOADING_DEATHS = 3
+"""Processes in a row that may die before they have loaded the model; then it is given up."""
+
 _SILENCE_SECONDS = 300.0
 """A process that has work and says nothing for so long is taken for hung, and killed."""
+
+_RESTART_PAUSE_SECONDS = 0.5
+_WATCH_SECONDS = 5.0
+"""Between two looks at how long the process has been silent."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class Ready:
     """The process has loaded the model."""
 
     engine_name: str
+    capacity: int
+    """Tokens that its cache holds."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def run_worker(build: Callable[[], Engine], commands: Connection, events: Connec
         events.send(Broken(f"{type(error).__name__}: {error}"))
         return
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        events.send(Ready(engine.name))
+        events.send(Ready(engine.name, engine.capacity))
         while True:
             news = list(_take_commands(engine, commands))
             if engine.busy:
@@ -98,16 +107,45 @@ def _take_commands(engine: Engine, commands: Connection) -> list[Update]:
     return answers
 
 
+class _Outbox:
+    """Commands on their way to a process.
+
+    A thread sends them: a pipe that a hung process lets fill up holds up this thread alone, never the event loop, and
+    the death of the process ends it.
+    """
+
+    def __init__(self, commands: Connection) -> None:
+        self._commands = commands
+        self._waiting: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        threading.Thread(target=self._send_all, name="persimmon-commands", daemon=True).start()
+
+    def put(self, command: Command) -> None:
+        """Send after all that was put before; what the process does not live to take is dropped."""
+        self._waiting.put(command)
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._waiting.put(None)
+
+    def _send_all(self) -> None:
+        # A process that just died is noticed by the reader of its events, which starts the next one.
+        with contextlib.suppress(OSError), contextlib.closing(self._commands):
+            while (command := self._waiting.get()) is not None:
+                self._commands.send(command)
+
+
 class EngineWorker:
     """Starts the engine's process, passes requests to it, and replaces it when it dies. One event loop."""
 
     def __init__(self, build: Callable[[], Engine]) -> None:
         """`build` is called in the process, so it must be picklable."""
         self._build = build
+        self._silence_seconds, self._watch_seconds = _SILENCE_SECONDS, _WATCH_SECONDS
         self._tickets: dict[str, Ticket] = {}
         self._context = multiprocessing.get_context("spawn")
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._commands: Connection | None = None
+        self._outbox: _Outbox | None = None
+        self._loading_deaths = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._heard_at = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,6 +156,7 @@ class EngineWorker:
         """Why the model could not be loaded."""
         self.restarts = 0
         self.engine_name = ""
+        self.capacity: int | None = None
         self.on_update: Callable[[Ticket, Update], None] = lambda ticket, update: None
         """Called for every update: metrics."""
         self.on_cancel: Callable[[Ticket], None] = lambda ticket: None
@@ -182,18 +221,16 @@ class EngineWorker:
         suspects = [ticket for ticket in waiting if ticket.deaths]
         for ticket in suspects[:1] or waiting:
             ticket.sent = True
-            self._send(ticket.request)
+            self._send(ticket.rest())
 
     def _send(self, command: Command) -> None:
-        # A process that just died is noticed by the reader, which starts the next one.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError, OSError):
-            assert self._commands is not None, "a ready process has a pipe"
-            self._commands.send(command)
+        assert self._outbox is not None, "a ready process has a pipe"
+        self._outbox.put(command)
 
     def _start_process(self) -> None:
         self.ready.clear()
         self._heard_at = time.monotonic()
-        receive_commands, self._commands = self._context.Pipe(duplex=False)
+        receive_commands, send_commands = self._context.Pipe(duplex=False)
         events, send_events = self._context.Pipe(duplex=False)
         self._process = self._context.Process(
             target=run_worker, args=(self._build, receive_commands, send_events), name="persimmon-engine", daemon=True
@@ -201,6 +238,7 @@ class EngineWorker:
         self._process.start()
         receive_commands.close()
         send_events.close()
+        self._outbox = _Outbox(send_commands)
         threading.Thread(target=self._read, args=(events,), daemon=True).start()
 
     def _read(self, events: Connection) -> None:
@@ -216,7 +254,7 @@ class EngineWorker:
     def _receive(self, message: Message) -> None:
         self._heard_at = time.monotonic()
         if isinstance(message, Ready):
-            self.engine_name = message.engine_name
+            self.engine_name, self.capacity, self._loading_deaths = message.engine_name, message.capacity, 0
             self.ready.set()
             self._send_tickets()
         elif isinstance(message, Broken):
@@ -231,11 +269,7 @@ class EngineWorker:
         if ticket is None:
             return  # cancelled meanwhile
         if update.piece is not None:
-            ticket.request = replace(
-                ticket.request,
-                replayed=ticket.request.replayed + update.piece.token_ids,
-                replayed_logprobs=ticket.request.replayed_logprobs + update.piece.logprobs,
-            )
+            ticket.answered.append(update.piece)
         ended = update.finish_reason is not None or update.failure is not None
         if ended:
             del self._tickets[update.request_id]
@@ -247,8 +281,14 @@ class EngineWorker:
 
     def _died(self) -> None:
         """The process is gone: give up what it died of, and start the next."""
+        if self._outbox is not None:
+            self._outbox.close()
         if self._stopping:
             return
+        if self.failed is None and not self.ready.is_set():
+            self._loading_deaths += 1
+            if self._loading_deaths >= MAX_LOADING_DEATHS:
+                self.failed = f"the engine's process died {self._loading_deaths} times while it loaded the model"
         self.ready.clear()
         self.state = EngineState()
         for ticket in list(self._tickets.values()):
@@ -268,9 +308,9 @@ class EngineWorker:
     async def _watch(self) -> None:
         """Kill a process that hangs; the reader then starts another."""
         while True:
-            await asyncio.sleep(5)
+            await asyncio.sleep(self._watch_seconds)
             silent = time.monotonic() - self._heard_at
-            if self._tickets and self.ready.is_set() and silent > _SILENCE_SECONDS and self._process is not None:
+            if self._tickets and self.ready.is_set() and silent > self._silence_seconds and self._process is not None:
                 self._process.kill()
 
     def _run_task(self, coroutine: Coroutine[None, None, None]) -> None:

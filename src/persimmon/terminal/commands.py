@@ -181,7 +181,7 @@ class Commands:
             raise InputError("/load needs the path of a saved conversation")
         path = Path(_unquoted(argument)).expanduser()
         saved = storage.load(path)
-        self._dialogue.conversation, self._dialogue.settings = saved.conversation, saved.settings
+        self._dialogue.open(saved.conversation, saved.settings)
         self._path = path
         number = len(saved.conversation.exchanges)
         other = f" It was held with {saved.model}." if saved.model != self._model_name else ""

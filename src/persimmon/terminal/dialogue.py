@@ -147,6 +147,13 @@ class Dialogue:
             self.conversation.exchanges.append(last)
             raise
 
+    def open(self, conversation: Conversation, settings: Settings) -> None:
+        """Go on with another conversation; files that wait for the next message go with it."""
+        for file in self.conversation.files:
+            conversation.attach(file)
+        self.conversation, self.settings = conversation, settings
+        self._retries = 0
+
     def keep(self, reply: Reply) -> bool:
         """Make an answer, whole or partial, part of the conversation; False if there is no text to keep."""
         if not reply.text:

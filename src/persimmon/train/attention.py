@@ -1,4 +1,4 @@
-"""Document attention for training beyond one CPU process: tokens of a row shared by processes, and GPU kernels.
+"""Document attention for training: what the CPU kernels can stand in for, rows shared by processes, and GPU kernels.
 
 Every function here is an `attend` for `PersimmonModel.features` and is held to `model.attend_documents`.
 
@@ -19,10 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persimmon.errors import InputError
-from persimmon.model import Attend
+from persimmon.model import Attend, attend_documents, check_boundaries
 
 _QUERIES_AT_ONCE = 1024
 """Queries of a partly visible document per call: bounds the mask to 1,024 x 16,384 flags."""
+
+
+class DocumentAttention:
+    """An `attend` for `PersimmonModel.features` that also says what it does, so that a kernel can do it instead."""
+
+    def __init__(self, documents: Sequence[int], num_rows: int, num_tokens: int) -> None:
+        check_boundaries(documents, num_rows, num_tokens)
+        self.documents = list(documents)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The plain form."""
+        return attend_documents(q, k, v, self.documents)
 
 
 def own_positions(tokens: int, rank: int, size: int) -> Tensor:

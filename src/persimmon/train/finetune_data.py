@@ -39,6 +39,11 @@ class FinetuneSource:
         self._chat = conversations
         self._replay = _replay_rows(recipe)
         self._replayed = round(self._rows * recipe.replay.share) if recipe.replay else 0
+        if recipe.replay and not self._replayed:
+            raise ConfigError(
+                f"replay.share {recipe.replay.share} of the {self._rows} rows of a step is less than half a row: "
+                "raise it or batch_tokens, or leave replay out"
+            )
         self._fresh = self._rows - self._replayed
         if self._fresh < 1:
             raise ConfigError("replay.share leaves no row for conversations")

@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from persimmon.errors import CheckpointError, PersimmonError
+from persimmon.lora import adapter_tensors
 from persimmon.model import PersimmonModel
 from persimmon.train.activations import keep_activations
 from persimmon.train.checkpoint import Checkpoints
+from persimmon.train.fused import use_kernels
+from persimmon.train.memory import keep_freed_memory
 from persimmon.train.mesh import clip_gradients, distribute, gather_model, make_layout, own_part, reshard
 from persimmon.train.objective import Objective
 from persimmon.train.optimizer import build_optimizers
@@ -53,6 +56,8 @@ class Trainer:
         sample: Callable[[PersimmonModel], str] | None = None,
         objective: Objective | None = None,
     ) -> None:
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.model, self.source, self.num_steps = model.to(world.device), source, num_steps
         self.recipe, self.directory, self.world = recipe, directory, world
         self._evaluate, self._sample, self._report = evaluate, sample, report
@@ -61,6 +66,8 @@ class Trainer:
         self._passes = StepPasses(model, source, recipe, world, layout, objective)
         for rows, length in {(source.rows(s), source.row_length(s)) for s in range(num_steps)}:
             self._passes.check(rows, length)
+        if recipe.kernels == "auto" and not recipe.compile and not recipe.parallel.splits_weights:
+            use_kernels(model)
         keep_activations(model, recipe.activations)
         if recipe.compile:
             for block in model.layers:
@@ -73,7 +80,7 @@ class Trainer:
         self.step, self.tokens_seen = 0, 0
         self._running_loss: float | None = None
         self._skipped = 0
-        self._meter = SpeedMeter(model.config, world, dtype)
+        self._meter = SpeedMeter(model.config, world, dtype, sum(a.numel() for a in adapter_tensors(model).values()))
 
     # -- one step ------------------------------------------------------------------------------------
 

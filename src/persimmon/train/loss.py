@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from persimmon.errors import InputError
+from persimmon.train.kernels import DTYPES, softmax_gradient_
 
 IGNORE = -100
 """Target value that carries no loss (the convention of the field)."""
@@ -23,13 +24,14 @@ IGNORE = -100
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass; only hidden and weight have one, and only where it is wanted.
 
-    With a `group` every process holds consecutive rows of the head: maxima, sums and the target's logit are reduced
-    over the group, and so is the gradient of the hidden states, which all of them hold.
+    `fused` lets one kernel turn logits into their gradient, in place. With a `group` every process holds consecutive
+    rows of the head: maxima, sums and the target's logit are reduced over the group, and so is the gradient of the
+    hidden states, which all of them hold.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int, group: Any
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int, group: Any, fused: bool
     ) -> tuple[Tensor, Tensor]:
         compute = _product_dtype(hidden)
         sums = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 throughout
@@ -40,25 +42,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         first = group.rank() * len(weight) if group is not None else 0
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            x, kept = hidden[rows].to(compute), targets[rows] != IGNORE
-            wanted = torch.where(kept, targets[rows], first) - first
-            logits = (x @ head.t()).to(sums)  # [chunk, V]
-            if group is None:
-                picked, here = wanted[:, None], None
-                probabilities, losses[rows] = _softmax(logits, picked, kept)
+            x = hidden[rows].to(compute)
+            logits = x @ head.t()  # [chunk, V]
+            if fused:
+                losses[rows] = softmax_gradient_(logits, targets[rows], scale, IGNORE)
+                grad_logits = logits
             else:
-                here = (wanted >= 0) & (wanted < len(weight))
-                picked = torch.where(here, wanted, 0)[:, None]
-                probabilities, losses[rows] = _split_softmax(logits, picked, here, kept, group)
-            if grad_hidden is None and grad_weight is None:
-                continue
-            minus = -torch.ones_like(picked, dtype=sums) if here is None else -here[:, None].to(sums)
-            grad_logits = probabilities.scatter_add_(1, picked, minus)
-            grad_logits = grad_logits.mul_((kept * scale)[:, None]).to(compute)
+                probabilities, losses[rows], picked, here = _probabilities(logits.to(sums), targets[rows], first, group)
+                if grad_hidden is None and grad_weight is None:
+                    continue
+                grad_logits = probabilities.scatter_add_(1, picked, -here[:, None].to(sums))
+                grad_logits = grad_logits.mul_(((targets[rows] != IGNORE) * scale)[:, None]).to(compute)
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ x
+                _add_product(grad_weight, grad_logits.t(), x)
         if group is not None and grad_hidden is not None:
             dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -69,7 +67,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> Any:
         grads = (None if grad is None else grad * grad_output for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b, without a tensor for the product where the dtypes allow it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _probabilities(
+    logits: Tensor, targets: Tensor, first: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Softmax and losses of a chunk; of each row the column of its target and whether this process holds it."""
+    kept = targets != IGNORE
+    wanted = torch.where(kept, targets, first) - first
+    if group is None:
+        picked = wanted[:, None]
+        return *_softmax(logits, picked, kept), picked, torch.ones_like(kept)
+    here = (wanted >= 0) & (wanted < logits.shape[1])
+    picked = torch.where(here, wanted, 0)[:, None]
+    return *_split_softmax(logits, picked, here, kept, group), picked, here
 
 
 def _softmax(logits: Tensor, picked: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,19 +120,22 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 512) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 512, fused: bool = False
+) -> Tensor:
     """`scale` times the summed cross-entropy in nats of `hidden @ weight.T` against `targets`.
 
     hidden [M, H], weight [V, H], targets [M] with IGNORE where there is no loss. `scale` is 1 / the number of
     targets that count over all micro-batches and processes of a step. At most `chunk` * V logits exist at a time.
     Under autocast the products run in its dtype, sums and softmax in float32. A weight that tensor
-    parallelism splits by rows is used where it lies. First derivatives only.
+    parallelism splits by rows is used where it lies. First derivatives only. `fused`: softmax and its gradient by the
+    CPU engine's kernel (train/kernels.py), where it knows the tensors.
     """
-    return cross_entropy_by_position(hidden, weight, targets, scale=scale, chunk=chunk)[0]
+    return cross_entropy_by_position(hidden, weight, targets, scale=scale, chunk=chunk, fused=fused)[0]
 
 
 def cross_entropy_by_position(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 512
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 512, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`chunked_cross_entropy`, and the loss in nats [M] of every position by itself, without gradient."""
     if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
@@ -123,5 +146,7 @@ def cross_entropy_by_position(
     group = None
     if isinstance(weight, DTensor):
         group, weight = weight.device_mesh.get_group(), weight.to_local()
-    loss, losses = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, chunk, group)
+    wanted = hidden.requires_grad or weight.requires_grad
+    fused = fused and wanted and group is None and hidden.device.type == "cpu" and _product_dtype(hidden) in DTYPES
+    loss, losses = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, chunk, group, fused)
     return loss, losses

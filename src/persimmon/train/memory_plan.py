@@ -21,6 +21,7 @@ from persimmon.fast.cpu.packed import planned_bytes
 
 if TYPE_CHECKING:
     from persimmon.train.finetune_recipe import FinetuneRecipe
+from persimmon.train.optimizer import OptimizerRecipe
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 PACKED = ("q8", "q4")
@@ -114,7 +115,7 @@ def _training_state(config: ModelConfig, setup: Setup) -> list[Part]:
     if setup.lora is not None:
         parts.append(Part("adapters", 4 * trained, f"{trained:,} numbers in float32"))
     parts.append(Part("gradients", item * trained, f"{trained:,} numbers of {item} bytes"))
-    parts.append(Part("optimizer", _optimizer_bytes(config, setup, trained), f"moments ({setup.optimizer})"))
+    parts.append(Part("optimizer", optimizer_bytes(config, setup.optimizer, trained), f"moments ({setup.optimizer})"))
     if setup.lora is None and setup.weights == "float32" and setup.compute == "bfloat16":
         count = count_parameters(config)
         size = 2 * (count.total - count.vectors - count.embedding - count.head)
@@ -122,10 +123,11 @@ def _training_state(config: ModelConfig, setup: Setup) -> list[Part]:
     return parts
 
 
-def _optimizer_bytes(config: ModelConfig, setup: Setup, trained: int) -> int:
-    if setup.optimizer == "int8":
+def optimizer_bytes(config: ModelConfig, optimizer: str, trained: int) -> int:
+    """Bytes of the moments of `trained` numbers; muon has one of the block matrices, adamw two of everything."""
+    if optimizer == "int8":
         return round(_INT8_STATE * trained)
-    if setup.optimizer == "muon":
+    if optimizer == "muon":
         matrices = config.num_layers * config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
         return 4 * matrices + 8 * (trained - matrices)
     return 8 * trained
@@ -166,6 +168,11 @@ def _loss(config: ModelConfig, setup: Setup) -> Part:
 # -- from recipes, and advice --------------------------------------------------------------------------------
 
 
+def optimizer_kind(recipe: OptimizerRecipe) -> str:
+    """The optimizer of a recipe by its moments: adamw, int8 or muon."""
+    return "int8" if recipe.state == "int8" else recipe.matrices
+
+
 def setup_of(recipe: FinetuneRecipe, adapter: LoraSettings | None, packed: str | None) -> Setup:
     """The setup of a recipe. adapter: the shape of the adapters it trains. packed: the format of a quantized model."""
     compute = recipe.loop.dtype
@@ -177,9 +184,9 @@ def setup_of(recipe: FinetuneRecipe, adapter: LoraSettings | None, packed: str |
         weights=frozen if adapter is not None else recipe.weights,
         compute=compute,
         lora=adapter,
-        optimizer="int8" if optimizer.state == "int8" else optimizer.matrices,
+        optimizer=optimizer_kind(optimizer),
         micro_tokens=rows * recipe.row_length,
-        recompute=recipe.recompute,
+        recompute=recipe.recompute or recipe.loop.activations == "none",
     )
 
 

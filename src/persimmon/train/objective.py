@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from persimmon.model import Observer, PersimmonModel, document_positions
+from persimmon.train.attention import DocumentAttention
+from persimmon.train.fused import in_use
 from persimmon.train.loss import IGNORE, chunked_cross_entropy
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ def features(model: PersimmonModel, batch: Batch, observe: Observer | None = Non
     Documents count from 0: it matters where positions are rounded (rotary_precision bfloat16).
     """
     positions = document_positions(batch.documents, *batch.token_ids.shape).to(batch.token_ids.device)
-    return model.features(batch.token_ids, positions=positions, documents=batch.documents, observe=observe)
+    attend = DocumentAttention(batch.documents, *batch.token_ids.shape)
+    return model.features(batch.token_ids, positions=positions, attend=attend, observe=observe)
 
 
 def token_log_probabilities(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
@@ -69,7 +72,7 @@ def cross_entropy(model: PersimmonModel, hidden: Tensor, targets: Tensor, scale:
     """`scale` times the summed cross-entropy of hidden [M, H] under the model's head."""
     head: nn.Module = model.lm_head
     if isinstance(head, nn.Linear):
-        return chunked_cross_entropy(hidden, head.weight, targets, scale=scale)
+        return chunked_cross_entropy(hidden, head.weight, targets, scale=scale, fused=in_use(model))
     return -scale * token_log_probabilities(head, hidden, targets).sum()  # a packed one (qlora.py)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from persimmon.errors import ConfigError
 from persimmon.model import Observer, PersimmonModel, document_positions
-from persimmon.train.attention import context_parallel, own_positions, variable_length
+from persimmon.train.attention import DocumentAttention, context_parallel, own_positions, variable_length
+from persimmon.train.fused import in_use
 from persimmon.train.loss import IGNORE, cross_entropy_by_position
 from persimmon.train.mesh import Layout
 from persimmon.train.objective import Objective
@@ -131,7 +132,8 @@ class StepPasses:
             torch.tensor([*counted, float(signal == SIGTERM), float(signal == SIGINT), float(save)])
         ).tolist()
         terms, number_of_passes = max(1.0, counts[0] / copies), counts[1] / copies
-        statistics = LayerStatistics(self._model.config.num_layers, self._recipe.sparsity_target)
+        recipe, num_layers = self._recipe, self._model.config.num_layers
+        statistics = LayerStatistics(num_layers, recipe.sparsity_target, bool(recipe.sparsity_penalty))
         sums, totals = torch.zeros(2, self._buckets), torch.zeros(2)
         for one in passes:
             with self._autocast():
@@ -186,10 +188,12 @@ class StepPasses:
         """A pass of this process's tokens: the cross-entropy of every target, and its sums by position."""
         token_ids, targets, positions, attention = self._own_tokens(batch)
 
+        fused = in_use(self._model)
+
         def loss(scale: float, observe: Observer) -> tuple[Tensor, Tensor]:
             hidden = self._model.features(token_ids, positions=positions, observe=observe, **attention)
             total, losses = cross_entropy_by_position(
-                hidden.flatten(0, 1), self._model.lm_head.weight, targets.flatten(), scale=scale
+                hidden.flatten(0, 1), self._model.lm_head.weight, targets.flatten(), scale=scale, fused=fused
             )
             return total, self._by_bucket(losses, targets.flatten(), positions.flatten())
 
@@ -203,7 +207,7 @@ class StepPasses:
         positions = document_positions(batch.documents, rows, tokens)
         device = self._world.device
         parts = (batch.token_ids, batch.targets, positions)
-        attention: dict[str, Any] = {"documents": batch.documents}
+        attention: dict[str, Any] = {"attend": DocumentAttention(batch.documents, rows, tokens)}
         if self._layout.context_size > 1:
             assert self._layout.context_group is not None
             own = own_positions(tokens, self._layout.context_rank, self._layout.context_size)

@@ -13,6 +13,7 @@ from persimmon.accounting import count_parameters, training_flops_per_token
 from persimmon.config import ModelConfig, preset
 from persimmon.errors import ConfigError
 from persimmon.train.hardware import Device
+from persimmon.train.memory_plan import optimizer_bytes, optimizer_kind
 from persimmon.train.mesh import ParallelRecipe
 from persimmon.train.pretrain import PretrainRecipe, plan_phases
 
@@ -83,12 +84,10 @@ class Plan:
 def device_memory(recipe: PretrainRecipe, config: ModelConfig, devices: int, device: Device) -> DeviceMemory:
     """Bytes of every part on each of `devices`."""
     parallel, loop = recipe.loop.parallel, recipe.loop
-    count, hidden, width = count_parameters(config), config.hidden_size, config.intermediate_size
+    count = count_parameters(config)
     shards = devices // parallel.tensor if parallel.splits_weights else 1
     own = count.total / parallel.tensor / shards
-    matrices = config.num_layers * (4 * hidden * hidden + 2 * hidden * width)
-    # AdamW: two float32 averages; Muon: one, of the block matrices.
-    averages = 2 * count.total - (matrices if loop.optimizer.matrices == "muon" else 0)
+    moments = optimizer_bytes(config, optimizer_kind(loop.optimizer), count.total)
     ends, block = count.embedding + count.head, (count.attention + count.mlp) / config.num_layers
     low = device.bytes_per_activation
     gathered = low * (2 * ends + 4 * block) / parallel.tensor if parallel.splits_weights and shards > 1 else 0.0
@@ -97,7 +96,7 @@ def device_memory(recipe: PretrainRecipe, config: ModelConfig, devices: int, dev
     per_token = _activations_per_token(config, loop.activations, parallel.tensor)
     logits = _LOSS_CHUNK * config.vocab_size * (4 + 2 * low) + 4 * count.head
     return DeviceMemory(
-        weights=4 * own, gradients=4 * own, optimizer=4 * averages / parallel.tensor / shards,
+        weights=4 * own, gradients=4 * own, optimizer=moments / parallel.tensor / shards,
         gathered=gathered, activations=low * per_token * tokens, logits=logits / parallel.tensor,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from persimmon.config import ModelConfig, preset
 from persimmon.data.documents import read_documents
 from persimmon.data.packing import PackedRows, Row
 from persimmon.data.tokens import TokenStore, check_vocabulary, read_manifest
-from persimmon.errors import ConfigError
+from persimmon.errors import ConfigError, NotFoundError
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
 from persimmon.train.evaluate import bits_per_byte
@@ -216,6 +216,8 @@ def export(trainer: Trainer, tokenizer: Tokenizer, directory: Path) -> None:
 def _run(world: World, recipe: PretrainRecipe, resume: bool, report: Report) -> None:
     set_up_process(recipe.threads)
     data, output = Path(recipe.data), Path(recipe.output)
+    if not data.is_dir():
+        raise NotFoundError(f"no prepared data at {data}; `persimmon data prepare` makes it")
     tokenizer = Tokenizer.load(data)
     check_vocabulary(data, tokenizer.serialized)
     source = PackedSource(recipe)

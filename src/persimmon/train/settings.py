@@ -50,6 +50,8 @@ class LoopRecipe:
     sparsity_lift: float = 1.0
     """Size of one lift, as a multiple of the present rate of the vectors."""
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
+    kernels: str = "auto"
+    """`auto`: on CPUs the compiled training kernels (train/fused.py) where they are built; `plain`: PyTorch alone."""
     compile: bool = False
     """Whether the blocks are compiled (torch.compile): pays on GPUs after a minute's start."""
     activations: str = "all"
@@ -76,7 +78,11 @@ class LoopRecipe:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r} (float16 overflows in relu^2)")
-        for name, choices in (("activations", ("all", "selective", "none")), ("on_spike", ("stop", "skip"))):
+        for name, choices in (
+            ("activations", ("all", "selective", "none")),
+            ("on_spike", ("stop", "skip")),
+            ("kernels", ("auto", "plain")),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.parallel.splits_weights and self.optimizer.state == "int8":

@@ -20,8 +20,9 @@ from persimmon.model import PersimmonModel
 class LayerStatistics:
     """Observer of the MLPs: how often each neuron was active, and the penalty that keeps the zeros up."""
 
-    def __init__(self, num_layers: int, target: float) -> None:
-        self._target = target
+    def __init__(self, num_layers: int, target: float, penalize: bool = True) -> None:
+        """penalize: whether `penalty` will be asked for; without it nothing is kept for its gradient."""
+        self._target, self._penalize = target, penalize
         self.penalties: list[Tensor] = []
         self._active: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self._tokens = [0] * num_layers
@@ -30,11 +31,16 @@ class LayerStatistics:
         """Take in relu(pre-activation) [B, T, F] of one layer."""
         tokens = active.detach().flatten(0, -2)
         counts = tokens.bool().sum(0, dtype=torch.int32)
+        # A sum and, in `take`, a product: the backward pass of mean() divides every element in bfloat16, slowly.
+        self.take(layer, counts, len(tokens), active.sum(dtype=torch.float32) if self._penalize else None)
+
+    def take(self, layer: int, counts: Tensor, tokens: int, total: Tensor | None) -> None:
+        """The same from what a kernel counted: active tokens of each neuron [F], all tokens, sum of the activations."""
         self._active[layer].append(counts)
-        self._tokens[layer] += len(tokens)
-        if 1.0 - float(counts.sum()) / active.numel() < self._target:
-            # A sum and a scalar product: the backward pass of mean() divides every element in bfloat16, slowly.
-            self.penalties.append(active.sum(dtype=torch.float32) * (1 / active.numel()))
+        self._tokens[layer] += tokens
+        size = tokens * len(counts)
+        if self._penalize and total is not None and 1.0 - float(counts.sum()) / size < self._target:
+            self.penalties.append(total * (1 / size))
 
     def penalty(self) -> Tensor:
         """Sum over the layers below the target of their mean activation, with gradient, per layer of the model."""

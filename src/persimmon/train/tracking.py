@@ -20,15 +20,21 @@ from persimmon.train.parallel import World
 class SpeedMeter:
     """Throughput, share of the measured peak (MFU) and time left."""
 
-    def __init__(self, config: ModelConfig, world: World, dtype: torch.dtype) -> None:
-        self._parameters = count_parameters(config).read_per_token
+    def __init__(self, config: ModelConfig, world: World, dtype: torch.dtype, adapters: int = 0) -> None:
+        """adapters: numbers that are trained beside a frozen model; 0: the model itself is trained."""
+        weights = count_parameters(config).read_per_token
+        # Of a frozen weight's six FLOPs the two that make its gradient are not done.
+        self._per_token = 4 * weights + 6 * adapters if adapters else 6 * weights
         self._attention = 6 * config.hidden_size * config.num_layers
         self._peak = measured_peak(world.device, dtype) * world.size
         self._tokens_per_second: float | None = None
 
     def measure(self, tokens: int, squared_lengths: float, seconds: float, tokens_left: int) -> dict[str, Any]:
-        """Entries of a step's row. FLOPs are those of `accounting.training_flops_per_token`, by document lengths."""
-        flops = 6 * self._parameters * tokens + self._attention * squared_lengths
+        """Entries of a step's row.
+
+        FLOPs are those of `accounting.training_flops_per_token` by document lengths, less what frozen weights save.
+        """
+        flops = self._per_token * tokens + self._attention * squared_lengths
         speed, mean = tokens / seconds, self._tokens_per_second
         self._tokens_per_second = speed if mean is None else 0.95 * mean + 0.05 * speed
         return {

@@ -103,6 +103,65 @@ def test_same_bits_for_every_cut_and_company(name: str, checkpoint: Path, packed
     assert np.array_equal(np.concatenate(rows), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_steps_of_many_tokens_give_the_same_bits(threads: int, checkpoint: Path) -> None:
+    """Several sequences in steps of up to 256 tokens, cut into groups for threads (native/wide_step.cpp)."""
+    decoder = load_decoder(checkpoint, threads=threads)
+    texts = [np.random.default_rng(i).integers(0, 4_500, size).tolist() for i, size in enumerate((70, 1, 130, 33, 97))]
+    alone = []
+    for text in texts:
+        sequence = decoder.new_sequence(len(text))
+        alone.append(np.stack([decoder.forward([Chunk(sequence, [token])])[0] for token in text]))
+    sequences = [decoder.new_sequence(len(text)) for text in texts]
+    together = decoder.forward([Chunk(s, text, "all") for s, text in zip(sequences, texts, strict=True)])
+    for one, rows in zip(alone, together, strict=True):
+        assert np.array_equal(rows, one)
+    scored = decoder.score([Chunk(decoder.new_sequence(len(text)), text) for text in texts], texts)
+    for one, text, found in zip(alone, texts, scored, strict=True):
+        exact = torch.log_softmax(torch.from_numpy(one).double(), -1).numpy()[np.arange(len(text)), text]
+        np.testing.assert_allclose(found.log_probabilities, exact, rtol=0, atol=2e-6)
+    again = decoder.score([Chunk(decoder.new_sequence(70), texts[0][:7])], [texts[0][:7]])[0]
+    assert np.array_equal(again.log_probabilities, scored[0].log_probabilities[:7])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scores_are_those_of_the_logits_and_the_same_for_every_cut(
+    name: str, checkpoint: Path, packed: dict[str, Path]
+) -> None:
+    directory = directory_of(name, checkpoint, packed)
+    targets = [*IDS[1:], 0]
+    logits = all_logits(load_decoder(directory, verify=False))
+    exact = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()[np.arange(48), targets]
+    results = []
+    for isa in ISAS:
+        decoder = load_decoder(directory, threads=2, isa=isa, verify=False)
+        whole, one, other = (decoder.new_sequence(48) for _ in range(3))
+        (found,) = decoder.score([Chunk(whole, IDS)], [targets])
+        parts = [
+            decoder.score([Chunk(one, [token])], [[target]])[0] for token, target in zip(IDS, targets, strict=True)
+        ]
+        results += [found.log_probabilities, np.concatenate([part.log_probabilities for part in parts])]
+        last = decoder.score([Chunk(other, IDS)], [targets[-5:]])[0]  # only the end of a chunk
+        assert np.array_equal(last.log_probabilities, found.log_probabilities[-5:])
+        assert np.array_equal(found.likeliest, logits.argmax(-1))
+        assert np.array_equal(np.concatenate([part.likeliest for part in parts]), found.likeliest)
+    np.testing.assert_allclose(results[0], exact, rtol=0, atol=2e-6)  # float32 exponentials of 4,500 logits
+    for result in results[1:]:
+        assert np.array_equal(result, results[0])
+
+
+def test_wrong_targets_are_refused_before_anything_runs(checkpoint: Path) -> None:
+    decoder = load_decoder(checkpoint)
+    sequence = decoder.new_sequence(8)
+    with pytest.raises(InputError, match="2 targets for a chunk of 1 tokens"):
+        decoder.score([Chunk(sequence, [1])], [[2, 3]])
+    with pytest.raises(InputError, match="the targets holds token id"):
+        decoder.score([Chunk(sequence, [1])], [[10**6]])
+    assert sequence.length == 0
+    (nothing,) = decoder.score([Chunk(sequence, [1, 2])], [[]])
+    assert nothing.log_probabilities.size == 0 and sequence.length == 2
+
+
 @pytest.mark.parametrize("name", ["q8", "q4", "p44"])
 @pytest.mark.parametrize("top", [1, 5, 64])
 def test_two_pass_head_returns_the_exact_largest(name: str, top: int, packed: dict[str, Path]) -> None:

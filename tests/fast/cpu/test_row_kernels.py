@@ -24,6 +24,8 @@ def check(matrix: RowMatrix, x: np.ndarray) -> None:
     results = [matrix.times(x, isa) for isa in ISAS]
     if matrix.kind in PACKED:
         results += [matrix.times(x, isa, tiled=True) for isa in TILED_ISAS]
+    else:
+        results += [matrix.times(x, isa, panels=True) for isa in ISAS]
     scale = np.abs(x) @ np.abs(matrix.floats).T + 1e-30
     assert np.max(np.abs(results[0] - matrix.expected(x)) / scale) < TOLERANCE
     for result in results[1:]:
@@ -32,7 +34,8 @@ def check(matrix: RowMatrix, x: np.ndarray) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(
-    ("rows", "columns", "tokens"), [(1, 1, 1), (3, 256, 2), (17, 300, 4), (9, 1000, 7), (33, 512, 9)]
+    ("rows", "columns", "tokens"),
+    [(1, 1, 1), (3, 256, 2), (17, 300, 4), (9, 1000, 7), (33, 512, 9), (32, 256, 16), (50, 300, 33), (16, 512, 81)],
 )
 def test_equals_the_product(kind: str, rows: int, columns: int, tokens: int) -> None:
     w, x = case(rows, columns, tokens)

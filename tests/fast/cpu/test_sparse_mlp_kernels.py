@@ -68,6 +68,7 @@ class Mlp:
         together: bool = False,
         isa: str = "auto",
         tiled: bool = False,
+        panels: bool = False,
     ) -> tuple[np.ndarray, int, int]:
         outliers = np.zeros((len(x), 16), np.float32)
         if self.kind == "planes":
@@ -75,7 +76,7 @@ class Mlp:
             x = x.copy()
             x[:, self.columns] = 0.0
         y, candidates, active = _native.sparse_mlp(
-            self.kind, self.up, self.down, self.offset, self.bias, x, outliers, margin, together, isa, tiled
+            self.kind, self.up, self.down, self.offset, self.bias, x, outliers, margin, together, isa, tiled, panels
         )
         return y[:, : self.hidden], candidates, active
 
@@ -107,11 +108,14 @@ def check(mlp: Mlp, x: np.ndarray) -> None:
             assert np.array_equal(mlp.run(x, together=together, isa=isa)[0], first), (isa, together)
     for isa in TILED_ISAS if mlp.kind in ("q8", "planes") else ():
         assert np.array_equal(mlp.run(x, together=True, isa=isa, tiled=True)[0], first), isa
+    for isa in ISAS if mlp.kind in ("float32", "bfloat16") else ():
+        assert np.array_equal(mlp.run(x, together=True, isa=isa, panels=True)[0], first), isa
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(
-    ("hidden", "neurons", "tokens"), [(16, 1, 1), (300, 600, 5), (256, 257, 3), (64, 255, 9), (520, 1024, 4)]
+    ("hidden", "neurons", "tokens"),
+    [(16, 1, 1), (300, 600, 5), (256, 257, 3), (64, 255, 9), (520, 1024, 4), (256, 300, 40)],
 )
 def test_equals_the_plain_mlp(kind: str, hidden: int, neurons: int, tokens: int) -> None:
     check(Mlp(kind, hidden, neurons), inputs(tokens, hidden))

@@ -1,18 +1,24 @@
 """Compile every kernel in the shapes of the 8B, for GPUs that are not here: `python compile_kernels.py ARCH [NAME...]`.
 
 Run in a process without TRITON_INTERPRET. Prints one JSON object: {case: {"ptx": bytes, "cubin": bytes, "mma": whether
-XX that does not compile ends the program with its error.
+matrix instructions are used, "wide_loads": whether several words are loaded at once, "shared": bytes of shared memory,
+"registers": per thread, "stack" and "local": bytes per thread that did not fit into registers}}. A case that does not
+compile ends the program with its error. NAME chooses cases that begin with it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -49,8 +55,11 @@ def norm_cases() -> Iterator[Case]:
         yield Case(f"residual_layer_norm-{partials}", norm.residual_layer_norm_kernel, types, constants, 8)
         one = constants | {"num_rows": 1}  # a launch turns an integer that is 1 into a constant
         yield Case(f"residual_layer_norm-{partials}-one", norm.residual_layer_norm_kernel, types, one, 8)
-    types = {"x": "*bf16", "out": "*bf16", "count": "i32", "width": "i32"}
-    yield Case("bias_squared_relu", norm.bias_squared_relu_kernel, types, norm.activation_tiles())
+    types = {"size": "i32"}
+    yield Case("sum_partials-32", norm.sum_partials_kernel, types, {"PARTIALS": 32, **norm.sum_tiles()})
+    for x in ("*bf16", "*fp32"):
+        types = {"x": x, "out": "*bf16", "count": "i32", "width": "i32"}
+        yield Case(f"bias_squared_relu-{x[1:]}", norm.bias_squared_relu_kernel, types, norm.activation_tiles())
 
 
 def attention_cases() -> Iterator[Case]:
@@ -91,8 +100,10 @@ def matmul_cases() -> Iterator[Case]:
             yield Case(f"gemv-{name}-{epilogue}", matmul.gemv_kernel, types, constants)
             constants = {"FORMAT": number, "EPILOGUE": epilogue, "NEURON_MAJOR": False, "UPCAST": False}
             yield Case(f"gemm-{name}-{epilogue}", matmul.gemm_kernel, types, constants | matmul.gemm_tiles(8, HIDDEN))
-        constants = {"FORMAT": number, "EPILOGUE": matmul.NOTHING, "UPCAST": False, **matmul.gemm_tiles(64, HIDDEN)}
-        yield Case(f"gemm-{name}-64", matmul.gemm_kernel, types, constants | {"NEURON_MAJOR": False})
+        for tokens in (32, 64):
+            constants = {"FORMAT": number, "EPILOGUE": matmul.NOTHING, "UPCAST": False}
+            constants |= matmul.gemm_tiles(tokens, HIDDEN)
+            yield Case(f"gemm-{name}-{tokens}", matmul.gemm_kernel, types, constants | {"NEURON_MAJOR": False})
         if number in (PLAIN, INT8, FP8):
             out = {"out": "*fp32"}
             yield Case(f"gemm-{name}-neurons", matmul.gemm_kernel, types | out, constants | {"NEURON_MAJOR": True})
@@ -113,7 +124,8 @@ def sparse_cases() -> Iterator[Case]:
     for number in (PLAIN, INT8, FP8):
         types = matrix_types(number) | {"out": "*fp32"}
         for width, listed in ((1, True), (16, True), (1, False)):
-            segment = matmul.gemv_tiles(number, HIDDEN)["BLOCK_N"] if width == 1 else 64
+            listed_alone = width == 1 and listed
+            segment = matmul.gemv_tiles(number, HIDDEN)["BLOCK_N"] if listed_alone else 64
             constants = {"FORMAT": number, "LISTED": listed, "SEGMENT": segment, "SPLITS": 8, "WIDTH": width}
             constants |= {"UPCAST": False, **sparse_mlp.down_tiles(width, HIDDEN)} | (
                 {"tokens": 1} if width == 1 else {}
@@ -145,10 +157,23 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
     source = ASTSource(case.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps})
     ptx = compiled.asm["ptx"]
+    cubin = compiled.asm["cubin"]
     return {
-        "ptx": len(ptx), "cubin": len(compiled.asm["cubin"]), "mma": bool(re.search(r"\bw?g?mma\.", ptx)),
-        "wide_loads": bool(re.search(r"ld\.global[\w.:]*\.v[24]\.b32", ptx)), "local_memory": ".local " in ptx,
+        "ptx": len(ptx), "cubin": len(cubin), "mma": bool(re.search(r"\bw?g?mma\.", ptx)),
+        "wide_loads": bool(re.search(r"ld\.global[\w.:]*\.v[24]\.b32", ptx)), "shared": compiled.metadata.shared,
+        **resources(cubin),
     }  # fmt: skip
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What the machine code takes per thread, by the tool that triton brings: PTX does not show what was spilled."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        program = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+        printed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
 
 
 def main(arch: int, wanted: list[str]) -> None:

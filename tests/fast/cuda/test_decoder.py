@@ -21,6 +21,7 @@ from persimmon.fast.cuda.decoder import CudaDecoder
 from persimmon.fast.cuda.kernels.matmul import dequantize
 from persimmon.fast.cuda.layouts import Matrix
 from persimmon.fast.cuda.load import load_decoder
+from persimmon.fast.cuda.network import Network
 from persimmon.fast.cuda.plan import device_kv_bytes_per_token
 from persimmon.fast.cuda.weights import Weights
 from persimmon.infer.decoder import Chunk
@@ -107,6 +108,24 @@ def test_bfloat16_activations_stay_close(name: str, checkpoint: Path, packed: di
         expected = torch.log_softmax(same_numbers(loaded)(torch.tensor([IDS]))[0], -1)
     found = torch.log_softmax(torch.from_numpy(run(CudaDecoder(loaded, cache_tokens=128, table=SPARSE))), -1)
     assert (expected.exp() * (expected - found)).sum(-1).mean() < 5e-3
+
+
+def test_products_before_float32_sums_are_not_rounded(checkpoint: Path) -> None:
+    """Logits, attention's and the MLP's output of bfloat16 weights are float32 sums at any number of tokens."""
+    loaded = load_weights("bfloat16", checkpoint, {}, torch.bfloat16)
+    network, layer = Network(loaded, DENSE), loaded.layers[0]
+    generator = torch.Generator().manual_seed(1)
+    wide, narrow = (torch.randn(70, n, generator=generator).to(DEVICE, torch.bfloat16) for n in (150, 80))
+    with torch.inference_mode():
+        for tokens in (1, 2, 16, 70):
+            x, hidden = narrow[:tokens], wide[:tokens]
+            found = (
+                (network.logits(x), x.float() @ loaded.head.codes.float().T),
+                (network._product(x, layer.dense, None, None, torch.float32), x.float() @ layer.dense.codes.float().T),
+                (network._down(hidden, layer.down).sum(0), hidden.float() @ layer.down.codes.float()),
+            )
+            for result, expected in found:
+                torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kv_dtype", "limit"), [("bfloat16", 1e-3), ("int8", 1e-3), ("fp8", 2e-2)])

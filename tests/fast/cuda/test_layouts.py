@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("persimmon.fast.cpu._native", reason="the packer is part of the CPU engine")
 
 import packed_layouts as packed
 import triton_interpreter  # noqa: F401 - skips without triton
-from persimmon.fast.cuda import layouts
+from persimmon.fast.cuda import layouts, weights
 from persimmon.fast.cuda.kernels.matmul import dequantize
 
 SHAPES = [(5, 16), (3, 256), (40, 80), (7, 320), (2, 600)]
@@ -84,3 +87,43 @@ def test_plain_and_fp8(neuron_major: bool) -> None:
     scale = stored.abs().amax(1, keepdim=True) / 448
     # Three bits behind the leading one; below the smallest normal number the step is 2^-9.
     assert (error <= torch.maximum(stored.abs() / 16, scale / 1024) * 1.001).all()
+
+
+@pytest.mark.parametrize("neuron_major", [False, True])
+def test_slices_change_nothing(neuron_major: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large matrix is rounded to fp8 and moved to the device in pieces of rows, the last one smaller."""
+    weight = torch.from_numpy(random_weights((25, 40)))
+    whole = layouts.fp8(weight, neuron_major=neuron_major)
+    monkeypatch.setattr(layouts, "SLICE_NUMBERS", 3 * 40)
+    monkeypatch.setattr(weights, "SLICE_NUMBERS", 3 * 40)
+    sliced = layouts.fp8(weight, neuron_major=neuron_major)
+    assert torch.equal(sliced.codes.view(torch.uint8), whole.codes.view(torch.uint8))
+    assert torch.equal(sliced.scales, whole.scales)
+    assert len(list(layouts.row_slices(25, 40))) == 9
+    for kind in (torch.float32, torch.bfloat16):
+        moved = weights._moved(weight.numpy(), "F32", kind, torch.device("cpu"))
+        assert moved.dtype is kind and torch.equal(moved, weight.to(kind))
+
+
+def test_rounding_to_fp8_holds_slices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor on the way is as large as the matrix, but its codes."""
+    monkeypatch.setattr(layouts, "SLICE_NUMBERS", 256)
+    weight = torch.from_numpy(random_weights((64, 64))).bfloat16()
+    with Largest() as seen:
+        layouts.fp8(weight)
+    assert seen.sizes[torch.float8_e4m3fn] == 64 * 64
+    assert max(size for kind, size in seen.sizes.items() if kind is not torch.float8_e4m3fn) <= 256
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that an operation made, by type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.sizes[result.dtype] = max(self.sizes.get(result.dtype, 0), result.numel())
+        return result

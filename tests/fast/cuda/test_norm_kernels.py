@@ -17,7 +17,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@pytest.mark.parametrize("partials", [0, 1, 3])
+@pytest.mark.parametrize("partials", [0, 1, 3, 32])
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (5, 300)], ids=str)
 def test_residual_layer_norm(shape: tuple[int, int], partials: int) -> None:
     hidden = shape[1]
@@ -51,4 +51,4 @@ def test_bias_squared_relu(dtype: torch.dtype) -> None:
     expected = (x.float() + bias).relu().square()
     # bfloat16: one unit of 8 bits, which the interpreter cuts instead of rounding.
     limit = 1e-6 if dtype is torch.float32 else 2**-7
-    torch.testing.assert_close(bias_squared_relu(x, bias).float(), expected, rtol=limit, atol=1e-6)
+    torch.testing.assert_close(bias_squared_relu(x, bias, dtype).float(), expected, rtol=limit, atol=1e-6)

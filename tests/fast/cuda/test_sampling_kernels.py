@@ -116,3 +116,20 @@ def test_a_nucleus_larger_than_the_candidates_is_reported(monkeypatch: pytest.Mo
     state = state_of(2, temperature=1.0, top_p=0.9)
     draw(logits, state, filters=True)
     assert state.truncated.tolist() == [1, 0]
+
+
+def test_a_top_k_beyond_the_candidates_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "CANDIDATES", 16)
+    logits = torch.zeros(2, 300, device=DEVICE)
+    state = state_of(2, temperature=1.0, top_k=[17, 16])
+    draw(logits, state, filters=True)
+    assert state.truncated.tolist() == [1, 0]
+
+
+def test_padding_does_not_move_on() -> None:
+    state = state_of(2, live=[1, 0])
+    ids, positions = (torch.zeros(2, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    outputs = torch.zeros(2, 8, dtype=torch.int32, device=DEVICE)
+    for _ in range(3):
+        sampling.sample(torch.zeros(2, 300, device=DEVICE), state, ids, positions, outputs, filters=False)
+    assert positions.tolist() == [3, 0] and state.count.tolist() == [3, 0]

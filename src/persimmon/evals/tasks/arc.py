@@ -28,7 +28,7 @@ def _task(name: str, title: str, configuration: str) -> Task:
     return Task(
         name=name,
         title=title,
-        version=1,
+        version=2,
         source=Source(name, "allenai/ai2_arc", configuration, "test", _adapt),
         chance=0.25,
         styles={

@@ -11,19 +11,21 @@ LETTERS = "ABCDE"
 
 _ANSWER = re.compile(
     r"\s*(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:(?:answer|option|choice)(?:\s+is)?\s*:?)?\s*"
-    r"[\s(\[*\"'`]*([A-E])(?!\w|'\w)(?-i:(?!\s+[a-z]))",
+    r"[\s(\[*\"'`]*([A-E])(?!\w|'\w)",
     re.IGNORECASE,
 )
+_ARTICLE = re.compile(r"\s+(?!(?:is|because)\b)[a-z]")
+"""After A: it is the word that begins a sentence, not the letter. B to E are no words."""
 
 
 def parse_letter(text: str, num_choices: int) -> int | None:
     """Index of the letter that `text` answers with, or None.
 
-    Accepts the bare letter, `(B)`, `B: its text` and `The answer is B`; not a word or sentence that happens to begin
-    with such a letter ("A dog").
+    Accepts the bare letter, `(B)`, `B: its text`, `B is correct` and `The answer is B`; not a word or sentence that
+    happens to begin with such a letter ("A dog", "Because").
     """
     found = _ANSWER.match(text)
-    if not found or not found[1].isupper():
+    if not found or not found[1].isupper() or (found[1] == "A" and _ARTICLE.match(text, found.end())):
         return None
     index = LETTERS.index(found[1])
     return index if index < num_choices else None

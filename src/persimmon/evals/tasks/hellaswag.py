@@ -19,8 +19,11 @@ def _read(record: Record) -> tuple[str, Sequence[str], int]:
 
 
 def _clean(text: str) -> str:
-    """WikiHow's bracketed marks are an artefact of how the set was collected."""
-    return re.sub(r" {2,}", " ", re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")))
+    """WikiHow's bracketed marks are an artefact of how the set was collected.
+
+    As lm-eval 0.4 has it: two spaces become one, once, so that of three two are left.
+    """
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _adapt(record: Record) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def _adapt(record: Record) -> dict[str, Any]:
 TASK = Task(
     name="hellaswag",
     title="HellaSwag",
-    version=1,
+    version=2,
     source=Source("hellaswag", "Rowan/hellaswag", None, "validation", _adapt),
     chance=0.25,
     styles={

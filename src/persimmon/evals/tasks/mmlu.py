@@ -36,7 +36,7 @@ def _adapt(record: Record) -> dict[str, Any]:
 TASK = Task(
     name="mmlu",
     title="MMLU",
-    version=1,
+    version=2,
     source=Source("mmlu", "cais/mmlu", "all", "test", _adapt),
     examples=Source("mmlu_dev", "cais/mmlu", "all", "dev", _adapt),
     group="subject",

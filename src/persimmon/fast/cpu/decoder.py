@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from persimmon.errors import CheckpointError, ContextLengthError, InputError, Un
 from persimmon.fast.cpu.formats import Format, why_unfit
 from persimmon.fast.cpu.memory import GIB, kv_bytes_per_token
 from persimmon.fast.cpu.native_module import native
-from persimmon.infer.decoder import Chunk, Logits
+from persimmon.infer.decoder import Chunk, Logits, Scored, check_token_ids
 from persimmon.infer.identity import fingerprint
 from persimmon.infer.stored_sequence import StoredSequence, own_sequences
 from persimmon.machine import cpu_threads, memory_available
@@ -207,6 +208,29 @@ class CpuDecoder:
             sequence.advance(len(chunk.token_ids))
         return results
 
+    def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> list[Scored]:
+        """Append each chunk; what its last positions say about as many targets (see infer.decoder.ScoringDecoder)."""
+        sequences = self._check(chunks)
+        for chunk, wanted in zip(chunks, targets, strict=True):
+            if len(wanted) > len(chunk.token_ids):
+                raise InputError(f"{len(wanted)} targets for a chunk of {len(chunk.token_ids)} tokens")
+            if wanted:
+                check_token_ids("the targets", wanted, self._config.vocab_size)
+        calls = [
+            (*sequence.place(), np.asarray(chunk.token_ids, np.int32), len(wanted))
+            for sequence, chunk, wanted in zip(sequences, chunks, targets, strict=True)
+        ]
+        flat = np.fromiter((token for wanted in targets for token in wanted), np.int32)
+        scores, likeliest = np.empty(len(flat), np.float64), np.empty(len(flat), np.int32)
+        try:
+            self._model.score(calls, flat, scores, likeliest)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        for sequence, chunk in zip(sequences, chunks, strict=True):
+            sequence.advance(len(chunk.token_ids))
+        ends = np.cumsum([len(wanted) for wanted in targets])[:-1]
+        return [Scored(*parts) for parts in zip(np.split(scores, ends), np.split(likeliest, ends), strict=True)]
+
     def run(
         self, places: Sequence[Place], chunks: Sequence[tuple[Sequence[int], Wanted]], exact_top: int | None
     ) -> list[Logits | None]:
@@ -220,10 +244,10 @@ class CpuDecoder:
             self._model.forward(calls, min(exact_top or 0, self._config.vocab_size), logits)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        parts = np.split(logits, np.cumsum(counts))
+        ends = itertools.accumulate(counts)  # numpy's own splitting takes longer than a layer of a small model
         return [
-            None if wanted == "none" else part[0] if wanted == "last" else part
-            for part, (_, wanted) in zip(parts, chunks, strict=False)
+            None if wanted == "none" else logits[end - 1] if wanted == "last" else logits[end - count : end]
+            for end, count, (_, wanted) in zip(ends, counts, chunks, strict=True)
         ]
 
     def _check_memory(self, num_tokens: int) -> None:

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, InputError, UnavailableError
+from persimmon.fast.cuda.buffers import MOST_STEPS
 from persimmon.fast.cuda.choice import DENSE, KernelTable
-from persimmon.fast.cuda.graphs import Capture, cuda_capture
+from persimmon.fast.cuda.graphs import BUCKETS, Capture, cuda_capture
+from persimmon.fast.cuda.kernels.sampling import CANDIDATES
 from persimmon.fast.cuda.network import Network
 from persimmon.fast.cuda.paged import PagedCuda
 from persimmon.fast.cuda.plan import RESERVE_BYTES, device_kv_bytes_per_token, scratch_bytes
 from persimmon.fast.cuda.pool import CACHE_DTYPES, FreeBlocks, Pool
-from persimmon.fast.cuda.runner import MAX_PASS_TOKENS, MOST_STEPS, Decoded, Piece, Runner
+from persimmon.fast.cuda.runner import MAX_PASS_TOKENS, Decoded, Piece, Runner
 from persimmon.fast.cuda.weights import Weights
 from persimmon.infer.decoder import Chunk, Logits
 from persimmon.infer.drawing import Draw, Picked
@@ -66,8 +68,10 @@ def _give_back(free: FreeBlocks, blocks: list[int]) -> None:
 class CudaDecoder:
     """Runs a model's weights with the Triton kernels, on a GPU or, for tests, in Triton's interpreter on the CPU.
 
-    Logits of a token depend on the other rows of a call only by the order of float32 sums in products: the number of
-    tokens decides between kernels. Within one batch size they do not depend on what the other rows hold.
+    Logits of a token do not depend on what the other rows of a call hold. They do on the number of tokens in a call,
+    which decides between kernels. Of plain weights, up to 64 tokens, only the order of float32 sums differs; logits are
+    float32 sums at any number. Quantized weights are exact for one token and rounded to the activations' type for more,
+    and passes of more than 64 tokens round the up projection once more, before its bias.
     """
 
     name = "cuda"
@@ -97,6 +101,7 @@ class CudaDecoder:
         self._num_blocks = -(-(cache_tokens or self.context) // BLOCK_SIZE)
         self._free = FreeBlocks(self._num_blocks)
         self._own: Runner | None = None
+        self._warm = False
 
     @property
     def config(self) -> ModelConfig:
@@ -123,6 +128,9 @@ class CudaDecoder:
         """Bytes of the GPU that a cache of blocks may take now, what a pass needs kept free; None without a GPU."""
         if self.weights.device.type != "cuda":
             return None
+        if not self._warm:
+            self._warm_up()
+            torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.weights.device)
         needed = scratch_bytes(self.config, self.weights.format, self.context, self._max_pass_tokens)
         return max(0, free - needed - RESERVE_BYTES // 2)
@@ -168,10 +176,19 @@ class CudaDecoder:
         """Append a token to each sequence and `num_tokens` - 1 of those drawn after it, all on the device.
 
         The last drawn token is not stored yet: it is the next call's. params: see `Runner.decode`; ends of texts are
-        for the caller to find in what comes back.
+        for the caller to find in what comes back. InputError for more than 64 sequences, and for a top_k that the
+        device's sampler cannot hold.
         """
         if not 1 <= num_tokens <= MOST_STEPS:
             raise InputError(f"num_tokens must be from 1 to {MOST_STEPS}, got {num_tokens}")
+        if len(sequences) > BUCKETS[-1]:
+            raise InputError(f"decode takes at most {BUCKETS[-1]} sequences, got {len(sequences)}")
+        if not len(sequences) == len(token_ids) == len(params):
+            counts = f"{len(sequences)} sequences, {len(token_ids)} token ids and {len(params)} params"
+            raise InputError(f"decode takes one of each per row, got {counts}")
+        for wanted in params:
+            if CANDIDATES < wanted.top_k < self.config.vocab_size and wanted.temperature > 0:
+                raise InputError(f"top_k on the device must be at most {CANDIDATES}, got {wanted.top_k}")
         chunks = [Chunk(sequence, [token]) for sequence, token in zip(sequences, token_ids, strict=True)]
         self._check(chunks, num_tokens)
         pieces = [Piece(s.blocks, s.length, [t], "last") for s, t in zip(sequences, token_ids, strict=True)]
@@ -189,6 +206,15 @@ class CudaDecoder:
 
     def _make_runner(self, pool: Pool) -> Runner:
         return Runner(self._network, pool, capture=self._capture, max_pass_tokens=self._max_pass_tokens)
+
+    def _warm_up(self) -> None:
+        """A short prompt and a batch's step over one block of its own: kernels and the libraries' workspaces are in the
+        GPU's memory before anyone asks how much of it is free.
+        """  # noqa: D205
+        runner = Runner(self._network, Pool(self.config, 1, BLOCK_SIZE, self._kv_dtype, self.weights.device))
+        for length in (min(32, self.config.max_positions), 1):
+            runner.run([Piece([0], 0, [0] * length, "last")])
+        self._warm = True
 
     def _runner(self) -> Runner:
         """Over the decoder's own pool, which a server that only uses `paged` never allocates."""

@@ -11,11 +11,13 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from persimmon.fast.cuda.plan import DECODE_ROWS
+
 Step = Callable[[], None]
 Replay = Callable[[], None]
 Capture = Callable[[Step], Replay]
 
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, DECODE_ROWS)
 """Batch sizes that are captured; a batch is padded to the next one."""
 
 _WARM_UPS = 2

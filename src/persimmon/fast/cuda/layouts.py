@@ -16,6 +16,7 @@ All of it is ordinary tensor arithmetic, so packing happens where the tensor lie
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,9 @@ _LARGEST_E4M3 = 448.0
 
 _SLICE_ROWS = 16_384
 """Rows of the head that are unpacked at a time: 64 MiB of codes for the 8B."""
+
+SLICE_NUMBERS = 16 << 20
+"""Numbers that are converted at a time: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,22 @@ def plain(weight: Tensor, *, neuron_major: bool = False) -> Matrix:
 def fp8(weight: Tensor, *, neuron_major: bool = False) -> Matrix:
     """A hub matrix [outputs, inputs] rounded to e4m3, a float32 scale per stored row."""
     outputs, inputs = weight.shape
-    stored = (weight.T if neuron_major else weight).float()
-    scales = (stored.abs().amax(1) / _LARGEST_E4M3).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = (stored / scales[:, None]).clamp(-_LARGEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn)
-    return Matrix(FP8, outputs, inputs, neuron_major, codes.contiguous(), scales)
+    stored = weight.T if neuron_major else weight
+    codes = torch.empty(stored.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(stored.shape[0], device=weight.device)
+    for part in row_slices(*stored.shape):
+        rows = stored[part].float()
+        scale = (rows.abs().amax(1) / _LARGEST_E4M3).clamp_min(torch.finfo(torch.float32).tiny)
+        scales[part] = scale
+        codes[part] = (rows / scale[:, None]).clamp_(-_LARGEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn)
+    return Matrix(FP8, outputs, inputs, neuron_major, codes, scales)
+
+
+def row_slices(rows: int, columns: int) -> Iterator[slice]:
+    """The rows of a matrix in pieces of about SLICE_NUMBERS numbers, as converting takes several times their size."""
+    step = max(1, SLICE_NUMBERS // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
 
 
 def from_q8(rows: Tensor, inputs: int) -> Matrix:

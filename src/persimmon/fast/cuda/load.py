@@ -69,6 +69,8 @@ def load_decoder(
         assert opened is not None, "either form is open"
         lora = open_adapter(adapter, own) if adapter is not None else None
         loaded = weights.from_directory(opened, config, weight_format, where, lora)
+    if where.type == "cuda":
+        torch.cuda.empty_cache()  # what loading freed: the cache's budget counts what the driver has
     gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else "none"
     table, _ = table_for(gpu, Path(kernel_table) if kernel_table is not None else None)
     return CudaDecoder(

@@ -98,7 +98,7 @@ class Network:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head over hidden [T, H]: [T, V] float32."""
-        return self._product(hidden, self.weights.head, None, None, torch.float32).float()
+        return self._product(hidden, self.weights.head, None, None, torch.float32)
 
     def _norm(self, x: Tensor, partial: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
         eps = self.weights.config.layer_norm_eps
@@ -111,10 +111,12 @@ class Network:
     def _product(
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, layer: int | None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """X times a row-major matrix, plus bias."""
+        """X times a row-major matrix, plus bias, in `dtype`: the activations', or float32 without a bias."""
         if not self._by_library(x.shape[0], matrix):
             return multiply(x, matrix, bias, dtype=dtype)
         plain = dequantize(matrix, x.dtype)
+        if dtype is torch.float32:
+            return _float32_product(x, plain.T)
         return F.linear(x, plain, None if bias is None or layer is None else self._attention_biases[layer])
 
     # -- attention -----------------------------------------------------------------------------------------------
@@ -175,8 +177,10 @@ class Network:
         if self.runs_sparse(tokens):
             return self._sparse_mlp(x, layer, index)
         if self._by_library(tokens, layer.up):
-            product = F.linear(x, dequantize(layer.up, x.dtype))
-            hidden = bias_squared_relu(product, layer.up_bias)
+            up = dequantize(layer.up, x.dtype).T
+            # A prompt's sums are rounded before the bias: in float32 they would cross memory at twice the bytes.
+            product = _float32_product(x, up) if tokens <= MOST_TOKENS else x @ up
+            hidden = bias_squared_relu(product, layer.up_bias, x.dtype)
         else:
             hidden = multiply(x, layer.up, layer.up_bias, squared_relu=True)
         return self._down(hidden, layer.down)
@@ -187,7 +191,7 @@ class Network:
         if hidden.shape[0] == 1:
             return down_all(hidden, down, down_splits(down.inputs, down.outputs, self._processors))
         if self._by_library(hidden.shape[0], down):
-            return (hidden @ dequantize(down, hidden.dtype))[None]
+            return _float32_product(hidden, dequantize(down, hidden.dtype))[None]
         return multiply(hidden, down, dtype=torch.float32)[None]
 
     def runs_sparse(self, tokens: int) -> bool:
@@ -204,3 +208,12 @@ class Network:
         return down_active(
             active, layer.down, down_splits(active.counts.shape[0], layer.down.outputs, self._processors)
         )
+
+
+def _float32_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """X [T, K] times a matrix [K, N] of its type by the library; its float32 sums, not rounded to that type."""
+    if x.dtype is torch.float32:
+        return x @ matrix
+    if x.device.type == "cuda":
+        return torch.mm(x, matrix, out_dtype=torch.float32)
+    return x.float() @ matrix.float()  # the CPU's product has no such option

@@ -15,14 +15,21 @@ from persimmon.errors import InputError, UnavailableError
 
 GIB = 1 << 30
 
-CARDS = {"80 GB": 80 * GIB, "40 GB": 40 * GIB, "24 GB": 24 * GIB, "16 GB": 16 * GIB, "12 GB": 12 * GIB}
-"""Common sizes; what is printed on a card as GB are GiB."""
+USABLE = 0.97
+"""Share of the GiB printed on a card that the driver gives out: it and error correction keep the rest. An estimate;
+with a card at hand, loading asks the driver."""
+
+CARDS = {f"{size} GB": int(USABLE * size * GIB) for size in (80, 40, 24, 16, 12)}
+"""What common cards have."""
 
 RESERVE_BYTES = GIB // 2
 """CUDA context, loaded kernels, the libraries' workspaces and what the allocator leaves unused. An estimate."""
 
-GATHER_BYTES = 64 << 20
+GATHER_BYTES = 32 << 20
 """Most bytes of keys, and again of values, that a prompt's attention gathers at a time: a group of heads."""
+
+DECODE_ROWS = 64
+"""Rows of the largest batch that is captured (graphs.py)."""
 
 LOGIT_ROWS = 16
 """Positions whose logits exist at a time."""
@@ -80,7 +87,10 @@ def device_kv_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
 
 
 def scratch_bytes(config: ModelConfig, weight_format: str, context: int, pass_tokens: int) -> int:
-    """Activations of one pass at their peak, an unpacked matrix, gathered keys and values, and logits."""
+    """What runs beside weights and cache: a prompt's pass at its peak, and the captured batches with their logits.
+
+    A pass holds gathered keys and values while it attends, an unpacked matrix while it multiplies, never both.
+    """
     item = 4 if weight_format == "float32" else 2
     hidden, neurons = config.hidden_size, config.intermediate_size
     # The stream and partial sums in float32; normed, fused, queries, attention in the activations' type, or the MLP's.
@@ -88,8 +98,12 @@ def scratch_bytes(config: ModelConfig, weight_format: str, context: int, pass_to
     mlp = (2 * 4 + 2 * item) * hidden + 2 * item * neurons
     unpacked = item * hidden * neurons if weight_format in ("q8", "q4", "p44", "fp8") else 0
     gathered = 2 * min(GATHER_BYTES, context * hidden * item)
-    logits = 3 * 4 * LOGIT_ROWS * config.vocab_size
-    return min(pass_tokens, context) * max(attention, mlp) + unpacked + gathered + logits
+    tokens = min(pass_tokens, context)
+    drawn = 2 * 4 * DECODE_ROWS * config.vocab_size  # rows of a pass that draw, as many at a time
+    in_pass = max(tokens * attention + gathered, tokens * mlp + unpacked, drawn)
+    # Logits in the buckets' common buffer, and in the graphs' memory the head's result or the sampler's exponentials.
+    decoding = 2 * 4 * DECODE_ROWS * config.vocab_size + DECODE_ROWS * max(attention, mlp)
+    return in_pass + decoding
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -76,7 +75,7 @@ def _layer(shape: tuple[int, int, int], kv_dtype: str, device: torch.device) -> 
 
 def follow_each_other(blocks: Sequence[int]) -> bool:
     """Whether a sequence's blocks are neighbours in ascending order."""
-    return all(after == before + 1 for before, after in pairwise(blocks))
+    return len(blocks) < 2 or list(blocks) == list(range(blocks[0], blocks[0] + len(blocks)))
 
 
 class FreeBlocks:

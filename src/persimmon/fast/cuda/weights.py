@@ -1,6 +1,7 @@
 """A model's weights on the device, in the kernels' layouts, from a hub directory, a packed one, or a model in memory.
 
-Tensors are read, moved and arranged one by one: beyond the result, the largest of them is the peak.
+Tensors are read, moved and arranged one by one, large ones in slices: beyond the result, the largest of them as it is
+stored is the peak.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from persimmon.errors import InputError
 from persimmon.fast.cpu.packed import PackedDirectory
 from persimmon.fast.cpu.sources import map_array
 from persimmon.fast.cuda import layouts
-from persimmon.fast.cuda.layouts import Matrix
+from persimmon.fast.cuda.layouts import SLICE_NUMBERS, Matrix, row_slices
 from persimmon.lora import low_rank_update
 from persimmon.model import PersimmonModel, rotary_tables
 
@@ -98,14 +99,24 @@ def from_directory(
 
     def read(name: str) -> Tensor:
         stored = directory.tensors[name]
-        values = _tensor(map_array(stored), stored.dtype).to(device)
         pair = adapter.pairs.get(name.removesuffix(".weight")) if adapter is not None else None
         if adapter is not None and pair is not None:
             a, b = (_tensor(map_array(part), part.dtype).to(device) for part in pair)
-            values = values.float() + low_rank_update(a, b, adapter.settings.scale)
-        return values.to(kind)
+            values = _tensor(map_array(stored), stored.dtype).to(device)
+            return (values.float() + low_rank_update(a, b, adapter.settings.scale)).to(kind)
+        return _moved(map_array(stored), stored.dtype, kind, device)
 
     return _arrange(config, read, kind, dtype == "fp8")
+
+
+def _moved(values: NDArray[Any], dtype: str, kind: torch.dtype, device: torch.device) -> Tensor:
+    """A mapped array on the device as `kind`, without a second copy of a large one in either type."""
+    if values.ndim != 2 or values.size <= SLICE_NUMBERS:
+        return _tensor(values, dtype).to(device).to(kind)
+    out = torch.empty(values.shape, dtype=kind, device=device)
+    for part in row_slices(*values.shape):
+        out[part] = _tensor(values[part], dtype).to(device)
+    return out
 
 
 def _tensor(values: NDArray[Any], dtype: str) -> Tensor:

@@ -9,6 +9,7 @@ import { icon, iconButton } from "/web/markdown.js";
 const $ = (id) => document.getElementById(id);
 const SUGGESTIONS = ["Tell me a short story about a fox", "Explain what a stack is", "Write a Python function that reverses a list"];
 const SECONDS_BETWEEN_RENDERS = 0.06;
+const SECONDS_BETWEEN_SAVES = 3;
 
 const store = new Store();
 let conversation = store.current() ?? store.create();
@@ -78,6 +79,7 @@ function say(text) {
 
 function select(chosen) {
   running?.abort();
+  running = null;
   conversation = chosen;
   endEdit();
   toggleSidebar(false);
@@ -91,6 +93,16 @@ function remove(chosen) {
   if (!confirm(`Delete “${title(chosen)}”?`)) return;
   store.remove(chosen);
   if (chosen === conversation) select(store.conversations[0] ?? store.create());
+  else showConversations();
+}
+
+/** Another tab has saved: show what is new, and leave alone what is being written here. */
+function syncTabs() {
+  const before = JSON.stringify(conversation);
+  store.sync();
+  applyTheme();
+  if (!store.conversations.includes(conversation)) select(store.conversations[0] ?? store.create());
+  else if (!running && JSON.stringify(conversation) !== before) showAll();
   else showConversations();
 }
 
@@ -153,8 +165,10 @@ function sampling() {
 async function answer() {
   const here = conversation;
   const asked = shownMessages(here.messages);
-  const message = { role: "assistant", text: "" };
+  const message = { role: "assistant", text: "", partial: true };
   here.messages.push(message);
+  store.answering = here;
+  store.save(here);
   const mine = (running = new AbortController());
   showAll();
   const element = $("messages").lastElementChild;
@@ -164,14 +178,16 @@ async function answer() {
   scrollDown(true);
   say("Answering");
   try {
-    await follow(api.stream(asked, sampling(), mine.signal), message, element);
+    await follow(api.stream(asked, sampling(), mine.signal), here, message, element);
   } catch (error) {
     if (error.name === "AbortError") message.stopped = true;
     else message.problem = error instanceof api.ApiError ? error.message : `Something went wrong: ${error.message}`;
   }
+  delete message.partial;
   if (running === mine) running = null;
   if (!message.text && !message.problem && message.stopped) here.messages = here.messages.filter((m) => m !== message);
-  const stored = store.save();
+  const stored = store.save(here);
+  if (store.answering === here && !running) store.answering = null;
   if (here === conversation) {
     showAll();
     showSendButton();
@@ -181,8 +197,9 @@ async function answer() {
 }
 
 /** Put the parts of a stream into a message and onto the page. */
-async function follow(parts, message, element) {
+async function follow(parts, here, message, element) {
   let rendered = 0;
+  let saved = performance.now() / 1000;
   for await (const part of parts) {
     if (part.text) {
       message.text += part.text;
@@ -192,6 +209,10 @@ async function follow(parts, message, element) {
         showContent(element, message);
         rendered = now;
         scrollDown();
+      }
+      if (now - saved > SECONDS_BETWEEN_SAVES) {
+        store.save(here);
+        saved = now;
       }
     }
     if (part.progress) showProgress(part.progress, message, element);
@@ -264,7 +285,7 @@ function readSettings() {
     else if (field.value !== "" && field.validity.valid) store.settings[field.name] = Number(field.value);
   }
   applyTheme();
-  store.save();
+  store.saveSettings();
   updateGauge();
 }
 
@@ -310,7 +331,7 @@ function wire() {
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape") return;
+    if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     if (running) running.abort();
     else if (editing !== null) endEdit();
     else toggleSidebar(false);
@@ -339,6 +360,8 @@ function wire() {
     $("export-dialog").showModal();
   });
   $("export-dialog").addEventListener("close", () => $("export-dialog").returnValue && download($("export-dialog").returnValue));
+  addEventListener("storage", syncTabs);
+  addEventListener("pagehide", () => store.answering && store.save(store.answering));
   $("messages").addEventListener("retry", () => regenerate(conversation.messages.length - 1));
 }
 

@@ -32,17 +32,61 @@ function write(key, value) {
   }
 }
 
+function stored() {
+  const found = read(CONVERSATIONS, []);
+  return Array.isArray(found) ? found.filter((c) => Array.isArray(c?.messages)) : [];
+}
+
+/** An answer that was being written when the page went away is one that was stopped. */
+function afterReload(conversation) {
+  const messages = conversation.messages.filter((m) => !m.partial || m.text);
+  return { ...conversation, messages: messages.map(({ partial, ...m }) => (partial ? { ...m, stopped: true } : m)) };
+}
+
 export class Store {
   constructor() {
-    const found = read(CONVERSATIONS, []);
-    this.conversations = Array.isArray(found) ? found.filter((c) => Array.isArray(c?.messages)) : [];
+    this.conversations = stored().map(afterReload);
     this.settings = { ...DEFAULTS, ...read(SETTINGS, {}) };
+    this.unsaved = new Set(); // conversations that say something here which is not stored yet
+    this.answering = null; // the one that an answer is being written to
   }
 
-  /** Save everything; false when the browser has no room. Conversations without messages are not kept. */
-  save() {
-    const kept = this.conversations.filter((c) => c.messages.length);
-    return write(CONVERSATIONS, kept) && write(SETTINGS, this.settings);
+  /** Save a conversation; false when the browser has no room. What other tabs saved meanwhile is kept. */
+  save(conversation) {
+    conversation.changed = Date.now();
+    this.unsaved.add(conversation);
+    return this.write();
+  }
+
+  saveSettings() {
+    return write(SETTINGS, this.settings);
+  }
+
+  /** Another tab has saved something. */
+  sync() {
+    this.merge();
+    Object.assign(this.settings, DEFAULTS, read(SETTINGS, {}));
+  }
+
+  write(removed = null) {
+    this.merge(removed);
+    const done = write(CONVERSATIONS, this.conversations.filter((c) => c.messages.length));
+    if (done) this.unsaved.clear();
+    return done;
+  }
+
+  /** Of every conversation the newer state; what is stored no more was deleted in another tab. */
+  merge(removed = null) {
+    const others = new Map(stored().map((c) => [c.id, c]));
+    if (removed) others.delete(removed.id);
+    const kept = this.conversations.filter((c) => {
+      const other = others.get(c.id);
+      others.delete(c.id);
+      const own = this.unsaved.has(c) || c === this.answering || !c.messages.length;
+      if (other && !own && (other.changed ?? 0) > (c.changed ?? 0)) Object.assign(c, other);
+      return c !== removed && (other || own);
+    });
+    this.conversations = [...kept, ...others.values()].sort((a, b) => b.created - a.created);
   }
 
   create() {
@@ -64,8 +108,8 @@ export class Store {
   }
 
   remove(conversation) {
-    this.conversations = this.conversations.filter((c) => c !== conversation);
-    this.save();
+    this.unsaved.delete(conversation);
+    this.write(conversation);
   }
 }
 

@@ -36,6 +36,7 @@ constexpr int kQueriesAtOnce = 2, kVectorsAtOnce = 2;
 #if defined(__AVX512F__)
 INLINE f32x16 less(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }
 INLINE f32x16 larger(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
+INLINE bool equal_lanes(f32x16 a, float value) { return _mm512_cmp_ps_mask(a, set16(value), _CMP_EQ_OQ); }
 INLINE float largest_lane(f32x16 a) { return max_lanes(maximum(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
 // exp_nonpositive of simd.h, the same operations in twice the lanes.
 INLINE f32x16 exp_nonpositive16(f32x16 x) {
@@ -55,6 +56,13 @@ INLINE f32x16 exp_nonpositive16(f32x16 x) {
 #else
 INLINE f32x16 less(f32x16 a, f32x16 b) { return {sub(a.lo, b.lo), sub(a.hi, b.hi)}; }
 INLINE f32x16 larger(f32x16 a, f32x16 b) { return {maximum(a.lo, b.lo), maximum(a.hi, b.hi)}; }
+INLINE bool equal_lanes(f32x16 a, float value) {  // any of them
+  float lanes[16];
+  store16(lanes, a);
+  bool found = false;
+  for (int i = 0; i < 16; i++) found |= lanes[i] == value;
+  return found;
+}
 INLINE float largest_lane(f32x16 a) { return max_lanes(maximum(a.lo, a.hi)); }
 INLINE f32x16 exp_nonpositive16(f32x16 x) { return {exp_nonpositive(x.lo), exp_nonpositive(x.hi)}; }
 #endif
@@ -352,6 +360,24 @@ INLINE void attend(const AttentionArgs& a) {
     const float inverse = 1.0f / sum_lanes(states[i].sum);
     for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] *= inverse;
   }
+}
+
+// Of `count` logits; logit k is in lane k mod 16.
+static RowSummary summarize(const float* logits, int count) {
+  const auto piece = [&](int k) {
+    float tail[16];
+    if (k + 16 <= count) return load16(logits + k);
+    for (int i = 0; i < 16; i++) tail[i] = k + i < count ? logits[k + i] : -HUGE_VALF;
+    return load16(tail);
+  };
+  f32x16 best = set16(-HUGE_VALF), sum = zero16();
+  for (int k = 0; k < count; k += 16) best = larger(best, piece(k));
+  RowSummary found = {largest_lane(best), 0, 0.0f};
+  for (int k = 0; k < count; k += 16) sum = add(sum, exp_nonpositive16(less(piece(k), set16(found.top))));
+  found.sum = sum_lanes(sum);
+  while (found.at + 16 < count && !equal_lanes(load16(logits + found.at), found.top)) found.at += 16;
+  while (found.at + 1 < count && logits[found.at] != found.top) found.at++;
+  return found;
 }
 
 static void attend_int8(const AttentionArgs& a) { attend<Int8Cache>(a); }

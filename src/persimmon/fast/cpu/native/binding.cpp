@@ -13,6 +13,7 @@
 #include "cpu.h"
 #include "model.h"
 #include "pack.h"
+#include "train_binding.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -104,24 +105,25 @@ class PyModel {
   }
 
   void forward(nb::list chunks, int exact_top, Out<float, 2> logits) {
-    std::vector<Chunk> list;
-    std::vector<std::shared_ptr<KvCache>> caches;
-    std::vector<In<int32_t, 1>> kept;
-    size_t wanted = 0;
-    for (nb::handle item : chunks) {
-      const auto [cache, table, start, ids, count] = nb::cast<std::tuple<Cache*, Table, int, In<int32_t, 1>, int>>(item);
-      cache->open();
-      caches.push_back(cache->kv);
-      kept.push_back(table), kept.push_back(ids);
-      const int blocks = static_cast<int>(table.size()), tokens = static_cast<int>(ids.size());
-      require(count >= 0 && count <= tokens, "more logits than tokens");
-      list.push_back({cache->kv.get(), table.data(), blocks, start, ids.data(), tokens, count});
-      wanted += count;
-    }
-    require(logits.shape(0) == wanted && (wanted == 0 || static_cast<int>(logits.shape(1)) == model_.shape().vocab),
+    const Call call(chunks);
+    require(logits.shape(0) == call.wanted && (call.wanted == 0 || static_cast<int>(logits.shape(1)) == model_.shape().vocab),
             "logits have the wrong shape");
+    Output output;
+    output.exact_top = exact_top, output.logits = logits.data();
     nb::gil_scoped_release release;
-    model_.forward(list, exact_top, logits.data());
+    model_.forward(call.list, output);
+  }
+
+  void score(nb::list chunks, In<int32_t, 1> targets, Out<double, 1> scores, Out<int32_t, 1> likeliest) {
+    const Call call(chunks);
+    require(targets.size() == call.wanted && scores.size() == call.wanted && likeliest.size() == call.wanted,
+            "targets or scores have the wrong shape");
+    for (size_t i = 0; i < targets.size(); i++)
+      require(targets.data()[i] >= 0 && targets.data()[i] < model_.shape().vocab, "a target is outside the vocabulary");
+    Output output;
+    output.targets = targets.data(), output.scores = scores.data(), output.likeliest = likeliest.data();
+    nb::gil_scoped_release release;
+    model_.forward(call.list, output);
   }
 
   nb::list counts() const {
@@ -140,6 +142,26 @@ class PyModel {
   }
 
  private:
+  // The chunks of a call, and what keeps their memory while it runs without the interpreter's lock.
+  struct Call {
+    explicit Call(nb::list chunks) {
+      for (nb::handle item : chunks) {
+        const auto [cache, table, start, ids, count] = nb::cast<std::tuple<Cache*, Table, int, In<int32_t, 1>, int>>(item);
+        cache->open();
+        caches.push_back(cache->kv);
+        kept.push_back(table), kept.push_back(ids);
+        const int blocks = static_cast<int>(table.size()), tokens = static_cast<int>(ids.size());
+        require(count >= 0 && count <= tokens, "more logits than tokens");
+        list.push_back({cache->kv.get(), table.data(), blocks, start, ids.data(), tokens, count});
+        wanted += count;
+      }
+    }
+    std::vector<Chunk> list;
+    std::vector<std::shared_ptr<KvCache>> caches;
+    std::vector<In<int32_t, 1>> kept;
+    size_t wanted = 0;
+  };
+
   static std::map<std::string, Bytes> collect(nb::dict tensors) {
     std::map<std::string, Bytes> result;
     for (auto [name, value] : tensors) {
@@ -226,8 +248,20 @@ struct Tiles {
   mutable std::vector<TokenGroup> memory;  // any type that is aligned
 };
 
+// Likewise for float rows.
+struct Panels {
+  Panels(const Kernels* kernels, const Inputs& inputs, int blocks, int tokens) {
+    require(!inputs.floats.empty(), "packed formats have no panels");
+    const int count = (tokens + kPanelTokens - 1) / kPanelTokens, width = blocks * kSuperblock;
+    floats.resize(static_cast<size_t>(count) * kPanelTokens * width);
+    kernels->make_panels(inputs.floats.data(), width, tokens, 0, count, floats.data());
+    scratch.resize(kernels->panel_scratch_floats(width));
+  }
+  std::vector<float> floats, scratch;
+};
+
 FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::optional<In<uint8_t, 2>> low, In<float, 2> x,
-                const std::string& isa, bool tiled) {
+                const std::string& isa, bool tiled, bool in_panels) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
@@ -235,11 +269,15 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
   Owned<float> out(tokens * count);
   RowsArgs args = {format, weights.data(), weights.shape(1), low ? low->data() : nullptr, low ? low->shape(1) : 0,
                          static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock), inputs.data(), static_cast<int>(tokens),
-                         nullptr, out.data, count, Epilogue::store, nullptr};
+                         nullptr, out.data, count, Epilogue::store, nullptr, nullptr};
   if (tiled) {
     const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
     args.tiles = tiles.groups.data();
     kernels->tiled_rows(args, 0, static_cast<int>(count), tiles.scratch());
+  } else if (in_panels) {
+    Panels panels(kernels, inputs, args.blocks, args.tokens);
+    args.panels = panels.floats.data();
+    kernels->panel_rows(args, 0, static_cast<int>(count), panels.scratch.data());
   } else {
     kernels->rows(args, 0, static_cast<int>(count));
   }
@@ -272,7 +310,7 @@ std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In
 }
 
 // The MLP of all tokens of a call together, as for batches and prompts; `tiles` is scratch memory of the tiled kernels or null.
-void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, float* y, MlpCounts* counts) {
+void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, float* panels, float* y, MlpCounts* counts) {
   const int tokens = args.tokens, width = args.blocks * kSuperblock;
   const int blocks = (args.neurons + kNeuronBlock - 1) / kNeuronBlock;
   std::vector<ActiveBlock> active(static_cast<size_t>(blocks) * tokens);
@@ -284,6 +322,7 @@ void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, f
     }
     const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
     if (tiles) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), counts, tiles);
+    else if (panels) kernels->panel_activate(args, b * kNeuronBlock, last, out.data(), counts, panels);
     else kernels->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), counts);
   }
   const std::vector<float> no_bias(width, 0.0f);
@@ -311,7 +350,8 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, float* y, MlpCo
 // relu(up . x + bias)^2 through the neurons of `down`: as one token at a time, or as many together.
 std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_name, In<uint8_t, 2> up, In<uint8_t, 2> down, int down_offset,
                                                     In<float, 1> bias, In<float, 2> x, In<float, 2> outliers,
-                                                    float margin, bool together, const std::string& isa, bool tiled) {
+                                                    float margin, bool together, const std::string& isa, bool tiled,
+                                                    bool in_panels) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
@@ -320,13 +360,16 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   require(format != Format::q4, "q4 has a dense down projection");
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
-                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr};
+                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr};
   std::optional<Tiles> tiles;
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
+  std::optional<Panels> panels;
+  if (in_panels) args.panels = panels.emplace(kernels, inputs, args.blocks, tokens).floats.data();
   MlpCounts counts = {};
   Owned<float> y(tokens * width);
   std::fill_n(y.data, tokens * width, 0.0f);
-  if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, y.data, &counts);
+  float* scratch = panels ? panels->scratch.data() : nullptr;
+  if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, scratch, y.data, &counts);
   else mlp_one_by_one(kernels, args, y.data, &counts);
   return {y.array({static_cast<size_t>(tokens), width}), counts.candidates, counts.active};
 }
@@ -430,19 +473,21 @@ NB_MODULE(_native, m) {
       .def("new_cache", &PyModel::new_cache, "num_blocks"_a, "block_size"_a, "int8"_a)
       .def("forward", &PyModel::forward, "chunks"_a, "exact_top"_a, "logits"_a.noconvert(),
            "Store (cache, table, start, ids, wanted) chunks; logits [sum of wanted, vocab] receives the last `wanted` rows of each.")
+      .def("score", &PyModel::score, "chunks"_a, "targets"_a, "scores"_a.noconvert(), "likeliest"_a.noconvert(),
+           "Store such chunks; for every wanted row the log-probability of its target, and the likeliest token.")
       .def("counts", &PyModel::counts)
       .def("reset_counts", &PyModel::reset_counts);
 
   m.def("round_trip", &round_trip, "x"_a, "isa"_a = "auto", "Inputs rounded to int8 in groups of 32, as floats.");
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "isa"_a = "auto");
-  m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false,
-        "x [T, K] . weights^T -> [T, R]; tiled: by the kernels for many tokens.");
+  m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false,
+        "x [T, K] . weights^T -> [T, R]; tiled, panels: by the kernels for many tokens of packed or float rows.");
   m.def("head_rows", &head_rows, "high"_a, "low"_a, "x"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
         "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
   m.def("tiled_tokens", [](const std::string& isa) { return find_kernels(isa)->tiled_tokens; }, "isa"_a = "auto",
         "Fewest tokens for which the tiled kernels are used; 0 where there are none.");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
-        "together"_a, "isa"_a = "auto", "tiled"_a = false, "MLP output without its bias, candidates, active.");
+        "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "MLP output without its bias, candidates, active.");
   m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "table"_a, "block_size"_a, "int8"_a, "isa"_a = "auto");
   m.def("fingerprint", [](In<uint8_t, 1> data, const std::string& isa) {
           const Kernels* kernels = find_kernels(isa);
@@ -453,6 +498,8 @@ NB_MODULE(_native, m) {
   m.def("pack_rows", &py_pack_rows, "format"_a, "weights"_a, "out"_a.noconvert(), "importance"_a.none(), "threads"_a);
   m.def("pack_planes", &py_pack_planes, "weights"_a, "high"_a.noconvert(), "low"_a.noconvert(), "threads"_a);
   m.def("pack_neurons", &py_pack_neurons, "weights"_a, "out"_a.noconvert(), "offset"_a, "threads"_a);
+
+  bind_training(m);
 }
 
 }  // namespace persimmon

@@ -1,4 +1,4 @@
-// The vocabulary head: all logits, or in two passes only the largest.
+// The vocabulary head: all logits, in two passes only the largest, or log-probabilities of given tokens.
 //
 // Two passes (head stored in planes): the high plane of every row gives an estimate and the standard deviation of its
 // error. The exact logits of the rows with the `top` largest estimates give a value that the top-th largest exact logit
@@ -15,6 +15,7 @@ namespace {
 
 constexpr float kHeadSigmas = 6.0f;
 constexpr int kHeadChunk = 1024;     // rows a thread ranks at a time
+constexpr int kScoreRows = 256;      // rows whose logits are kept at a time when only scores are wanted
 constexpr int kMostTop = 256;        // above this many wanted logits the full head is as fast
 constexpr int kTokensAtOnce = kTileTokens;  // bounds the estimates to 16 * vocabulary
 
@@ -32,11 +33,14 @@ void keep_best(std::vector<Ranked>* ranked, int count) {
 
 }  // namespace
 
-void Model::head(const std::vector<int>& wanted, int exact_top, float* logits) {
+void Model::head(const std::vector<int>& wanted, const Output& output) {
   const int count = static_cast<int>(wanted.size());
   for (int i = 0; i < count; i++)  // wanted ascends, so rows move to the front without overwriting later ones
     if (wanted[i] != i) std::copy_n(x_.data() + static_cast<size_t>(wanted[i]) * width_, width_, x_.data() + static_cast<size_t>(i) * width_);
   normalize(final_norm_, x_.data(), count, nullptr);
+  if (output.targets) return head_scores(count, output);
+  const int exact_top = output.exact_top;
+  float* logits = output.logits;
   const bool two_pass = lm_head_.format == Format::planes && exact_top > 0 && exact_top <= kMostTop &&
                         shape_.vocab > 4 * kHeadChunk && std::isfinite(margin);
   if (!two_pass) return multiply(lm_head_, input(), count, logits, shape_.vocab, Epilogue::store);
@@ -45,6 +49,53 @@ void Model::head(const std::vector<int>& wanted, int exact_top, float* logits) {
                               std::min(kTokensAtOnce, count - first), nullptr, shape_.vocab, Epilogue::store);
     args.tiles += static_cast<size_t>(first / kTileTokens) * kLanes * lm_head_.blocks;
     head_top(args, exact_top, logits + static_cast<size_t>(first) * shape_.vocab);
+  }
+}
+
+// Log-probabilities without keeping the logits: each piece of the vocabulary leaves its largest logit and its sum of
+// exponentials, and these are put together in double precision. The pieces are the same whatever runs them.
+void Model::head_scores(int tokens, const Output& output) {
+  const int vocab = shape_.vocab, pieces = (vocab + kScoreRows - 1) / kScoreRows;
+  // Float rows: a thread takes tokens through all pieces (see wide_step.cpp); else it takes pieces, for all tokens.
+  const int size = wide(tokens) ? group_tokens(tokens) : tokens, groups = (tokens + size - 1) / size;
+  const int stretch = groups > 1 ? pieces : 1, stretches = pieces / stretch;
+  score_logits_.resize(static_cast<size_t>(pool_.threads()) * size * kScoreRows);
+  summaries_.resize(static_cast<size_t>(tokens) * pieces);
+  pool_.parallel_for(groups * stretches, 1, [&](int begin, int end, int thread) {
+    for (int i = begin; i < end; i++) {
+      const int first = i / stretches * size, at = i % stretches * stretch;
+      score_pieces({first, std::min(size, tokens - first), thread}, at, at + stretch, output);
+    }
+  });
+  for (int t = 0; t < tokens; t++) {
+    const RowSummary* found = summaries_.data() + static_cast<size_t>(t) * pieces;
+    int best = 0;
+    for (int p = 1; p < pieces; p++) best = found[p].top > found[best].top ? p : best;
+    double sum = 0;
+    for (int p = 0; p < pieces; p++) sum += found[p].sum * std::exp(static_cast<double>(found[p].top) - found[best].top);
+    output.scores[t] -= found[best].top + std::log(sum);
+    output.likeliest[t] = best * kScoreRows + found[best].at;
+  }
+}
+
+// Pieces [begin, end) of the vocabulary for a group of tokens; groups other than all tokens are in panels.
+void Model::score_pieces(const Group& group, int begin, int end, const Output& output) {
+  const int vocab = shape_.vocab, pieces = (vocab + kScoreRows - 1) / kScoreRows;
+  float* logits = score_logits_.data() + score_logits_.size() / pool_.threads() * group.thread;
+  for (int p = begin; p < end; p++) {
+    const int first = p * kScoreRows, count = std::min(kScoreRows, vocab - first);
+    RowsArgs args = rows_args(lm_head_, input(), group.count, logits, kScoreRows, Epilogue::store);
+    args.weights += first * args.row_bytes;  // so that the logits of the piece begin at 0
+    if (args.low) args.low += first * args.low_bytes;
+    if (group.first) args.x = normed_.data() + static_cast<size_t>(group.first) * width_;
+    if (group.first) args.panels += static_cast<size_t>(group.first) * width_;
+    multiply_range(args, 0, count, group.thread);
+    for (int t = 0; t < group.count; t++) {
+      const float* row = logits + static_cast<size_t>(t) * kScoreRows;
+      summaries_[static_cast<size_t>(group.first + t) * pieces + p] = kernels_->summarize(row, count);
+      const int target = output.targets[group.first + t] - first;
+      if (target >= 0 && target < count) output.scores[group.first + t] = row[target];
+    }
   }
 }
 

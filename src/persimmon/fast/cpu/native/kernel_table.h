@@ -4,7 +4,7 @@
 #include "attention.h"
 #include "fingerprint.h"
 #include "int4_scale.h"
-#include "rows.h"
+#include "panels.h"
 #include "sparse_mlp.h"
 #include "tiled_rows.h"
 
@@ -17,8 +17,9 @@ static constexpr Kernels table(const char* name) {
 #else
 #define PERSIMMON_TILED 0, nullptr, nullptr, nullptr, nullptr, nullptr
 #endif
-  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, estimate_rows, refine_row,
-          activate, one_block, down_columns, attend_int8, attend_float, quantize_head,
+  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED,
+          make_panels, panel_scratch_floats, panel_rows, panel_activate, estimate_rows, refine_row,
+          activate, one_block, down_columns, summarize, attend_int8, attend_float, quantize_head,
           int4_scale, fingerprint};
 }
 

@@ -25,6 +25,7 @@ struct RowsArgs {
   size_t y_stride;
   Epilogue epilogue;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
+  const float* panels;     // panel kernels: x by make_panels
 };
 
 // The non-zero squared activations of one block of kNeuronBlock neurons, ascending.
@@ -49,11 +50,19 @@ struct MlpArgs {
   float margin;          // p44: a neuron is skipped when estimate <= -margin * spread; infinite never skips
   int tokens;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
+  const float* panels;     // panel kernels: x by make_panels
 };
 
 struct MlpCounts {
   int64_t candidates;  // neurons whose exact pre-activation was computed
   int64_t active;      // of them positive
+};
+
+// Logits of some rows, for a softmax over all of them.
+struct RowSummary {
+  float top;   // the largest
+  int at;      // the first that is as large
+  float sum;   // of e^(logit - top)
 };
 
 constexpr int kKeyGroup = 16;    // tokens of a record of the cache (kv_cache.h)
@@ -102,6 +111,13 @@ struct Kernels {
                           size_t stride, uint8_t* scratch);
   void (*tiled_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts,
                          uint8_t* scratch);
+  // float32 and bfloat16 rows and many tokens (panels.h): pays from kFewestPanelTokens on. x [T][inputs] becomes panels
+  // [begin, end) of kPanelTokens tokens; scratch holds panel_scratch_floats.
+  void (*make_panels)(const float* x, int inputs, int tokens, int begin, int end, float* panels);
+  size_t (*panel_scratch_floats)(int inputs);
+  void (*panel_rows)(const RowsArgs& args, int begin, int end, float* scratch);
+  void (*panel_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts,
+                         float* scratch);
   // Planes: estimate[t * stride + r] from the high plane, and bound = estimate + sigmas standard deviations of its error.
   void (*estimate_rows)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
                         size_t stride);
@@ -116,6 +132,7 @@ struct Kernels {
   // active[block * tokens + t]; scratch holds down_scratch_floats.
   void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,
                        size_t y_stride, float* scratch);
+  RowSummary (*summarize)(const float* logits, int count);
   void (*attend_int8)(const AttentionArgs& args);
   void (*attend_float)(const AttentionArgs& args);
   // Round [D] floats to int8 with one scale, returned.
@@ -125,6 +142,9 @@ struct Kernels {
   // Fingerprint of memory (see fingerprint.h).
   uint64_t (*fingerprint)(const uint8_t* p, size_t n);
 };
+
+constexpr int kPanelTokens = 32;
+constexpr int kFewestPanelTokens = 13;
 
 constexpr int kDownColumns = 64;
 constexpr int kMostDownColumns = 256;  // columns that a kernel may take at a time: a whole superblock

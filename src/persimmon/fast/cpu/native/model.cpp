@@ -10,6 +10,8 @@ namespace {
 constexpr int kStepTokens = 256;       // tokens run through all layers together; bounds the scratch memory
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
+constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
+constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
 size_t row_bytes(Format format, int blocks) {
   switch (format) {
@@ -118,12 +120,15 @@ std::unique_ptr<KvCache> Model::new_cache(int num_blocks, int block_size, bool i
 
 // ---- one call ----------------------------------------------------------------------------------------------------------
 
-void Model::forward(const std::vector<Chunk>& chunks, int exact_top, float* logits) {
+void Model::forward(const std::vector<Chunk>& chunks, Output output) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  const Pool::Awake awake(pool_);
   std::vector<Token> tokens;
   const auto flush = [&] {
-    run_step(tokens, exact_top, logits);
-    for (const Token& token : tokens) logits += token.wanted ? shape_.vocab : 0;
+    run_step(tokens, output);
+    const auto wanted = std::count_if(tokens.begin(), tokens.end(), [](const Token& token) { return token.wanted; });
+    if (output.targets) output.targets += wanted, output.scores += wanted, output.likeliest += wanted;
+    else output.logits += wanted * shape_.vocab;
     tokens.clear();
   };
   finite_ = true;
@@ -164,30 +169,37 @@ void Model::reserve(int tokens) {
   output_.resize(width_), audited_output_.resize(width_);
 }
 
-void Model::run_step(const std::vector<Token>& tokens, int exact_top, float* logits) {
+void Model::run_step(const std::vector<Token>& tokens, const Output& output) {
   const int count = static_cast<int>(tokens.size());
   std::vector<int> wanted;
   queries_.clear();
   for (int t = 0; t < count; t++) {
     if (tokens[t].wanted) wanted.push_back(t);
     const bool follows = t > 0 && tokens[t].table == tokens[t - 1].table && tokens[t].position == tokens[t - 1].position + 1;
-    if (!follows || queries_.back().count == kQueryTile) queries_.push_back({t, 0});
+    const bool edge = wide(count) && t % group_tokens(count) == 0;  // of what one thread attends to
+    if (!follows || edge || queries_.back().count == kQueryTile) queries_.push_back({t, 0});
     queries_.back().count++;
   }
   reserve(count);
   embed(tokens);
-  for (int i = 0; i < shape_.layers; i++) {
+  if (wide(count)) run_wide(tokens);
+  for (int i = 0; !wide(count) && i < shape_.layers; i++) {
     const Layer& layer = layers_[i];
     normalize(layer.input, x_.data(), count, nullptr);
-    multiply(layer.qkv, input(), count, qkv_.data(), 3 * shape_.hidden, Epilogue::store);
-    attention(layer, i, tokens);
+    if (count == 1 && !packed_inputs_) {
+      attention_one(layer, i, tokens);
+    } else {
+      multiply(layer.qkv, input(), count, qkv_.data(), 3 * shape_.hidden, Epilogue::store);
+      attention(layer, i, tokens);
+    }
     if (packed_inputs_) pack(attended_.data(), count, shape_.hidden, width_ / kSuperblock, packed_.get());
+    else make_panels(attended_.data(), count);
     multiply(layer.dense, packed_inputs_ ? input() : attended_.data(), count, x_.data(), width_, Epilogue::add);
     normalize(layer.post, x_.data(), count, layer.outlier_columns);
     mlp(layer, i, count);
   }
   if (count == 1) decoded_++;
-  if (!wanted.empty()) head(wanted, exact_top, logits);
+  if (!wanted.empty()) head(wanted, output);
 }
 
 void Model::embed(const std::vector<Token>& tokens) {
@@ -214,7 +226,8 @@ const void* Model::input() const {
 
 // LayerNorm of every token into normed_, outlier inputs taken out, and rounded to int8 where the weights are packed.
 void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns) {
-  pool_.parallel_for(tokens, 1, [&](int begin, int end, int) {
+  const int inline_tokens = std::max(1, kNormInline / width_);
+  pool_.parallel_for(tokens, tokens <= inline_tokens ? tokens : 1, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) {
       float* y = normed_.data() + static_cast<size_t>(t) * width_;
       if (!kernels_->layer_norm(x + static_cast<size_t>(t) * width_, shape_.hidden, shape_.eps, norm.weight, norm.bias, y))
@@ -227,6 +240,22 @@ void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_
     }
   });
   if (packed_inputs_) pack(normed_.data(), tokens, shape_.hidden, width_ / kSuperblock, packed_.get());
+  else make_panels(normed_.data(), tokens);
+}
+
+void Model::reserve_panels(int tokens) {
+  panels_.resize(std::max(panels_.size(), round_up(tokens, kPanelTokens) * width_));
+  panel_scratch_stride_ = round_up(kernels_->panel_scratch_floats(width_), 16);
+  panel_scratch_.resize(panel_scratch_stride_ * pool_.threads());
+}
+
+void Model::make_panels(const float* x, int tokens) {
+  if (!in_panels(tokens)) return;
+  const int panels = (tokens + kPanelTokens - 1) / kPanelTokens;
+  reserve_panels(tokens);
+  pool_.parallel_for(panels, 1, [&](int begin, int end, int) {
+    kernels_->make_panels(x, width_, tokens, begin, end, panels_.data());
+  });
 }
 
 // Round tokens of `size` inputs (rows padded to 256 * blocks floats) to int8.
@@ -249,23 +278,45 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
                           Epilogue epilogue) const {
   return {linear.format, linear.weights, linear.row_bytes, linear.low, linear.low_bytes, linear.blocks,
-          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data()};
+          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels_.data()};
 }
 
-int Model::grain(const Linear& linear, bool tiled) const {
-  return tiled ? kTiledRows : std::max(1, static_cast<int>(kChunkBytes / linear.row_bytes));
+int Model::grain(const Linear& linear, int tokens) const {
+  if (is_packed(linear.format) ? tiled(tokens) : in_panels(tokens)) return kTiledRows;
+  const int rows = static_cast<int>(kChunkBytes / linear.row_bytes);
+  if (is_packed(linear.format)) return std::max(1, rows);
+  const int share = (linear.rows + 4 * pool_.threads() - 1) / (4 * pool_.threads());  // small matrices: some for everybody
+  return std::max(8, std::min(rows, static_cast<int>(round_up(share, 8))));
+}
+
+// Rows [begin, end) by the kernel for that many tokens.
+void Model::multiply_range(const RowsArgs& args, int begin, int end, int thread) {
+  const bool packed = is_packed(args.format);
+  if (packed && tiled(args.tokens)) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
+  else if (!packed && in_panels(args.tokens)) kernels_->panel_rows(args, begin, end, panel_scratch(thread));
+  else kernels_->rows(args, begin, end);
 }
 
 void Model::multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue) {
   const RowsArgs args = rows_args(linear, x, tokens, y, y_stride, epilogue);
-  const bool in_tiles = tiled(tokens) && is_packed(linear.format);
-  pool_.parallel_for(linear.rows, grain(linear, in_tiles), [&](int begin, int end, int thread) {
-    if (in_tiles) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
-    else kernels_->rows(args, begin, end);
-  });
+  pool_.parallel_for(linear.rows, grain(linear, tokens),
+                     [&](int begin, int end, int thread) { multiply_range(args, begin, end, thread); });
 }
 
 // ---- attention ---------------------------------------------------------------------------------------------------------
+
+// One token: a head's query, key and value are rows that follow each other, so the thread that has them goes on to attend.
+void Model::attention_one(const Layer& layer, int index, const std::vector<Token>& tokens) {
+  const RowsArgs args = rows_args(layer.qkv, input(), 1, qkv_.data(), 3 * shape_.hidden, Epilogue::store);
+  const int rows = 3 * shape_.head_dim;
+  pool_.parallel_for(shape_.heads, 1, [&](int begin, int end, int) {
+    for (int h = begin; h < end; h++) {
+      kernels_->rows(args, h * rows, (h + 1) * rows);
+      prepare_head(layer, index, tokens[0], 0, h);
+      attend_heads(index, tokens, queries_[0], h, 1);
+    }
+  });
+}
 
 void Model::attention(const Layer& layer, int index, const std::vector<Token>& tokens) {
   const int count = static_cast<int>(tokens.size()), heads = shape_.heads, groups = static_cast<int>(queries_.size());
@@ -274,6 +325,16 @@ void Model::attention(const Layer& layer, int index, const std::vector<Token>& t
     pool_.parallel_for(heads, std::clamp(heads / (2 * pool_.threads()), 1, kQueryTile), [&](int begin, int end, int) {
       for (int h = begin; h < end; h++) prepare_head(layer, index, tokens[0], 0, h);
       for (int h = begin; h < end; h += kQueryTile) attend_heads(index, tokens, queries_[0], h, std::min(kQueryTile, end - h));
+    });
+    return;
+  }
+  if (groups == count) {  // all of different sequences: nobody waits for another's keys
+    pool_.parallel_for(heads * count, chunk(heads * count), [&](int begin, int end, int) {
+      for (int i = begin; i < end; i++) {
+        const int t = i % count, head = i / count;
+        prepare_head(layer, index, tokens[t], t, head);
+        attend_heads(index, tokens, queries_[t], head, 1);
+      }
     });
     return;
   }
@@ -324,12 +385,16 @@ void Model::attend_heads(int index, const std::vector<Token>& tokens, const Quer
 
 // ---- MLP ---------------------------------------------------------------------------------------------------------------
 
+MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
+  return {formats_.mlp,        layer.up.weights, layer.up.row_bytes,  layer.neurons,        layer.neuron_bytes,
+          layer.neuron_offset, layer.up_bias,    shape_.intermediate, width_ / kSuperblock, input(),
+          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels_.data()};
+}
+
 void Model::mlp(const Layer& layer, int index, int tokens) {
   counts[index].tokens += tokens;
   if (formats_.mlp == Format::q4) return mlp_dense_q4(layer, tokens);
-  MlpArgs args = {formats_.mlp,        layer.up.weights,     layer.up.row_bytes, layer.neurons, layer.neuron_bytes,
-                  layer.neuron_offset, layer.up_bias,        shape_.intermediate, width_ / kSuperblock, input(),
-                  outliers_.data(),    margin,               tokens,             tiles_.data()};
+  const MlpArgs args = mlp_args(layer, tokens);
   MlpCounts found;
   if (tokens > 1) {
     found = mlp_many(args, layer.down_bias);
@@ -361,7 +426,7 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
       block_counts_[b] = found;
     }
   });
-  pool_.parallel_for(width_, std::max(64, width_ / (pool_.threads() * 2)), [&](int begin, int end, int) {
+  pool_.parallel_for(width_, std::max(kSumInline, width_ / (pool_.threads() * 2)), [&](int begin, int end, int) {
     std::fill(output + begin, output + end, 0.0f);
     for (int b = 0; b < neuron_blocks_; b++) {
       const float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
@@ -376,7 +441,7 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
 // Many tokens: all activations first, then the down projection by columns; the same sums in the same order as mlp_one.
 MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
   const int tokens = args.tokens;
-  const bool in_tiles = tiled(tokens) && is_packed(args.format);
+  const bool in_tiles = tiled(tokens) && is_packed(args.format), panels = in_panels(tokens) && !is_packed(args.format);
   pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int thread) {
     std::vector<ActiveBlock*> out(tokens);
     for (int b = begin; b < end; b++) {
@@ -386,7 +451,8 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
       }
       MlpCounts found = {};
       const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-      if (in_tiles) kernels_->tiled_activate(args, b * kNeuronBlock, last, out.data(), &found, tile_scratch(thread));
+      if (panels) kernels_->panel_activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(thread));
+      else if (in_tiles) kernels_->tiled_activate(args, b * kNeuronBlock, last, out.data(), &found, tile_scratch(thread));
       else kernels_->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &found);
       block_counts_[b] = found;
     }

@@ -37,6 +37,15 @@ struct Chunk {
   int wanted;
 };
 
+// What a call is asked about its wanted tokens: all logits, or what they say about one token each.
+struct Output {
+  int exact_top = 0;       // logits: how many of the largest must be exact, 0 all
+  float* logits = nullptr; // [wanted][vocab]
+  const int32_t* targets = nullptr;  // scores: a token for each
+  double* scores = nullptr;          // its log-probability
+  int32_t* likeliest = nullptr;      // the token with the largest logit, the first of equals
+};
+
 struct LayerCounts {
   int64_t tokens, candidates, active;              // over all tokens run
   int64_t audited, audited_active, audited_missed;  // over audited tokens
@@ -56,10 +65,10 @@ class Model {
 
   std::unique_ptr<KvCache> new_cache(int num_blocks, int block_size, bool int8) const;
 
-  // Store the chunks in their blocks; logits[i] are the wanted rows, in order, vocab floats each. With exact_top > 0 only
-  // that many largest logits of a row are exact and the others may be -inf. Throws std::domain_error when a value is not
+  // Store the chunks in their blocks and fill in the output, wanted tokens in order. With exact_top > 0 only that many
+  // largest logits of a row are exact and the others may be -inf. Throws std::domain_error when a value is not
   // finite; what the new places hold is then undefined.
-  void forward(const std::vector<Chunk>& chunks, int exact_top, float* logits);
+  void forward(const std::vector<Chunk>& chunks, Output output);
 
   float margin = 0;       // standard deviations; infinite reads everything
   int audit_every = 0;    // recompute one decoded token in this many exactly; 0 never
@@ -102,25 +111,47 @@ class Model {
   void resolve_neurons(const Resolver& tensors, const std::string& prefix, Layer* layer) const;
   const float* padded(const float* values, int count);
 
-  void run_step(const std::vector<Token>& tokens, int exact_top, float* logits);
+  struct Group {  // consecutive tokens of a step that one thread has, from a multiple of kPanelTokens on
+    int first, count, thread;
+  };
+
+  void run_step(const std::vector<Token>& tokens, const Output& output);
+  bool wide(int tokens) const;
+  int group_tokens(int tokens) const;
+  void run_wide(const std::vector<Token>& tokens);
+  void begin_layer(const Layer& layer, int index, const std::vector<Token>& tokens, const Group& group);
+  MlpCounts finish_layer(const Layer& layer, int index, const std::vector<Token>& tokens, const Group& group);
+  void normalize_group(const Norm& norm, const Group& group);
+  void panels_of_group(const float* x, const Group& group);
+  void multiply_group(const Linear& linear, const float* x, const Group& group, float* y, size_t stride, Epilogue epilogue);
+  MlpCounts mlp_group(const Layer& layer, const Group& group);
   void reserve(int tokens);
   void embed(const std::vector<Token>& tokens);
   void normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns);
   void pack(const float* x, int tokens, int size, int blocks, ActivationBlock* out);
   const void* input() const;
-  int grain(const Linear& linear, bool tiled) const;
+  int grain(const Linear& linear, int tokens) const;
   uint8_t* tile_scratch(int thread) { return reinterpret_cast<uint8_t*>(tile_scratch_.data() + thread * tile_scratch_stride_); }
+  float* panel_scratch(int thread) { return panel_scratch_.data() + thread * panel_scratch_stride_; }
+  bool in_panels(int tokens) const { return tokens >= kFewestPanelTokens; }
+  void reserve_panels(int tokens);
+  void make_panels(const float* x, int tokens);
   bool tiled(int tokens) const { return kernels_->tiled_tokens && tokens >= kernels_->tiled_tokens; }
   void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
+  void multiply_range(const RowsArgs& args, int begin, int end, int thread);
+  void attention_one(const Layer& layer, int index, const std::vector<Token>& tokens);
   void attention(const Layer& layer, int index, const std::vector<Token>& tokens);
   void prepare_head(const Layer& layer, int index, const Token& token, int t, int head);
   void attend_heads(int index, const std::vector<Token>& tokens, const Queries& queries, int head, int heads);
+  MlpArgs mlp_args(const Layer& layer, int tokens) const;
   void mlp(const Layer& layer, int index, int tokens);
   void mlp_dense_q4(const Layer& layer, int tokens);
   MlpCounts mlp_one(const MlpArgs& args, float* output);
   MlpCounts mlp_many(const MlpArgs& args, const float* bias);
   void audit(const MlpArgs& args, const MlpCounts& found, LayerCounts* counts);
-  void head(const std::vector<int>& wanted, int exact_top, float* logits);
+  void head(const std::vector<int>& wanted, const Output& output);
+  void head_scores(int tokens, const Output& output);
+  void score_pieces(const Group& group, int begin, int end, const Output& output);
   void head_top(const RowsArgs& args, int top, float* logits);
   RowsArgs rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride, Epilogue epilogue) const;
 
@@ -155,6 +186,8 @@ class Model {
   std::vector<float> output_, audited_output_;  // [width]
   std::vector<float> scratch_;     // per thread, down_columns
   std::vector<Queries> queries_;   // all tokens, in order
+  std::vector<float> score_logits_;        // per thread, [wanted][kScoreRows]
+  std::vector<RowSummary> summaries_;      // [wanted][pieces of the vocabulary]
   std::vector<float> estimates_, bounds_;  // [wanted][vocab], two-pass head
   std::vector<ActiveBlock> active_;        // [blocks of neurons][T]
   std::vector<MlpCounts> block_counts_;
@@ -162,6 +195,9 @@ class Model {
   std::vector<TokenGroup> tiles_;          // of the inputs packed last, when the kernels want them
   std::vector<TokenGroup> tile_scratch_;   // per thread; any type that is aligned
   size_t tile_scratch_stride_ = 0;         // elements
+  std::vector<float> panels_;              // of float inputs, when there are many tokens
+  std::vector<float> panel_scratch_;       // per thread
+  size_t panel_scratch_stride_ = 0;        // floats
   int reserved_tokens_ = 0;
 };
 

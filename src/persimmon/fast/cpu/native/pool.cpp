@@ -11,8 +11,8 @@
 namespace persimmon {
 namespace {
 
-constexpr int kSpins = 4000;         // about 50-100 us of pause instructions before sleeping
-constexpr int kSpinsBeforeYield = 2000;  // then the waiting caller lets others run between looks
+constexpr int kSpins = 500;    // pause instructions, 20-40 us, before the core is offered to others between looks
+constexpr int kYields = 1000;  // looks of that kind before sleeping, some 300 us where nobody else wants the core
 
 void pause() {
 #if defined(__x86_64__)
@@ -57,6 +57,13 @@ bool Pool::take_first(Run* run, int* chunk) {
   }
 }
 
+void Pool::wake() {
+  if (workers_.empty()) return;
+  awake_.store(true, std::memory_order_relaxed);
+  epoch_.fetch_add(1);
+  if (sleepers_.load()) wake_all(epoch_);
+}
+
 bool Pool::take_last(Run* run, int* chunk) {
   for (uint64_t left = run->left.load(std::memory_order_relaxed);;) {
     const uint32_t first = static_cast<uint32_t>(left), end = static_cast<uint32_t>(left >> 32);
@@ -83,31 +90,43 @@ void Pool::run(const Job& job) {
   const uint64_t chunks = (static_cast<uint64_t>(job.size) + job.grain - 1) / job.grain, count = threads();
   for (uint64_t t = 0; t < count; t++)
     runs_[t].left.store(chunks * (t + 1) / count << 32 | chunks * t / count, std::memory_order_relaxed);
-  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1);  // publishes the job
+  members_.store(1, std::memory_order_release);  // open: publishes the job
+  epoch_.fetch_add(1);
   if (sleepers_.load()) wake_all(epoch_);
   take_chunks(0);
-  for (int spins = 0; running_.load(std::memory_order_acquire); spins++)
-    spins < kSpinsBeforeYield ? pause() : std::this_thread::yield();
+  members_.fetch_sub(1);  // closed: nobody joins any more
+  for (int spins = 0; members_.load(std::memory_order_acquire); spins++)
+    spins < kSpins ? pause() : std::this_thread::yield();
+}
+
+// Become a member of the region that is open, if one is.
+bool Pool::join() {
+  uint32_t members = members_.load(std::memory_order_relaxed);
+  while (members & 1)
+    if (members_.compare_exchange_weak(members, members + 2, std::memory_order_acquire)) return true;
+  return false;
 }
 
 void Pool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen; spins++) {
-      if (spins < kSpins) {
+    for (int looks = 0; epoch_.load(std::memory_order_acquire) == seen; looks++) {
+      if (looks < kSpins) {
         pause();
-        continue;
+      } else if (looks < kSpins + kYields || awake_.load(std::memory_order_relaxed)) {
+        std::this_thread::yield();
+      } else {
+        sleepers_.fetch_add(1);
+        if (epoch_.load() == seen) sleep_while_equal(epoch_, seen);
+        sleepers_.fetch_sub(1);
+        looks = 0;
       }
-      sleepers_.fetch_add(1);
-      if (epoch_.load() == seen) sleep_while_equal(epoch_, seen);
-      sleepers_.fetch_sub(1);
-      spins = 0;
     }
-    seen++;
+    seen = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
+    if (!join()) continue;
     take_chunks(thread);
-    running_.fetch_sub(1, std::memory_order_release);
+    members_.fetch_sub(2, std::memory_order_release);
   }
 }
 

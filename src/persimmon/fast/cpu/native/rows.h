@@ -70,35 +70,69 @@ INLINE void low_row(const uint8_t* low, const uint8_t* high, int blocks, const A
 INLINE f32x16 load_weights16(const float* p) { return load16(p); }
 INLINE f32x16 load_weights16(const uint16_t* p) { return load_bf16x16(p); }
 
-// Products of one row of T = float or bfloat16 with N tokens.
-template <class T, int N>
-INLINE void float_row(const T* row, int blocks, const float* const* x, float* out) {
-  f32x16 sum[N];
-  for (int t = 0; t < N; t++) sum[t] = zero16();
+constexpr int kFloatsAhead = 4096;  // bytes: with several rows at once every one of them has a stream of its own
+
+// Products of R rows of T = float or bfloat16, `stride` elements apart, with N tokens: out[r * N + t].
+template <class T, int N, int R>
+INLINE void float_rows(const T* row, size_t stride, int blocks, const float* const* x, float* out) {
+  constexpr int count = R * N;
+  f32x16 sum[count];
+#pragma GCC unroll 32
+  for (int k = 0; k < count; k++) sum[k] = zero16();
   for (int i = 0; i < blocks * kSuperblock; i += 16) {
-    const f32x16 w = load_weights16(row + i);
-    for (int t = 0; t < N; t++) sum[t] = fma(w, load16(x[t] + i), sum[t]);
+    f32x16 w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      w[r] = load_weights16(row + r * stride + i);
+      if (i * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row + r * stride + i) + kFloatsAhead, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < N; t++) {
+      const f32x16 v = load16(x[t] + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r * N + t] = fma(w[r], v, sum[r * N + t]);
+    }
   }
-  for (int t = 0; t < N; t++) out[t] = sum_lanes(sum[t]);
+  int k = 0;
+  for (; k + 8 <= count; k += 8) sum_lanes_of_8(sum + k, out + k);
+  for (; k < count; k++) out[k] = sum_lanes(sum[k]);
+}
+// Rows that share the loads of the inputs and have their sums together in registers.
+template <int N>
+constexpr int rows_at_once() {
+#if defined(__AVX512F__)
+  return N == 1 || N == 3 ? 8 : N == 2 || N == 4 ? 4 : 2;
+#else
+  return N == 1 ? 4 : N < 4 ? 2 : 1;
+#endif
 }
 
-// One row of any format with N tokens, out[t] without bias. `X` is ActivationBlock or float.
-struct PackedQ8 {
+// R rows of any format with N tokens, out[r * N + t] without bias: `together` rows at once, or one. Packed rows go alone.
+template <class P>
+struct OneByOne {
   using Input = ActivationBlock;
+  template <int N>
+  static constexpr int together() {
+    return 1;
+  }
+  template <int N, int R>
+  INLINE void rows(const RowsArgs& a, int r, const Input* const* x, float* out) {
+    P::template row<N>(a, r, x, out);
+  }
+};
+struct PackedQ8 : OneByOne<PackedQ8> {
   template <int N>
   INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
     packed_row<Q8, N>(a.weights + r * a.row_bytes, a.blocks, x, out);
   }
 };
-struct PackedQ4 {
-  using Input = ActivationBlock;
+struct PackedQ4 : OneByOne<PackedQ4> {
   template <int N>
   INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
     packed_row<Q4, N>(a.weights + r * a.row_bytes, a.blocks, x, out);
   }
 };
-struct PackedPlanes {
-  using Input = ActivationBlock;
+struct PackedPlanes : OneByOne<PackedPlanes> {
   template <int N>
   INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
     const uint8_t* high = a.weights + r * a.row_bytes;
@@ -112,8 +146,12 @@ template <class T>
 struct FloatRows {
   using Input = float;
   template <int N>
-  INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
-    float_row<T, N>(reinterpret_cast<const T*>(a.weights + r * a.row_bytes), a.blocks, x, out);
+  static constexpr int together() {
+    return rows_at_once<N>();
+  }
+  template <int N, int R>
+  INLINE void rows(const RowsArgs& a, int r, const Input* const* x, float* out) {
+    float_rows<T, N, R>(reinterpret_cast<const T*>(a.weights + r * a.row_bytes), a.row_bytes / sizeof(T), a.blocks, x, out);
   }
 };
 
@@ -133,15 +171,29 @@ INLINE void finish(const RowsArgs& a, int r, int t, float product) {
   if (a.epilogue == Epilogue::squared_relu) *y = v > 0.0f ? v * v : 0.0f;
 }
 
+// take(row, its N products), rows ascending.
+template <class R, int N, class Take>
+INLINE void for_rows(const RowsArgs& a, int begin, int end, const typename R::Input* const* x, Take&& take) {
+  constexpr int together = R::template together<N>();
+  float out[together * N];
+  int r = begin;
+  for (; r + together <= end; r += together) {
+    R::template rows<N, together>(a, r, x, out);
+    for (int k = 0; k < together; k++) take(r + k, out + k * N);
+  }
+  for (; r < end; r++) {
+    R::template rows<N, 1>(a, r, x, out);
+    take(r, out);
+  }
+}
+
 template <class R, int N>
 static void rows_tile(const RowsArgs& a, int token, int begin, int end) {
   const typename R::Input* x[N];
   for (int t = 0; t < N; t++) x[t] = token_input(static_cast<const typename R::Input*>(a.x), token + t, a.blocks);
-  float out[N];
-  for (int r = begin; r < end; r++) {
-    R::template row<N>(a, r, x, out);
-    for (int t = 0; t < N; t++) finish(a, r, token + t, out[t]);
-  }
+  for_rows<R, N>(a, begin, end, x, [&](int r, const float* products) {
+    for (int t = 0; t < N; t++) finish(a, r, token + t, products[t]);
+  });
 }
 
 template <class R>

@@ -196,6 +196,27 @@ INLINE f32x8 fold(f32x16 a) { return add(a.lo, a.hi); }
 
 INLINE float sum_lanes(f32x16 a) { return sum_lanes(fold(a)); }
 
+// sum_lanes of eight vectors at once: three operations for each instead of eight.
+INLINE void sum_lanes_of_8(const f32x16* a, float* out) {
+#if defined(__AVX512F__)
+  __m512 half[4], quarter[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)  // eight lanes each of a[2 i] and a[2 i + 1]
+    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xEE));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)  // four lanes each of a[4 i] .. a[4 i + 3]
+    quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0x88),
+                               _mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0xDD));
+  const __m512d low = _mm512_castps_pd(quarter[0]), high = _mm512_castps_pd(quarter[1]);
+  const __m512 pair = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  const __m512 sum = _mm512_add_ps(pair, _mm512_movehdup_ps(pair));  // in even lanes: 0 4 1 5 2 6 3 7
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sum)));
+#else
+  for (int i = 0; i < 8; i++) out[i] = sum_lanes(a[i]);
+#endif
+}
+
 // Ask for the cache lines of [p, p + bytes), into the second-level cache: the few line buffers of the first are what limits
 // one core's reading, and requests for the second hold them for a shorter time (docs/LOG.md, 2026-11-26).
 INLINE void prefetch(const void* p, int bytes) {

@@ -70,14 +70,15 @@ static void activate_rows(const MlpArgs& a, int begin, int end, int token, Activ
   row.weights = a.up, row.row_bytes = a.up_bytes, row.blocks = a.blocks;
   const typename R::Input* x[N];
   for (int t = 0; t < N; t++) x[t] = token_input(static_cast<const typename R::Input*>(a.x), token + t, a.blocks);
-  for (int r = begin; r < end; r++) {
+  for_rows<R, N>(row, begin, end, x, [&](int r, const float* products) {
     float p[N];
-    R::template row<N>(row, r, x, p);
-    for (int t = 0; t < N; t++) {
-      p[t] += a.bias[r];
-      if (p[t] > 0.0f) append(out[t], r % kNeuronBlock, p[t]), counts->active++;
+    uint32_t active = 0;  // most rows have none: one branch for all tokens
+    for (int t = 0; t < N; t++) p[t] = products[t] + a.bias[r], active |= static_cast<uint32_t>(p[t] > 0.0f) << t;
+    for (; active; active &= active - 1) {
+      const int t = __builtin_ctz(active);
+      append(out[t], r % kNeuronBlock, p[t]), counts->active++;
     }
-  }
+  });
   counts->candidates += static_cast<int64_t>(end - begin) * N;
 }
 

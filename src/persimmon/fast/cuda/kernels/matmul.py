@@ -1,9 +1,9 @@
 """Products with weight matrices in every format: one token, a few tokens, and unpacking for many.
 
 gemv        one token times a row-major matrix. A program has BLOCK_N rows and walks along them, so weights stream
-            through once; products and sums are float32 on the ordinary cores, as one token leaves nothing for matrix
-units. gemm        2 to 64 tokens, padded to 16: the weights are the tall operand of the matrix units, so they still
-            stream once. Stored either way round: row-major [N, K], or neuron-major [K, N] as the down projection.
+            through once; products and sums are float32 on the ordinary cores: one token gives matrix units no work.
+gemm        2 to 64 tokens, padded to 16: the weights are the tall operand of the matrix units, so they still stream
+            once. Stored either way round: row-major [N, K], or neuron-major [K, N] as the down projection.
 dequantize  the whole matrix into plain numbers, for the library's product over a prompt's chunk: unpacking costs a
             fraction of a product with hundreds of tokens.
 
@@ -12,8 +12,9 @@ Stored rows (`layouts.py`): `codes` [rows, columns]; groups of 32 along a row sh
     INT8    w = code * scale
     INT4    byte 32 s + j of a row holds column 64 s + j (low nibble) and 64 s + 32 + j (high); w = (nibble - 8) * scale
     FP8     w = e4m3 code * scale of the stored row (float32)
-    PLANES  two INT4 arrays, w = (16 high + low - 128) * scale, and 16 input columns apart in float16, w = 0 in the
-planes Epilogues: nothing; + bias; relu(. + bias)^2; the same, stored as lists of active neurons for sparse_mlp.py.
+    PLANES  two INT4 arrays, w = (16 high + low - 128) * scale; 16 input columns apart in float16, where the planes
+            hold 0
+Epilogues: nothing; + bias; relu(. + bias)^2; the same, stored as lists of active neurons for sparse_mlp.py.
 
 Rounding: gemv multiplies exact weights in float32. gemm and dequantize round code * scale to the activations' type
 first (bfloat16: 8 bits; float32: exact) and sum in float32 in blocks of BLOCK_K.

@@ -10,8 +10,8 @@ Noise is counter-based (Philox 4x32-10): keyed by the request's seed, counted by
 in the request, so a request draws the same whatever else runs and wherever it was paused. The stream is another one
 than `infer/sampling.py`'s, which draws in float64 from NumPy's Philox: same distribution, other tokens.
 Filters work in the order of `infer/sampling.py`: temperature, top-k, top-p of what top-k left, min-p. Two limits:
-tokens with exactly the logit of the last one kept are all kept; and top-p without top-k sees no more than CANDIDATES
-tokens, `truncated` says for which rows the nucleus was larger than that (their draw is from the candidates alone).
+tokens with exactly the logit of the last one kept are all kept; and top-k and top-p see no more than CANDIDATES tokens,
+`truncated` says for which rows more were asked for (their draw is from the candidates alone).
 Ties of greedy scores go to the lower id. Banned tokens have been set to -inf by the caller.
 """
 
@@ -47,15 +47,18 @@ class SamplingState:
     count: Tensor
     """int32: tokens drawn so far in the request; the counter of the noise."""
     truncated: Tensor
-    """int32: draws whose nucleus was cut at CANDIDATES."""
+    """int32: draws whose nucleus or top-k was cut at CANDIDATES."""
+    live: Tensor
+    """int32: 0 for a row that is only padding. It stays where it is, as its block has room for few tokens."""
 
     @classmethod
     def room_for(cls, rows: int, device: torch.device) -> SamplingState:
-        """Greedy rows."""
+        """Greedy rows, all live."""
         floats = [torch.full((rows,), value, device=device) for value in (0.0, 1.0, 0.0)]
         ints = [torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(3)]
         seed = torch.zeros(rows, dtype=torch.int64, device=device)
-        return cls(floats[0], ints[0], floats[1], floats[2], seed, ints[1], ints[2])
+        live = torch.ones(rows, dtype=torch.int32, device=device)
+        return cls(floats[0], ints[0], floats[1], floats[2], seed, ints[1], ints[2], live)
 
 
 @triton.jit
@@ -83,7 +86,7 @@ def threshold_kernel(
     by_share = largest + tl.log(least) * heat  # min-p alone needs no candidates: a bound on every logit
     bound = tl.where(filtered, lowest, tl.where((heat > 0.0) & (least > 0.0), by_share, -float("inf")))
     tl.store(thresholds + row, bound)
-    cut = filtered & (k <= 0) & (count == num_candidates) & (num_candidates < vocabulary)
+    cut = filtered & (num_candidates < vocabulary) & ((k > num_candidates) | ((k <= 0) & (count == num_candidates)))
     tl.store(truncated + row, tl.load(truncated + row) + cut.to(tl.int32))
 
 
@@ -117,9 +120,10 @@ def pick_kernel(
 
 @triton.jit
 def advance_kernel(
-    best_score, best_id, ids, positions, count, outputs, output_stride, num_blocks, vocabulary, BLOCK: tl.constexpr
-):
-    """The winner of a row to `ids` and to outputs[row, count]; position and count move on."""
+    best_score, best_id, ids, positions, count, live, outputs, output_stride, num_blocks, vocabulary,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The winner of a row to `ids` and to outputs[row, count]; position and count of a live row move on."""
     row = tl.program_id(0)
     block = tl.arange(0, BLOCK)
     inside = block < num_blocks
@@ -131,8 +135,9 @@ def advance_kernel(
     drawn = tl.load(count + row)
     tl.store(ids + row, winner.to(ids.dtype.element_ty))
     tl.store(outputs + row.to(tl.int64) * output_stride + drawn % output_stride, winner)
-    tl.store(count + row, drawn + 1)
-    tl.store(positions + row, tl.load(positions + row) + 1)
+    step = tl.load(live + row)
+    tl.store(count + row, drawn + step)
+    tl.store(positions + row, tl.load(positions + row) + step)
 
 
 def pick_tiles() -> dict[str, int]:
@@ -143,7 +148,7 @@ def pick_tiles() -> dict[str, int]:
 def sample(
     logits: Tensor, state: SamplingState, ids: Tensor, positions: Tensor, outputs: Tensor, *, filters: bool
 ) -> None:
-    """Next tokens of logits [B, V] float32, into ids [B] int32 and outputs [B, room] int32; positions [B] int32 += 1.
+    """Next tokens of logits [B, V] float32, into ids [B] int32 and outputs [B, room] int32; positions [B] += `live`.
 
     filters: whether any row has temperature with top-k, top-p or min-p; without them no logits are sorted. Output
     column is the row's `count`.
@@ -154,7 +159,8 @@ def sample(
         candidates = min(CANDIDATES, vocabulary)
         largest = torch.topk(logits, candidates, dim=1, sorted=True).values
         heat = torch.where(state.temperature > 0, state.temperature, 1.0)[:, None]
-        sums = torch.exp((logits - largest[:, :1]) / heat).sum(1)
+        # In place: one array of the logits' size, which the planner counts (plan.py).
+        sums = (logits - largest[:, :1]).div_(heat).exp_().sum(1)
         threshold_kernel[(rows,)](
             largest, sums, state.temperature, state.top_k, state.top_p, state.min_p, state.truncated, thresholds,
             candidates, vocabulary, BLOCK=power_of_two(candidates),
@@ -167,6 +173,6 @@ def sample(
         logits, thresholds, state.temperature, state.seed, state.count, score, winner, vocabulary, blocks, **tiles
     )
     advance_kernel[(rows,)](
-        score, winner, ids, positions, state.count, outputs, outputs.stride(0), blocks, vocabulary,
+        score, winner, ids, positions, state.count, state.live, outputs, outputs.stride(0), blocks, vocabulary,
         BLOCK=power_of_two(blocks),
     )  # fmt: skip
