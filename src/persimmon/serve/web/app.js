@@ -17,6 +17,7 @@ let files = []; // attached to the message being written: {name, text}
 let editing = null; // index of the message being edited
 let running = null; // AbortController of the answer being written
 let limit = 0;
+let leaving = false; // the page goes away: a broken stream is no fault of the server
 
 // -- Showing ---------------------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ async function answer() {
   try {
     await follow(api.stream(asked, sampling(), mine.signal), here, message, element);
   } catch (error) {
-    if (error.name === "AbortError") message.stopped = true;
+    if (leaving || error.name === "AbortError") message.stopped = true;
     else message.problem = error instanceof api.ApiError ? error.message : `Something went wrong: ${error.message}`;
   }
   delete message.partial;
@@ -361,7 +362,11 @@ function wire() {
   });
   $("export-dialog").addEventListener("close", () => $("export-dialog").returnValue && download($("export-dialog").returnValue));
   addEventListener("storage", syncTabs);
-  addEventListener("pagehide", () => store.answering && store.save(store.answering));
+  addEventListener("pagehide", () => {
+    leaving = true;
+    if (store.answering) store.save(store.answering);
+  });
+  addEventListener("pageshow", () => (leaving = false));
   $("messages").addEventListener("retry", () => regenerate(conversation.messages.length - 1));
 }
 
