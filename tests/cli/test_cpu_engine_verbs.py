@@ -87,7 +87,7 @@ def test_the_page_names_size_and_cost(
     ("words", "message"),
     [
         (["--format", "q3"], "q8, q4, p44"),
-        (["--threads", "0"], "threads must be 1 or more"),
+        (["--threads", "0"], "threads must be from 1 to 1024"),
         (["--report", "nowhere.txt"], "no text at nowhere.txt"),
     ],
 )

@@ -220,7 +220,7 @@ def test_weights_that_overflow_are_refused_and_the_sequence_keeps_its_length(che
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"threads": 0}, InputError, "threads must be 1 or more, got 0"),
+        ({"threads": 0}, InputError, "threads must be from 1 to 1024, got 0"),
         ({"kv_dtype": "float16"}, InputError, "kv_dtype of the cpu engine must be one of auto, float32, int8"),
         ({"sparsity_margin": -1.0}, InputError, "sparsity_margin must be from 0 to inf, got -1.0"),
         ({"sparsity_margin": float("nan")}, InputError, "sparsity_margin"),

@@ -19,7 +19,7 @@ from persimmon.fast.cpu.native_module import native
 from persimmon.infer.decoder import Chunk, Logits, Scored, check_token_ids
 from persimmon.infer.identity import fingerprint
 from persimmon.infer.stored_sequence import StoredSequence, own_sequences
-from persimmon.machine import cpu_threads, memory_available
+from persimmon.machine import check_threads, cpu_threads, memory_available
 
 if TYPE_CHECKING:
     from persimmon.fast.cpu.paged import PagedCpu
@@ -267,8 +267,7 @@ class CpuDecoder:
 
 
 def _check_options(threads: int | None, kv_dtype: str, margin: float, audit_every: int, isa: str) -> None:
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be 1 or more, got {threads}")
+    check_threads(threads)
     if kv_dtype not in KV_DTYPES:
         raise InputError(f"kv_dtype of the cpu engine must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     if math.isnan(margin) or margin < 0:
