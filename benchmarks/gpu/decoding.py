@@ -24,8 +24,8 @@ from persimmon.infer.params import SamplingParams
 GREEDY = SamplingParams(temperature=0.0)
 
 BATCH_REFERENCE = (
-    "no throughput of Persimmon under SGLang or an engine like it is published, nor of a model with its 64 key/value "
-    "heads and 262,144 ids that bytes could scale: the figure stands alone"
+    "no published throughput of Persimmon under SGLang or an engine like it was found, nor of a model with its 64 "
+    "key/value heads and 262,144 ids that bytes could scale: the figure stands alone"
 )
 
 
