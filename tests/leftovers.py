@@ -7,7 +7,10 @@ from concurrent.futures import thread as pools
 
 import psutil
 
-EXPECTED = ("multiprocessing.resource_tracker", "torch._inductor.compile_worker")
+EXPECTED = (
+    "multiprocessing.resource_tracker", "multiprocess.resource_tracker", "multiprocess.forkserver",
+    "torch._inductor.compile_worker",
+)  # fmt: skip
 """Helpers of libraries that end with this process."""
 
 _GRACE_SECONDS = 10.0

@@ -7,9 +7,9 @@ from typing import Any
 
 import arithmetic
 import torch
+from cases import Bench, Case
 from quality import TIE
 
-from bench import Bench, Case
 from persimmon.fast.cuda.choice import DENSE, SPARSE, KernelTable
 from persimmon.fast.cuda.decoder import CudaDecoder, CudaSequence
 from persimmon.fast.cuda.kernels.matmul import multiply_active

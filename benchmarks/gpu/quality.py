@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from cases import Bench, Case
 from torch import Tensor
 
-from bench import Bench, Case
 from persimmon.fast.cuda.decoder import CudaDecoder
 from persimmon.fast.cuda.kernels.matmul import dequantize
 from persimmon.fast.cuda.layouts import Matrix

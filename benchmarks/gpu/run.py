@@ -74,7 +74,7 @@ def chosen(wanted: str, known: Sequence[str], needs: Mapping[str, Sequence[str]]
 
 def run_section(name: str, section: Callable[[Any], Iterator[Any]], bench: Any) -> None:
     """Measure the rows of a section that are missing or failed before, keeping what is there after every row."""
-    from bench import OutOfTime
+    from cases import OutOfTime
 
     started = time.monotonic()
     entry = bench.report["sections"].setdefault(name, {"rows": [], "seconds": 0.0})
@@ -125,8 +125,8 @@ def failures(report: dict[str, Any]) -> Iterator[str]:
 def make_bench(args: argparse.Namespace, deadline: float) -> Any:
     """The Bench, with the report so far."""
     import torch
+    from cases import Bench
 
-    from bench import Bench
     from persimmon.config import preset
 
     device = torch.device(args.device)

@@ -11,8 +11,8 @@ import checks
 import decoding
 import quality
 import torch
+from cases import Bench, Case, Section
 
-from bench import Bench, Case, Section
 from persimmon.bench import gpu_kernels
 from persimmon.fast.cuda.decoder import CudaDecoder
 from persimmon.fast.cuda.kernels.sparse_mlp import MOST_ACTIVE_TOKENS

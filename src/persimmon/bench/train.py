@@ -96,7 +96,8 @@ class Training:
         return self._work.tokens / watch.seconds
 
     def close(self) -> None:
-        """Remove the run's directory."""
+        """Remove the run's directory, and leave the process as it was."""
+        torch.set_flush_denormal(False)
         self._directory.cleanup()
 
 
@@ -104,12 +105,14 @@ def train_row(work: TrainWork, threads: int, runs: int, ceiling: Ceiling, peer: 
     """Measure, alone or in turns with a peer, and put the figures together."""
     torch.set_num_threads(threads)
     training = Training(work, runs)
-    if peer is None:
-        ours, against = repeat(training.run, runs), {}
-    else:
-        pairs = alternate(training.run, peer.run, runs)
-        ours, against = pairs.ours, against_fields(peer, pairs.peer, pairs.ratios)
-    training.close()
+    try:
+        if peer is None:
+            ours, against = repeat(training.run, runs), {}
+        else:
+            pairs = alternate(training.run, peer.run, runs)
+            ours, against = pairs.ours, against_fields(peer, pairs.peer, pairs.ratios)
+    finally:
+        training.close()
     peak = peak_rss_bytes()
     theirs = against.get("peer", {}).get("peak_rss_bytes")
     limit = ceiling.again()

@@ -176,7 +176,9 @@ def _show(document: dict[str, Any]) -> None:
 def _show_heading(console: Console, document: dict[str, Any]) -> None:
     from rich.markup import escape
 
-    console.print(f"[bold]{escape(document['model'])}[/]  {document['parameters']['total']:,} parameters")
+    console.print(
+        f"[bold]{escape(document['model'])}[/]  {document['parameters']['total']:,} parameters", soft_wrap=True
+    )
     weights = document["weights"]
     if weights:
         files = weights["files"][0] if len(weights["files"]) == 1 else f"{len(weights['files'])} files"

@@ -130,7 +130,7 @@ class Budget:
     def check_time(self, seconds: float) -> None:
         self.cases -= 1
         if self.cases < 0 or seconds > 60:
-            raise sys.modules["bench"].OutOfTime
+            raise sys.modules["cases"].OutOfTime
 
     def save(self) -> None:
         self.saved += 1
@@ -151,7 +151,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_what_fails_is_kept_as_an_error_and_the_rest_goes_on(program: ModuleType) -> None:
-    from bench import Case
+    from cases import Case
 
     measured: list[int] = []
     broken = {1}
@@ -198,7 +198,7 @@ def test_a_section_brings_what_it_reads(program: ModuleType) -> None:
 
 
 def test_slow_starters_are_not_begun_late(program: ModuleType) -> None:
-    from bench import Case
+    from cases import Case
 
     bench = Budget(9)
     program.run_section("late", lambda _: iter([Case({}, lambda: pytest.fail("was begun"), 90.0)]), bench)

@@ -366,6 +366,11 @@ function wire() {
     leaving = true;
     if (store.answering) store.save(store.answering);
   });
+  // A reload may break the stream before pagehide; one that is called off leaves the page as it was.
+  addEventListener("beforeunload", () => {
+    leaving = true;
+    setTimeout(() => (leaving = false), 5000);
+  });
   addEventListener("pageshow", () => (leaving = false));
   $("messages").addEventListener("retry", () => regenerate(conversation.messages.length - 1));
 }
