@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,7 @@ def test_the_recipe_chooses(tmp_path: Path) -> None:
         LoopRecipe(kernels="fast")
 
 
+@pytest.mark.skipif("PERSIMMON_SANITIZED_NATIVE" in os.environ, reason="the sanitizers bring an allocator of their own")
 def test_freed_memory_is_kept_where_the_library_can() -> None:
     import platform
 
