@@ -160,9 +160,8 @@ def choose_device(requested: str) -> Choice:
     """`auto` takes cuda, then mps, then cpu; a device that is not there is refused."""
     import torch
 
-    kind = requested.partition(":")[0]
-    number = requested.partition(":")[2]
-    if kind not in DEVICES or (":" in requested and not (kind == "cuda" and number.isdigit())):
+    kind, colon, number = requested.partition(":")
+    if kind not in DEVICES or (colon and not (kind == "cuda" and number.isdigit())):
         raise InputError(f"device must be one of {', '.join(DEVICES)} or cuda:N, got {requested!r}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if requested == "auto":
@@ -170,10 +169,8 @@ def choose_device(requested: str) -> Choice:
         return Choice(found, "the fastest device here" if found != "cpu" else "no GPU that PyTorch can use")
     if not present[kind]:
         raise UnavailableError(f"device {requested!r} is not available: PyTorch {torch.__version__} finds no such GPU")
-    if kind == "cuda" and requested != "cuda":
-        index, count = requested.partition(":")[2], torch.cuda.device_count()
-        if int(index) >= count:
-            raise UnavailableError(f"device {requested!r} is not available: there are {count} (cuda:0 ...)")
+    if number and int(number) >= (count := torch.cuda.device_count()):
+        raise UnavailableError(f"device {requested!r} is not available: there are {count} (cuda:0 ...)")
     return Choice(requested, "asked for")
 
 

@@ -214,3 +214,13 @@ def test_generate_takes_an_adapter(base: Path, adapter: Path, capsys: pytest.Cap
         assert main([*words, "--adapter", str(adapter), "--engine", engine]) == 0
         texts.append(json.loads(capsys.readouterr().out)["token_ids"])
     assert texts[0] == texts[1]
+
+
+def test_an_adapter_replaces_its_own_files_alone(base: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_random_adapter(base, tmp_path / "adapter", seed=seed)
+        (tmp_path / "adapter" / "tokenizer.json").write_text("somebody's")
+    written = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    write_random_adapter(base, tmp_path / "adapter", seed=2)
+    assert (tmp_path / "adapter" / "tokenizer.json").read_text() == "somebody's"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() != written

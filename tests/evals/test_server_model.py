@@ -170,3 +170,4 @@ def test_bad_or_absent_server(pauses: list[float]) -> None:
         ServerLanguageModel("localhost:8000")
     with pytest.raises(UnavailableError, match="did not answer"):
         ServerLanguageModel("http://127.0.0.1:9/v1")
+    assert pauses and sum(pauses) <= server_client.FIRST_PATIENCE_SECONDS, "a wrong address is told soon"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from persimmon.bench.row import Row, finished
+from persimmon.bench.row import Row, finished, kernels_fields
 from persimmon.bench.timing import percent_of
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
@@ -175,24 +175,12 @@ def _entries(name: str, measured: dict[str, Times], size: int, bandwidth: float)
 
 
 def _row(setting: Setting, entries: list[dict[str, Any]], bandwidth: float, table: KernelTable) -> Row:
-    first = entries[0]
-    rate, most = 1e6 / first["microseconds"], bandwidth * 1e9 / first["num_bytes"]
     return {
-        "bench": "kernels",
-        "model": f"layers of {setting.config.hidden_size} x {setting.config.intermediate_size}",
+        **kernels_fields(setting.config, setting.formats, entries, bandwidth),
         "engine": "cuda",
-        "format": ", ".join(setting.formats),
         "threads": 1,
         "context": 1,
-        "tokens_per_second": rate,
-        "runs": [rate],
-        "bytes_per_token": first["num_bytes"],
-        "bytes_per_token_dense": first["num_bytes"],
-        "bandwidth_gb_s": bandwidth,
-        "ceiling_tokens_per_second": most,
-        "percent_of_ceiling": percent_of(rate, most),
         "gpu": table.gpu,
-        "kernels": entries,
         "chosen": {
             name: {str(count): "sparse" if table.sparse(name, count) else "dense" for count in setting.tokens}
             for name in setting.formats

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persimmon.bench.ceiling import Ceiling
-from persimmon.bench.row import Row, finished
+from persimmon.bench.row import Row, finished, kernels_fields
 from persimmon.bench.subject import random_ids
 from persimmon.bench.timing import Stopwatch, percent_of
 from persimmon.bench.traffic import MlpUse, all_neurons, counted_neurons, head_bytes, mlp_bytes
@@ -223,24 +223,11 @@ def _row(
     bandwidth: float,
 ) -> Row:
     """The row; its tokens per second are layers per second of the fastest kernel's first entry."""
-    first = table[0]
-    rate = 1e6 / first["microseconds"]
-    most = bandwidth * 1e9 / first["num_bytes"]
     return {
-        "bench": "kernels",
-        "model": f"layers of {setting.config.hidden_size} x {setting.config.intermediate_size}",
+        **kernels_fields(setting.config, formats, table, bandwidth),
         "engine": "cpu",
-        "format": ", ".join(formats),
         "threads": setting.threads,
         "context": setting.depths[1],
-        "tokens_per_second": rate,
-        "runs": [rate],
-        "bytes_per_token": first["num_bytes"],
-        "bytes_per_token_dense": first["num_bytes"],
-        "bandwidth_gb_s": bandwidth,
-        "ceiling_tokens_per_second": most,
-        "percent_of_ceiling": percent_of(rate, most),
-        "kernels": table,
         "break_even": {
             "dense": "q4",
             **{name: break_even(points, dense_q4) for name, points in sparse.items() if dense_q4 is not None},

@@ -8,12 +8,14 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from persimmon import machine
+from persimmon.bench.timing import percent_of
+from persimmon.config import ModelConfig
 from persimmon.errors import InputError
 
 Row = dict[str, Any]
@@ -115,3 +117,22 @@ def write(row: Row, file: Path) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(row, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, file)
+
+
+def kernels_fields(config: ModelConfig, formats: Sequence[str], entries: list[dict[str, Any]], bandwidth: float) -> Row:
+    """What the rows of kernels have in common; tokens per second are layers per second of the first entry."""
+    first = entries[0]
+    rate, most = 1e6 / first["microseconds"], bandwidth * 1e9 / first["num_bytes"]
+    return {
+        "bench": "kernels",
+        "model": f"layers of {config.hidden_size} x {config.intermediate_size}",
+        "format": ", ".join(formats),
+        "tokens_per_second": rate,
+        "runs": [rate],
+        "bytes_per_token": first["num_bytes"],
+        "bytes_per_token_dense": first["num_bytes"],
+        "bandwidth_gb_s": bandwidth,
+        "ceiling_tokens_per_second": most,
+        "percent_of_ceiling": percent_of(rate, most),
+        "kernels": entries,
+    }

@@ -17,7 +17,7 @@ from persimmon.checkpoints import names, shards
 from persimmon.checkpoints.checksums import write_checksums
 from persimmon.checkpoints.releases import CARD_FILE
 from persimmon.checkpoints.shards import DEFAULT_SHARD_BYTES, ProgressReport, no_progress
-from persimmon.checkpoints.staging import CONFIG_FILE, staged
+from persimmon.checkpoints.staging import CONFIG_FILE, PACKED_FILE, staged
 from persimmon.checkpoints.tensors import WEIGHT_TYPES, StoredTensor, TensorData, describe
 from persimmon.checkpoints.torch_files import read_torch_file
 from persimmon.config import ModelConfig
@@ -93,7 +93,7 @@ def _read_tensors(directory: Path) -> list[StoredTensor]:
             return _read_indexed(index, read)
         if (directory / single).is_file():
             return read(directory / single)
-    if (directory / "quantization.json").is_file():
+    if (directory / PACKED_FILE).is_file():
         raise CheckpointError(f"{directory} is quantized; use the model that it was made from")
     raise NotFoundError(f"{directory} has no weights: neither {shards.SINGLE_FILE} nor {shards.INDEX_FILE} is there")
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from persimmon.errors import InputError, StorageError
 
 CONFIG_FILE = "config.json"
+PACKED_FILE = "quantization.json"
+"""Marks a quantized model (fast/cpu/packed.py)."""
 
 # What an earlier model in the same directory may have left; anything else there is somebody's and stays. The mark of
 # a packed model goes first: while it stands, its tensors count and not those beside it.
 _MODEL_FILES = (
-    "quantization.json", "packed-*.safetensors",
+    PACKED_FILE, "packed-*.safetensors",
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
     "checksums.json", "vocabulary_map.json", "vocabulary_dropped.safetensors",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -62,9 +64,10 @@ def _publish(partial: Path, directory: Path) -> None:
     if not directory.exists():
         partial.rename(directory)
         return
-    (directory / CONFIG_FILE).unlink(missing_ok=True)
-    for pattern in _MODEL_FILES:
-        for stale in directory.glob(pattern):
-            stale.unlink()
+    if (partial / CONFIG_FILE).exists():  # a model; an adapter takes the place of its own files alone
+        (directory / CONFIG_FILE).unlink(missing_ok=True)
+        for pattern in _MODEL_FILES:
+            for stale in directory.glob(pattern):
+                stale.unlink()
     for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG_FILE):
         os.replace(file, directory / file.name)

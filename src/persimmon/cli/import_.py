@@ -119,11 +119,11 @@ def _import_directory(args: argparse.Namespace, target: Path) -> tuple[Mapping[s
 
     directory = resolve(args.source, revision=args.revision)
     facts: dict[str, Any] = {}
-    if not args.verify:
-        checked_source(directory, quiet=args.quiet)
     if args.verify:
         with Progress("checking SHA-256", quiet=args.quiet) as progress:
             facts["verified_files"] = verify_checksums(directory, progress)
+    else:
+        checked_source(directory, quiet=args.quiet)
     opened = open_directory(directory)
     with Progress("writing", quiet=args.quiet) as progress:
         tensors, notes = write_copy(opened, target, max_shard_bytes=shard_bytes(args), progress=progress)

@@ -98,10 +98,13 @@ def result(job: Job, stage: str, number: int) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside and rename: `path` is never half a file."""
+    """Write aside and rename: `path` is never half a file, and what was there is not lost on a full disk."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _Lines:

@@ -16,6 +16,9 @@ from persimmon.errors import ContextLengthError, InputError, UnavailableError
 PATIENCE_SECONDS = 180.0
 """How long a server may answer that it is busy, or not at all; a model of some GB is loaded by then."""
 
+FIRST_PATIENCE_SECONDS = 10.0
+"""The same for the first question: where nobody answers it, the address is likely wrong."""
+
 LONGEST_PAUSE = 30.0
 """Seconds between two tries, whatever the server asks for."""
 
@@ -36,17 +39,17 @@ class ServerClient:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout = timeout_seconds
 
-    def get(self, path: str) -> dict[str, Any]:
+    def get(self, path: str, patience: float = PATIENCE_SECONDS) -> dict[str, Any]:
         """The answer to a GET."""
-        return self._send(urllib.request.Request(f"{self.url}{path}", headers=self._headers))
+        return self._send(urllib.request.Request(f"{self.url}{path}", headers=self._headers), patience)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a POST. ContextLengthError when the prompt does not fit, InputError for other refusals."""
         data = json.dumps(body).encode()
         return self._send(urllib.request.Request(f"{self.url}{path}", data, self._headers))
 
-    def _send(self, request: urllib.request.Request) -> dict[str, Any]:
-        until = time.monotonic() + PATIENCE_SECONDS
+    def _send(self, request: urllib.request.Request, patience: float = PATIENCE_SECONDS) -> dict[str, Any]:
+        until = time.monotonic() + patience
         attempt = 0
         while True:
             wanted: float | None = None

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from persimmon.errors import ContextLengthError, UnavailableError
-from persimmon.evals.server_client import ServerClient
+from persimmon.evals.server_client import FIRST_PATIENCE_SECONDS, ServerClient
 from persimmon.evals.tasks.task import Generate, Likelihood, Measure, Request, Response, TokenLikelihoods
 
 DEFAULT_CONTEXT = 16_384
@@ -44,7 +44,7 @@ class ServerLanguageModel:
         """`model` None takes the server's first, `context` None what it says. UnavailableError without an answer."""
         self._client = ServerClient(url, api_key, timeout_seconds)
         self._concurrency, self._seed = concurrency, seed
-        served = self._client.get("/models")["data"]
+        served = self._client.get("/models", FIRST_PATIENCE_SECONDS)["data"]
         self._model = model or str(served[0]["id"])
         about: Mapping[str, Any] = next((one for one in served if one["id"] == self._model), {})
         self.context: int = context or about.get("max_model_len") or DEFAULT_CONTEXT

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from persimmon import chat
+from persimmon.data.stages import write_atomically
 from persimmon.errors import DataError, InputError, NotFoundError
 from persimmon.infer.engine import Engine, Request, Update
 from persimmon.infer.params import SamplingParams
@@ -205,18 +206,5 @@ def keep_answers(target: Path) -> set[str]:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{target}, line {number}: not a line of answers") from None
     if sum(map(len, kept)) < len(content):
-        _replace(target, kept)
+        write_atomically(target, b"".join(kept))
     return ids
-
-
-def _replace(target: Path, lines: Iterable[bytes]) -> None:
-    """Written aside, flushed and renamed: a kill loses no answer."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -240,7 +240,7 @@ class Engine:
         outcomes: list[Outcome] = []
         try:
             if chunks:
-                draws = [self._draw(item) for item in work]
+                draws = [self._draw(item) for item in work] if self._drawing is not None else []
                 if self._drawing is not None and any(draws):
                     outcomes += self._drawing.draw(chunks, draws, self._banned)
                 else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ ReportProgress = Callable[[int, int], None]
 
 
 Drawing = tuple[Draw, NDArray[np.int64]]
-"""What a decoder that can is to pick behind the newest token, and the ids it must not pick."""
+"""What a DrawingDecoder (no other is asked) is to pick behind the newest token, and the ids it must not pick."""
 
 
 class Session:
@@ -133,8 +134,8 @@ class Session:
         # An interrupt inside the call may leave tokens stored that are not noted here, never the other way round:
         # the next prefill cuts the sequence back to what is noted.
         logits: Picked | None
-        if last and draw is not None and isinstance(self._decoder, DrawingDecoder):
-            (logits,) = self._decoder.draw([chunk], [draw[0]], draw[1])
+        if last and draw is not None:
+            (logits,) = cast(DrawingDecoder, self._decoder).draw([chunk], [draw[0]], draw[1])
         else:
             (logits,) = self._decoder.forward([chunk], exact_top=exact_top)
         self._token_ids += token_ids

@@ -84,8 +84,12 @@ def test_auto_takes_large_pages_where_they_pay(
     plan = MemoryPlan(weights, 0, 0, 512)
     assert resident.choose_weights("auto", plan) is expected
     assert resident.choose_weights("resident", plan) and not resident.choose_weights("mapped", plan)
-    with pytest.raises(InputError, match="weights must be one of auto, mapped, resident, got 'fast'"):
-        resident.choose_weights("fast", plan)
+
+
+def test_other_words_are_refused_for_every_directory(packed: dict[str, Path], checkpoint: Path) -> None:
+    for directory in (packed["q4"], checkpoint):
+        with pytest.raises(InputError, match="weights must be one of auto, mapped, resident, got 'fast'"):
+            load_decoder(directory, weights="fast")
 
 
 def test_memory_that_is_not_given(packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

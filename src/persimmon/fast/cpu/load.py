@@ -9,11 +9,11 @@ from persimmon.checkpoints.adapters import open_adapter
 from persimmon.checkpoints.directory import open_directory
 from persimmon.checkpoints.shards import ProgressReport, no_progress
 from persimmon.config import ModelConfig
-from persimmon.errors import UnavailableError
+from persimmon.errors import InputError, UnavailableError
 from persimmon.fast.cpu.decoder import CpuDecoder
 from persimmon.fast.cpu.memory import MemoryPlan, check_memory, plan_memory
 from persimmon.fast.cpu.packed import PackedDirectory, is_packed, open_packed
-from persimmon.fast.cpu.resident import choose_weights, load_resident
+from persimmon.fast.cpu.resident import WEIGHTS, choose_weights, load_resident
 from persimmon.fast.cpu.weights import Arrays, float_arrays, float_format
 from persimmon.machine import cpu_threads
 
@@ -41,6 +41,8 @@ def load_decoder(
     options: those of CpuDecoder.
     Raises CheckpointError for damaged files, UnavailableError when the memory cannot hold the model.
     """
+    if weights not in WEIGHTS:
+        raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     kv_dtype = options.get("kv_dtype", "auto")
     packed = open_packed(directory) if is_packed(directory) else None
     if packed is not None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from persimmon.checkpoints import shards
 from persimmon.checkpoints.directory import read_config
 from persimmon.checkpoints.shards import ProgressReport, no_progress
+from persimmon.checkpoints.staging import PACKED_FILE
 from persimmon.checkpoints.tensors import StoredTensor, describe
 from persimmon.config import ModelConfig
 from persimmon.errors import CheckpointError, NotFoundError
@@ -38,7 +39,6 @@ from persimmon.fast.cpu.formats import (
 )
 from persimmon.fast.cpu.sources import map_array
 
-PACKED_FILE = "quantization.json"
 LAYOUT_VERSION = 1
 
 

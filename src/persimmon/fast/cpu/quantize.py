@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from persimmon.checkpoints.directory import open_directory
 from persimmon.checkpoints.shards import ProgressReport, no_progress, write_file
-from persimmon.checkpoints.staging import CONFIG_FILE
+from persimmon.checkpoints.staging import CONFIG_FILE, PACKED_FILE
 from persimmon.checkpoints.tensors import CHUNK_BYTES, StoredTensor, TensorData
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
 from persimmon.fast.cpu.fingerprints import fingerprint_file
 from persimmon.fast.cpu.formats import GROUP, OUTLIERS, SUPERBLOCK, Format, packed_format
-from persimmon.fast.cpu.packed import LAYOUT_VERSION, PACKED_FILE, file_name, planned_bytes
+from persimmon.fast.cpu.packed import LAYOUT_VERSION, file_name, planned_bytes
 from persimmon.fast.cpu.packing import Arrays, Packer
 from persimmon.fast.cpu.sources import FloatSource
 from persimmon.machine import cpu_threads

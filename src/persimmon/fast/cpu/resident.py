@@ -1,10 +1,10 @@
 """Packed weights in memory of their own, in large pages, instead of in mapped files.
 
 A mapped file is read through pages of 4 KiB, and a core that streams gigabytes a second waits for their addresses:
-large pages (2 MiB, Linux's transparent huge pages) are worth 10 to 25% of the speed of decoding (docs/LOG.md,
-2026-11-26). Copying costs little beyond the check of the files, which reads every byte anyway. The files are read and
-not mapped, so the model is in this process once; what the system keeps of them besides is its page cache, which it
-drops when needed.
+large pages (2 MiB, Linux's transparent huge pages) are worth 10 to 15% of the speed of decoding (docs/LOG.md,
+2026-11-26). Copying and checking are one pass, which takes 3 s longer for the 8B than the check alone. The files are
+read and not mapped, so the model is in this process once; what the system keeps of them besides is its page cache,
+which it drops when needed.
 
 What resident weights are not: shared with other processes that run the same model, and given back when memory is
 short. The embedding stays mapped, as only the rows in use are ever read.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from persimmon.checkpoints.shards import ProgressReport, no_progress
 from persimmon.checkpoints.tensors import StoredTensor, num_bytes
-from persimmon.errors import InputError, UnavailableError
+from persimmon.errors import UnavailableError
 from persimmon.fast.cpu.memory import GIB, MemoryPlan
 from persimmon.fast.cpu.packed import PackedDirectory
 from persimmon.fast.cpu.sources import NUMPY_TYPES
@@ -41,9 +41,7 @@ _MAPPED_TENSOR = "embed_tokens.weight"  # alone in its file
 
 
 def choose_weights(wanted: str, plan: MemoryPlan) -> bool:
-    """Whether the weights shall be resident. InputError for a word that is none of WEIGHTS."""
-    if wanted not in WEIGHTS:
-        raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, got {wanted!r}")
+    """Whether the weights shall be resident; `wanted` is one of WEIGHTS."""
     if wanted != "auto":
         return wanted == "resident"
     free = memory_available()

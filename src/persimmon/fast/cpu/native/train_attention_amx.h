@@ -123,18 +123,6 @@ static void pack_pairs(const uint16_t* rows, int count, int W, uint16_t* pairs) 
 
 // ---- scores ------------------------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0: degree 4, 4e-5 relative.
-INLINE f32x16 rough_exp2(f32x16 x) {
-  x = maximum(x, set16(kLeastPower));
-  const f32x16 n = round_even(x), r = sub(x, n);
-  f32x16 p = set16(9.6181291076e-3f);
-  p = fma(p, r, set16(5.5504108665e-2f));
-  p = fma(p, r, set16(2.4022650696e-1f));
-  p = fma(p, r, set16(6.9314718056e-1f));
-  p = fma(p, r, set16(1.0f));
-  return scale_by_power(p, n);
-}
-
 // Of sixteen queries from `query`, those that see `key`.
 INLINE __mmask16 seeing(int query, int key) {
   const int hidden = key - query;
@@ -158,8 +146,8 @@ static void amx_softmax(const float* scores, int queries, int keys, int q0, int 
     store16(shrink + j, less);
     f32x16 total = mul(load16(totals + j), less);
     for (int i = 0; i < keys; i += 2) {
-      f32x16 even = rough_exp2(fma(load16(scores + i * kAmxQueries + j), set16(factor), shift));
-      f32x16 odd = rough_exp2(fma(load16(scores + (i + 1) * kAmxQueries + j), set16(factor), shift));
+      f32x16 even = exp2_nonpositive<4>(fma(load16(scores + i * kAmxQueries + j), set16(factor), shift));
+      f32x16 odd = exp2_nonpositive<4>(fma(load16(scores + (i + 1) * kAmxQueries + j), set16(factor), shift));
       if (kMasked) {
         even = _mm512_maskz_mov_ps(seeing(q0 + j, k0 + i), even);
         odd = _mm512_maskz_mov_ps(seeing(q0 + j, k0 + i + 1), odd);
@@ -183,7 +171,7 @@ static void amx_gradients(const float* scores, const float* products, int querie
       __m256i gradient[2];
       for (int both = 0; both < 2; both++) {
         const int at = (i + both) * kAmxQueries + j;
-        f32x16 p = rough_exp2(fma(load16(scores + at), set16(factor), shift));
+        f32x16 p = exp2_nonpositive<4>(fma(load16(scores + at), set16(factor), shift));
         if (kMasked) p = _mm512_maskz_mov_ps(seeing(q0 + j, k0 + i + both), p);
         gradient[both] = to_bf16(mul(p, sub(load16(products + at), dot)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(shares + at), to_bf16(p));

@@ -61,20 +61,17 @@ INLINE void count_positive(const f32x16 a, int32_t* counts) {
 }
 #endif
 
-// 2^x for x <= 0 (a little above is fine): 2^n e^(r ln 2), |r| <= 1/2, Taylor to degree 6 (next term below 2e-7 relative).
+// 2^x for x <= 0 (a little above is fine): 2^n e^(r ln 2), |r| <= 1/2, by Taylor's terms: degree 6 leaves 2e-7 relative, 4 leaves 4e-5.
 // Below kLeastPower the result is 2^kLeastPower, of no weight in a sum that holds a one, and far enough from the smallest normal
 // number that its products are normal too: arithmetic with others is many times slower.
 constexpr float kLeastPower = -80;
+constexpr float kTaylor[] = {1.0f, 6.9314718056e-1f, 2.4022650696e-1f, 5.5504108665e-2f, 9.6181291076e-3f, 1.3333558146e-3f, 1.5403530393e-4f};
+template <int kDegree = 6>
 INLINE f32x16 exp2_nonpositive(f32x16 x) {
   x = maximum(x, set16(kLeastPower));
   const f32x16 n = round_even(x), r = sub(x, n);
-  f32x16 p = set16(1.5403530393e-4f);
-  p = fma(p, r, set16(1.3333558146e-3f));
-  p = fma(p, r, set16(9.6181291076e-3f));
-  p = fma(p, r, set16(5.5504108665e-2f));
-  p = fma(p, r, set16(2.4022650696e-1f));
-  p = fma(p, r, set16(6.9314718056e-1f));
-  p = fma(p, r, set16(1.0f));
+  f32x16 p = set16(kTaylor[kDegree]);
+  for (int i = kDegree - 1; i >= 0; i--) p = fma(p, r, set16(kTaylor[i]));
   return scale_by_power(p, n);
 }
 
