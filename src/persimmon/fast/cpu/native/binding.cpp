@@ -260,6 +260,15 @@ struct Panels {
   std::vector<float> floats, scratch;
 };
 
+// Inputs of few tokens for AMX; `wanted` only where the instruction set has the kernels.
+struct Eights {
+  Eights(const Kernels* kernels, const Inputs& inputs, int blocks, int tokens) : inputs(blocks) {
+    require(kernels->fewest_eights && tokens <= kMostEights, "kernels for few tokens take up to 8, on amx");
+    kernels->make_eights(static_cast<const ActivationBlock*>(inputs.data()), tokens, blocks, 0, blocks, this->inputs.data());
+  }
+  std::vector<EightTokens> inputs;
+};
+
 FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::optional<In<uint8_t, 2>> low, In<float, 2> x,
                 const std::string& isa, bool tiled, bool in_panels) {
   const Kernels* kernels = find_kernels(isa);
@@ -269,7 +278,7 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
   Owned<float> out(tokens * count);
   RowsArgs args = {format, weights.data(), weights.shape(1), low ? low->data() : nullptr, low ? low->shape(1) : 0,
                          static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock), inputs.data(), static_cast<int>(tokens),
-                         nullptr, out.data, count, Epilogue::store, nullptr, nullptr};
+                         nullptr, out.data, count, Epilogue::store, nullptr, nullptr, nullptr};
   if (tiled) {
     const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
     args.tiles = tiles.groups.data();
@@ -360,7 +369,7 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   require(format != Format::q4, "q4 has a dense down projection");
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
-                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr};
+                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr, nullptr};
   std::optional<Tiles> tiles;
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
   std::optional<Panels> panels;

@@ -2,6 +2,7 @@
 #pragma once
 #include "activations.h"
 #include "attention.h"
+#include "eights.h"
 #include "fingerprint.h"
 #include "int4_scale.h"
 #include "panels.h"
@@ -17,7 +18,7 @@ static constexpr Kernels table(const char* name) {
 #else
 #define PERSIMMON_TILED 0, nullptr, nullptr, nullptr, nullptr, nullptr
 #endif
-  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED,
+  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS,
           make_panels, panel_scratch_floats, panel_rows, panel_activate, estimate_rows, refine_row,
           activate, one_block, down_columns, summarize, attend_int8, attend_float, quantize_head,
           int4_scale, fingerprint};

@@ -26,6 +26,7 @@ struct RowsArgs {
   Epilogue epilogue;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
   const float* panels;     // panel kernels: x by make_panels
+  const EightTokens* eights;  // kernels for few tokens: x by make_eights
 };
 
 // The non-zero squared activations of one block of kNeuronBlock neurons, ascending.
@@ -51,6 +52,7 @@ struct MlpArgs {
   int tokens;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
   const float* panels;     // panel kernels: x by make_panels
+  const EightTokens* eights;  // kernels for few tokens: x by make_eights
 };
 
 struct MlpCounts {
@@ -111,6 +113,12 @@ struct Kernels {
                           size_t stride, uint8_t* scratch);
   void (*tiled_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts,
                          uint8_t* scratch);
+  // Packed rows and few tokens (eights.h): from `fewest_eights` to kMostEights; never (and the functions are null) when 0.
+  int fewest_eights;
+  void (*make_eights)(const ActivationBlock* x, int tokens, int blocks, int begin, int end, EightTokens* eights);
+  void (*eight_rows)(const RowsArgs& args, int begin, int end);
+  void (*eight_estimates)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound, size_t stride);
+  void (*eight_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts);
   // float32 and bfloat16 rows and many tokens (panels.h): pays from kFewestPanelTokens on. x [T][inputs] becomes panels
   // [begin, end) of kPanelTokens tokens; scratch holds panel_scratch_floats.
   void (*make_panels)(const float* x, int inputs, int tokens, int begin, int end, float* panels);
@@ -148,6 +156,8 @@ constexpr int kFewestPanelTokens = 13;
 
 constexpr int kDownColumns = 64;
 constexpr int kMostDownColumns = 256;  // columns that a kernel may take at a time: a whole superblock
+constexpr int kFewestShared = 9;      // tokens from which the rows they share are unpacked once for all of them
+constexpr int kMostFewColumns = 2048; // columns that a kernel takes at a time for fewer tokens
 // down_columns: rows as floats [256][256], scales [256][8], totals [T][256].
 constexpr size_t down_scratch_floats(int tokens) {
   return static_cast<size_t>(kNeuronBlock) * (kMostDownColumns + kMostDownColumns / kGroup) +

@@ -267,6 +267,12 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
         finite_ = false;
     }
   });
+  if (in_eights(tokens)) {
+    eights_.resize(std::max<size_t>(eights_.size(), blocks));
+    pool_.parallel_for(blocks, std::max(1, blocks / pool_.threads()), [&](int begin, int end, int) {
+      kernels_->make_eights(out, tokens, blocks, begin, end, eights_.data());
+    });
+  }
   if (!tiled(tokens)) return;
   const int tiles = (tokens + kTileTokens - 1) / kTileTokens;
   tiles_.resize(static_cast<size_t>(tiles) * kLanes * blocks);
@@ -278,11 +284,12 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
                           Epilogue epilogue) const {
   return {linear.format, linear.weights, linear.row_bytes, linear.low, linear.low_bytes, linear.blocks,
-          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels_.data()};
+          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels_.data(),
+          in_eights(tokens) ? eights_.data() : nullptr};
 }
 
 int Model::grain(const Linear& linear, int tokens) const {
-  if (is_packed(linear.format) ? tiled(tokens) : in_panels(tokens)) return kTiledRows;
+  if (is_packed(linear.format) ? tiled(tokens) || in_eights(tokens) : in_panels(tokens)) return kTiledRows;
   const int rows = static_cast<int>(kChunkBytes / linear.row_bytes);
   if (is_packed(linear.format)) return std::max(1, rows);
   const int share = (linear.rows + 4 * pool_.threads() - 1) / (4 * pool_.threads());  // small matrices: some for everybody
@@ -292,7 +299,8 @@ int Model::grain(const Linear& linear, int tokens) const {
 // Rows [begin, end) by the kernel for that many tokens.
 void Model::multiply_range(const RowsArgs& args, int begin, int end, int thread) {
   const bool packed = is_packed(args.format);
-  if (packed && tiled(args.tokens)) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
+  if (packed && args.eights) kernels_->eight_rows(args, begin, end);
+  else if (packed && tiled(args.tokens)) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
   else if (!packed && in_panels(args.tokens)) kernels_->panel_rows(args, begin, end, panel_scratch(thread));
   else kernels_->rows(args, begin, end);
 }
@@ -388,7 +396,8 @@ void Model::attend_heads(int index, const std::vector<Token>& tokens, const Quer
 MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
   return {formats_.mlp,        layer.up.weights, layer.up.row_bytes,  layer.neurons,        layer.neuron_bytes,
           layer.neuron_offset, layer.up_bias,    shape_.intermediate, width_ / kSuperblock, input(),
-          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels_.data()};
+          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels_.data(),
+          in_eights(tokens) ? eights_.data() : nullptr};
 }
 
 void Model::mlp(const Layer& layer, int index, int tokens) {
@@ -451,14 +460,18 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
       }
       MlpCounts found = {};
       const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-      if (panels) kernels_->panel_activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(thread));
+      if (is_packed(args.format) && args.eights) kernels_->eight_activate(args, b * kNeuronBlock, last, out.data(), &found);
+      else if (panels) kernels_->panel_activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(thread));
       else if (in_tiles) kernels_->tiled_activate(args, b * kNeuronBlock, last, out.data(), &found, tile_scratch(thread));
       else kernels_->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &found);
       block_counts_[b] = found;
     }
   });
-  // Wide chunks as long as there are some for every thread.
-  const int columns = width_ >= 4 * kMostDownColumns * pool_.threads() ? kMostDownColumns : kDownColumns;
+  // Few tokens: long pieces of rows. Else wide chunks as long as there are some for every thread.
+  const int share = width_ / pool_.threads();
+  int columns = share >= 4 * kMostDownColumns ? kMostDownColumns : kDownColumns;
+  if (tokens < kFewestShared && share >= kMostDownColumns)
+    columns = std::min(kMostFewColumns, static_cast<int>(round_up(share, kMostDownColumns)));
   pool_.parallel_for(width_, columns, [&](int begin, int end, int thread) {
     kernels_->down_columns(args, active_.data(), begin, end, bias, x_.data(), width_,
                            scratch_.data() + thread * down_scratch_floats(reserved_tokens_));

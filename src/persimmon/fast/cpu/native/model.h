@@ -136,6 +136,7 @@ class Model {
   bool in_panels(int tokens) const { return tokens >= kFewestPanelTokens; }
   void reserve_panels(int tokens);
   void make_panels(const float* x, int tokens);
+  bool in_eights(int tokens) const { return kernels_->fewest_eights && tokens >= kernels_->fewest_eights && tokens <= kMostEights; }
   bool tiled(int tokens) const { return kernels_->tiled_tokens && tokens >= kernels_->tiled_tokens; }
   void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
   void multiply_range(const RowsArgs& args, int begin, int end, int thread);
@@ -193,6 +194,7 @@ class Model {
   std::vector<MlpCounts> block_counts_;
   std::unique_ptr<ActivationBlock[]> packed_, packed_hidden_;
   std::vector<TokenGroup> tiles_;          // of the inputs packed last, when the kernels want them
+  std::vector<EightTokens> eights_;        // likewise, of few tokens
   std::vector<TokenGroup> tile_scratch_;   // per thread; any type that is aligned
   size_t tile_scratch_stride_ = 0;         // elements
   std::vector<float> panels_;              // of float inputs, when there are many tokens
