@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from packed_layouts import ISAS, TILED_ISAS, RowMatrix
+from packed_layouts import EIGHT_ISAS, ISAS, TILED_ISAS, RowMatrix
 from persimmon.fast.cpu import _native
 
 PACKED = ("q8", "q4", "planes")
@@ -79,6 +79,40 @@ def test_many_tokens_have_the_bits_of_one(kind: str, isa: str, rows: int, column
     x[tokens // 2] *= 1e5
     matrix = RowMatrix(kind, w)
     assert np.array_equal(matrix.times(x, isa, tiled=True), matrix.times(x, ISAS[0]))
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("isa", EIGHT_ISAS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(1, 256, 1), (16, 31, 2), (33, 300, 3), (64, 1024, 4), (130, 600, 5), (15, 4096, 8), (97, 512, 7)],
+)
+def test_few_tokens_have_the_bits_of_one(kind: str, isa: str, rows: int, columns: int, tokens: int) -> None:
+    """Every remainder of a panel of 32 rows, one to eight tokens, extreme inputs among them."""
+    w, x = case(rows, columns, tokens, seed=rows + tokens)
+    x[0] = 0.0
+    x[tokens // 2] *= 1e5
+    matrix = RowMatrix(kind, w)
+    assert np.array_equal(matrix.times(x, isa, eights=True), matrix.times(x, ISAS[0]))
+
+
+@pytest.mark.parametrize("isa", EIGHT_ISAS)
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_the_heads_estimates_of_few_tokens(isa: str, tokens: int) -> None:
+    w, x = case(70, 1024, tokens, seed=tokens)
+    matrix = RowMatrix("planes", w)
+    expected = _native.head_rows(matrix.packed, matrix.low, x, 6.0, ISAS[0])
+    for first, other in zip(
+        expected, _native.head_rows(matrix.packed, matrix.low, x, 6.0, isa, eights=True), strict=True
+    ):
+        assert np.array_equal(first, other)
+
+
+def test_kernels_for_few_tokens_are_refused_where_there_are_none() -> None:
+    w, x = case(1, 256, 9)
+    for kind, isa in (("q8", "portable"), ("q8", ISAS[-1]), ("float32", ISAS[-1])):
+        with pytest.raises(ValueError, match="no kernels for few tokens"):
+            RowMatrix(kind, w).times(x, isa, eights=True)
 
 
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(1, 256, 1), (33, 300, 5), (70, 1024, 17)])

@@ -260,17 +260,18 @@ struct Panels {
   std::vector<float> floats, scratch;
 };
 
-// Inputs of few tokens for AMX; `wanted` only where the instruction set has the kernels.
+// Inputs of few tokens for the kernels on AMX.
 struct Eights {
   Eights(const Kernels* kernels, const Inputs& inputs, int blocks, int tokens) : inputs(blocks) {
-    require(kernels->fewest_eights && tokens <= kMostEights, "kernels for few tokens take up to 8, on amx");
+    require(kernels->fewest_eights && tokens <= kMostEights && !inputs.packed.empty(),
+            "this instruction set, format or number of tokens has no kernels for few tokens");
     kernels->make_eights(static_cast<const ActivationBlock*>(inputs.data()), tokens, blocks, 0, blocks, this->inputs.data());
   }
   std::vector<EightTokens> inputs;
 };
 
 FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::optional<In<uint8_t, 2>> low, In<float, 2> x,
-                const std::string& isa, bool tiled, bool in_panels) {
+                const std::string& isa, bool tiled, bool in_panels, bool in_eights) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
@@ -287,6 +288,10 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
     Panels panels(kernels, inputs, args.blocks, args.tokens);
     args.panels = panels.floats.data();
     kernels->panel_rows(args, 0, static_cast<int>(count), panels.scratch.data());
+  } else if (in_eights) {
+    const Eights eights(kernels, inputs, args.blocks, args.tokens);
+    args.eights = eights.inputs.data();
+    kernels->eight_rows(args, 0, static_cast<int>(count));
   } else {
     kernels->rows(args, 0, static_cast<int>(count));
   }
@@ -295,7 +300,7 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
 
 // The vocabulary head's two passes over rows in planes: estimates, their bounds, and every row refined, [T, R] each.
 std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In<uint8_t, 2> low, In<float, 2> x, float sigmas,
-                                                         const std::string& isa, bool tiled) {
+                                                         const std::string& isa, bool tiled, bool in_eights) {
   const Kernels* kernels = find_kernels(isa);
   const Inputs inputs(kernels, Format::planes, x);
   const size_t tokens = x.shape(0), count = high.shape(0);
@@ -310,6 +315,10 @@ std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In
     const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
     args.tiles = tiles.groups.data();
     kernels->tiled_estimates(args, 0, rows, sigmas, estimate.data, bound.data, count, tiles.scratch());
+  } else if (in_eights) {
+    const Eights eights(kernels, inputs, args.blocks, args.tokens);
+    args.eights = eights.inputs.data();
+    kernels->eight_estimates(args, 0, rows, sigmas, estimate.data, bound.data, count);
   } else {
     kernels->estimate_rows(args, 0, rows, sigmas, estimate.data, bound.data, count);
   }
@@ -330,7 +339,8 @@ void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, f
       out[t]->count = 0;
     }
     const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-    if (tiles) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), counts, tiles);
+    if (args.eights) kernels->eight_activate(args, b * kNeuronBlock, last, out.data(), counts);
+    else if (tiles) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), counts, tiles);
     else if (panels) kernels->panel_activate(args, b * kNeuronBlock, last, out.data(), counts, panels);
     else kernels->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), counts);
   }
@@ -360,7 +370,7 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, float* y, MlpCo
 std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_name, In<uint8_t, 2> up, In<uint8_t, 2> down, int down_offset,
                                                     In<float, 1> bias, In<float, 2> x, In<float, 2> outliers,
                                                     float margin, bool together, const std::string& isa, bool tiled,
-                                                    bool in_panels) {
+                                                    bool in_panels, bool in_eights) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
@@ -374,6 +384,8 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
   std::optional<Panels> panels;
   if (in_panels) args.panels = panels.emplace(kernels, inputs, args.blocks, tokens).floats.data();
+  std::optional<Eights> eights;
+  if (in_eights) args.eights = eights.emplace(kernels, inputs, args.blocks, tokens).inputs.data();
   MlpCounts counts = {};
   Owned<float> y(tokens * width);
   std::fill_n(y.data, tokens * width, 0.0f);
@@ -490,13 +502,16 @@ NB_MODULE(_native, m) {
   m.def("round_trip", &round_trip, "x"_a, "isa"_a = "auto", "Inputs rounded to int8 in groups of 32, as floats.");
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "isa"_a = "auto");
   m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false,
-        "x [T, K] . weights^T -> [T, R]; tiled, panels: by the kernels for many tokens of packed or float rows.");
+        "eights"_a = false, "x [T, K] . weights^T -> [T, R]; tiled, panels: by the kernels for many tokens of packed or float rows; "
+        "eights: by those for up to 8 tokens of packed rows.");
   m.def("head_rows", &head_rows, "high"_a, "low"_a, "x"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
-        "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
+        "eights"_a = false, "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
   m.def("tiled_tokens", [](const std::string& isa) { return find_kernels(isa)->tiled_tokens; }, "isa"_a = "auto",
         "Fewest tokens for which the tiled kernels are used; 0 where there are none.");
+  m.def("fewest_eights", [](const std::string& isa) { return find_kernels(isa)->fewest_eights; }, "isa"_a = "auto",
+        "Fewest tokens for which the kernels for few tokens are used, up to 8; 0 where there are none.");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
-        "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "MLP output without its bias, candidates, active.");
+        "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "eights"_a = false, "MLP output without its bias, candidates, active.");
   m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "table"_a, "block_size"_a, "int8"_a, "isa"_a = "auto");
   m.def("fingerprint", [](In<uint8_t, 1> data, const std::string& isa) {
           const Kernels* kernels = find_kernels(isa);

@@ -1,4 +1,4 @@
-// Products of packed rows with four to eight tokens on AMX: batches and speculative blocks.
+// Products of packed rows with three to eight tokens on AMX: batches and speculative blocks.
 //
 // Here the weights are the left matrix of the tile product: sixteen rows as they lie in memory, their nibbles unpacked but not
 // transposed, which is what makes tiles.h too dear for so few tokens. The right matrix is the tokens. A tile product
