@@ -16,6 +16,7 @@ import uvicorn
 from persimmon.infer.engine import Engine
 from persimmon.serve.app import build_app
 from persimmon.serve.connections import ConnectionLimits, LimitedConnection, allowed_connections
+from persimmon.serve.event_loop import new_event_loop
 from persimmon.serve.guard import Guard, write_log
 from persimmon.serve.metrics import Metrics
 from persimmon.serve.service import Service
@@ -96,5 +97,6 @@ def serve(service: Service, say: Callable[[str], None], *, log: Callable[[Mappin
         await server.serve()
         speaking.cancel()
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main())
     return 1 if service.worker.failed is not None else 0
