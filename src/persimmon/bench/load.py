@@ -160,16 +160,16 @@ async def stream(address: Address, path: str, body: dict[str, Any]) -> AsyncIter
         )
         await writer.drain()
         await _check_status(reader)
-        body, pending = _ChunkedBody(), b""
+        chunked, pending = _ChunkedBody(), b""
         while data := await reader.read(_READ_BYTES):
-            *events, pending = (pending + body.feed(data)).split(b"\n\n")
+            *events, pending = (pending + chunked.feed(data)).split(b"\n\n")
             for event in events:
                 text = event.removeprefix(b"data: ").strip()
                 if text == b"[DONE]":
                     return
                 if event.startswith(b"data: "):
                     yield json.loads(text)
-            if body.ended:
+            if chunked.ended:
                 break
         raise ValueError("the stream ended without [DONE]")
     finally:

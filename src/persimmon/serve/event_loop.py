@@ -6,7 +6,7 @@ import asyncio
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where it is installed (there is none for Windows): the same interface at less cost per call."""
+    """Uvloop's where it is installed (there is none for Windows): the same interface at less cost per call."""
     try:
         import uvloop
     except ImportError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -84,6 +85,7 @@ async def announce(service: Service, say: Callable[[str], None]) -> None:
         say(f"the model could not be loaded: {service.worker.failed}")
         signal.raise_signal(signal.SIGTERM)
         return
+    gc.freeze()  # modules and tokenizer stay: no collection looks at them again
     url = f"http://{service.settings.host}:{service.settings.port}"
     say(f"{service.model} on the {service.worker.engine_name} engine: chat page {url}/  API {url}/v1  (Ctrl-C stops)")
 

@@ -19,7 +19,6 @@ from persimmon.serve.settings import ServerSettings
 from persimmon.serve.submission import Submission, Worker
 from persimmon.tokenizer import Tokenizer
 
-
 _SHORT_TEXT = 4_096
 """Characters that are encoded at once, which takes about a millisecond: a thread would wait longer for its turn."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import signal
 import socket
@@ -78,6 +79,7 @@ def run_worker(build: Callable[[], Engine], connection: socket.socket) -> None:
         server.send(Broken(f"{type(error).__name__}: {error}"))
         return
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        gc.freeze()  # what loading left behind stays: no collection looks at it again
         server.send(Ready(engine.name, engine.capacity))
         while True:
             news = _obey(engine, server.receive(wait=not engine.busy))
