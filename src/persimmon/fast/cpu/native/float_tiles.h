@@ -11,10 +11,11 @@
 //
 // Layouts. A tile for 16 columns and 32 inputs is [16 pairs of inputs][16 columns][2]; a column is a part of a token. Tokens lie in panels
 // of kPanelTokens: sixteen tokens have three tiles, one for each part; a rest of at most ten has all parts of five tokens in one
-// tile. [panel][tile][inputs / 32][tile for 32 inputs]. Weights stay as they are: 16 rows x 64 bytes are the other operand.
+// tile, those of a token side by side. [panel][tile][inputs / 32][tile for 32 inputs]. Weights stay as they are: 16 rows x 64 bytes are the other operand.
 //
-// With few tokens reading the weights is the limit. Many tokens of wide rows are cut by inputs as well, so that what is read again
-// lies in the second cache; sums between the pieces are kept as they are, in float32, so this changes nothing.
+// With few tokens reading the weights is the limit, and tile loads read no stream as fast as vectors do: rows are copied, sixteen at a
+// time, while those before them are multiplied. Many tokens of wide rows are cut by inputs as well, so that what is read again lies
+// in the second cache; sums between the pieces are kept as they are, in float32. Neither changes a bit.
 #pragma once
 #include "tiled_rows.h"
 
@@ -33,6 +34,8 @@ constexpr int kPanelTiles = kFloatParts * kPanelTokens / kTileTokens;
 constexpr int kWholeInputs = 512;    // rows up to this size are not cut ...
 constexpr int kPieceInputs = 512;    // ... others into such pieces: 256 tokens of one are 768 KiB
 constexpr int kPieceRows = 128;      // rows of a piece: 128 KiB, and their sums with 256 tokens 384 KiB
+constexpr int kFewTiles = 3;         // inputs with which rows are read as a stream
+constexpr int kCopySoon = 512;       // bytes of the stream that are fetched into the first cache
 
 // Tokens and tiles that come next when `left` tokens of a panel are left.
 struct TileCut {
@@ -106,7 +109,7 @@ static void make_float_tiles(const float* x, int inputs, int tokens, int begin, 
           __m512i parts[kFloatParts];
           split32(x + static_cast<size_t>(t + k) * inputs + i, parts);
           for (int part = 0; part < kFloatParts; part++)
-            cut.tiles == 1 ? lines[0][part * kSharedTokens + k] = parts[part] : lines[part][k] = parts[part];
+            cut.tiles == 1 ? lines[0][kFloatParts * k + part] = parts[part] : lines[part][k] = parts[part];
         }
         for (int k = 0; k < cut.tiles; k++) {
           transpose16(lines[k]);
@@ -123,7 +126,6 @@ static void make_float_tiles(const float* x, int inputs, int tokens, int begin, 
 struct WeightTiles {
   const uint8_t* first;
   size_t row, block, step;  // bytes from a row, from 16 rows, from 32 inputs to the next
-  const uint8_t* ahead;     // what is to be read next, block by block; or null
 };
 
 // Sums lie as [tile][block of 16 rows][16][16], `c_tile` floats from a tile to the next.
@@ -141,7 +143,7 @@ INLINE void two_tiles(const WeightTiles& w, const uint16_t* x, size_t x_tile, in
     _tile_zero(2);
     _tile_zero(3);
   }
-  const uint8_t *a = w.first, *ahead = w.ahead;
+  const uint8_t* a = w.first;
   for (int s = 0; s < steps; s++, a += w.step, x += kTileHalves) {
     _tile_loadd(4, a, w.row);
     _tile_loadd(6, x, 64);
@@ -151,7 +153,6 @@ INLINE void two_tiles(const WeightTiles& w, const uint16_t* x, size_t x_tile, in
     if (R > 1) _tile_loadd(5, a + w.block, w.row);
     if (R > 1) _tile_dpbf16ps(2, 5, 6);
     if (R > 1) _tile_dpbf16ps(3, 5, 7);
-    if (ahead) prefetch(ahead, R * 1024), ahead += R * 1024;
   }
   _tile_stored(0, c, 64);
   _tile_stored(1, c + c_tile, 64);
@@ -165,60 +166,38 @@ INLINE void one_tile(const WeightTiles& w, const uint16_t* x, int steps, float* 
   if (add) {
     _tile_loadd(0, c, 64);
     if (R > 1) _tile_loadd(1, c + kTileFloats, 64);
-    if (R > 2) _tile_loadd(2, c + 2 * kTileFloats, 64);
-    if (R > 3) _tile_loadd(3, c + 3 * kTileFloats, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
   }
-  const uint8_t *a = w.first, *ahead = w.ahead;
+  const uint8_t* a = w.first;
   for (int s = 0; s < steps; s++, a += w.step, x += kTileHalves) {
     _tile_loadd(6, x, 64);
     _tile_loadd(4, a, w.row);
     _tile_dpbf16ps(0, 4, 6);
     if (R > 1) _tile_loadd(5, a + w.block, w.row);
     if (R > 1) _tile_dpbf16ps(1, 5, 6);
-    if (R > 2) _tile_loadd(4, a + 2 * w.block, w.row);
-    if (R > 2) _tile_dpbf16ps(2, 4, 6);
-    if (R > 3) _tile_loadd(5, a + 3 * w.block, w.row);
-    if (R > 3) _tile_dpbf16ps(3, 5, 6);
-    if (ahead) prefetch(ahead, R * 1024), ahead += R * 1024;
   }
   _tile_stored(0, c, 64);
   if (R > 1) _tile_stored(1, c + kTileFloats, 64);
-  if (R > 2) _tile_stored(2, c + 2 * kTileFloats, 64);
-  if (R > 3) _tile_stored(3, c + 3 * kTileFloats, 64);
 }
 
 // `blocks` blocks of rows with the tiles of a panel.
-static void panel_sums(WeightTiles w, int blocks, const uint16_t* x, size_t x_tile, int tiles, int steps, float* c, bool add) {
+static void panel_sums(const WeightTiles& w, int blocks, const uint16_t* x, size_t x_tile, int tiles, int steps, float* c, bool add) {
   asm volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
-  const WeightTiles all = w;
-  const size_t c_tile = static_cast<size_t>(blocks) * kTileFloats, ahead_block = static_cast<size_t>(steps) * 1024;
-  const auto at = [&](int block, bool first) {
-    w = all, w.first += block * w.block;
-    w.ahead = first && w.ahead ? w.ahead + block * ahead_block : nullptr;
-    return w;
-  };
+  const size_t c_tile = static_cast<size_t>(blocks) * kTileFloats;
+  const auto at = [&](int block) { return WeightTiles{w.first + block * w.block, w.row, w.block, w.step}; };
   int tile = 0;
   for (; tile + 2 <= tiles; tile += 2) {
     const uint16_t* inputs = x + tile * x_tile;
     float* sums = c + tile * c_tile;
     int b = 0;
-    for (; b + 2 <= blocks; b += 2) two_tiles<2>(at(b, tile == 0), inputs, x_tile, steps, sums + b * kTileFloats, c_tile, add);
-    if (b < blocks) two_tiles<1>(at(b, tile == 0), inputs, x_tile, steps, sums + b * kTileFloats, c_tile, add);
+    for (; b + 2 <= blocks; b += 2) two_tiles<2>(at(b), inputs, x_tile, steps, sums + b * kTileFloats, c_tile, add);
+    if (b < blocks) two_tiles<1>(at(b), inputs, x_tile, steps, sums + b * kTileFloats, c_tile, add);
   }
-  for (int b = 0; tile < tiles && b < blocks; b += 4) {
-    const uint16_t* inputs = x + tile * x_tile;
+  for (int b = 0; tile < tiles && b < blocks; b += 2) {
     float* sums = c + tile * c_tile + b * kTileFloats;
-    switch (blocks - b) {
-      case 1: one_tile<1>(at(b, tile == 0), inputs, steps, sums, add); break;
-      case 2: one_tile<2>(at(b, tile == 0), inputs, steps, sums, add); break;
-      case 3: one_tile<3>(at(b, tile == 0), inputs, steps, sums, add); break;
-      default: one_tile<4>(at(b, tile == 0), inputs, steps, sums, add); break;
-    }
+    b + 2 <= blocks ? one_tile<2>(at(b), x + tile * x_tile, steps, sums, add) : one_tile<1>(at(b), x + tile * x_tile, steps, sums, add);
   }
   asm volatile("" ::: "memory");
 }
@@ -242,8 +221,10 @@ INLINE void finish_panel_sums(const float* c, int blocks, int row, int token, in
       transpose16(v);
       for (int t = 0; t < cut.tokens; t++) {
         f32x16 products = _mm512_castsi512_ps(v[t]);
-        if (cut.tiles == 1)
-          products = add(add(_mm512_castsi512_ps(v[2 * kSharedTokens + t]), _mm512_castsi512_ps(v[kSharedTokens + t])), products);
+        if (cut.tiles == 1) {
+          const __m512i* part = v + kFloatParts * t;
+          products = add(add(_mm512_castsi512_ps(part[2]), _mm512_castsi512_ps(part[1])), _mm512_castsi512_ps(part[0]));
+        }
         finish(row + kPanelRows * b, token + t, products);
       }
     }
@@ -260,15 +241,75 @@ struct FloatTileArgs {
   const uint16_t* panel(int token) const { return panels + static_cast<size_t>(token / kPanelTokens) * kPanelTiles * tile(); }
 };
 
-constexpr int kFewBlocks = 4, kManyBlocks = 2;  // of 16 rows: with one panel of tokens, and with more (rows, sums: half a first cache)
+// The products of 16 rows with one token, whose three sums are the first of each row.
+INLINE f32x16 first_products(const float* c) {
+  __m512 q[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {  // of rows i, 4 + i, 8 + i, 12 + i
+    q[i] = _mm512_castps128_ps512(_mm_load_ps(c + 16 * i));
+    q[i] = _mm512_insertf32x4(q[i], _mm_load_ps(c + 16 * (4 + i)), 1);
+    q[i] = _mm512_insertf32x4(q[i], _mm_load_ps(c + 16 * (8 + i)), 2);
+    q[i] = _mm512_insertf32x4(q[i], _mm_load_ps(c + 16 * (12 + i)), 3);
+  }
+  const __m512 l01 = _mm512_unpacklo_ps(q[0], q[1]), l23 = _mm512_unpacklo_ps(q[2], q[3]);
+  const __m512 h01 = _mm512_unpackhi_ps(q[0], q[1]), h23 = _mm512_unpackhi_ps(q[2], q[3]);
+  return add(add(_mm512_shuffle_ps(h01, h23, 0x44), _mm512_shuffle_ps(l01, l23, 0xEE)), _mm512_shuffle_ps(l01, l23, 0x44));
+}
+
+// A KiB of a stream of weights.
+INLINE void copy_step(const uint8_t* from, uint8_t* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 1024; i += 64) {
+    _mm512_store_si512(to + i, _mm512_loadu_si512(from + i));
+    __builtin_prefetch(from + kStreamAhead + i, 0, 2);
+    __builtin_prefetch(from + kCopySoon + i, 0, 3);
+  }
+}
+
+// 16 rows at a time with T tiles of inputs; the next 16 are copied meanwhile.
+template <int T, class Finish>
+INLINE void streamed_rows(const FloatTileArgs& a, int row, int blocks, float* scratch, Finish&& finish) {
+  const int steps = a.inputs / kStepInputs;
+  const size_t bytes = kPanelRows * a.row_bytes;
+  uint8_t* const copies[2] = {reinterpret_cast<uint8_t*>(scratch), reinterpret_cast<uint8_t*>(scratch) + bytes};
+  alignas(64) float c[T * kTileFloats];
+  const uint8_t* from = a.weights + row * a.row_bytes;
+  for (int s = 0; s < steps; s++) copy_step(from + 1024 * s, copies[0] + 1024 * s);
+  for (int b = 0; b < blocks; b++) {
+    const uint8_t* w = copies[b % 2];
+    const uint16_t* x = a.panels;
+    uint8_t* to = copies[(b + 1) % 2];
+    from += bytes;
+    asm volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    for (int s = 0; s < steps; s++, w += 2 * kStepInputs, x += kTileHalves) {
+      _tile_loadd(6, x, 64);
+      _tile_loadd(4, w, a.row_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if (T > 1) _tile_loadd(7, x + a.tile(), 64);
+      if (T > 1) _tile_dpbf16ps(1, 4, 7);
+      if (T > 2) _tile_loadd(6, x + 2 * a.tile(), 64);
+      if (T > 2) _tile_dpbf16ps(2, 4, 6);
+      if (b + 1 < blocks) copy_step(from + 1024 * s, to + 1024 * s);
+    }
+    _tile_stored(0, c, 64);
+    if (T > 1) _tile_stored(1, c + kTileFloats, 64);
+    if (T > 2) _tile_stored(2, c + 2 * kTileFloats, 64);
+    if (T == 1 && a.tokens == 1) finish(row + kPanelRows * b, 0, first_products(c));
+    else finish_panel_sums(c, 1, row + kPanelRows * b, 0, a.tokens, finish);
+  }
+}
+
+constexpr int kBlocksAtOnce = 2;  // of 16 rows: with their sums they take half of the first cache
 
 // `blocks` blocks of rows, of which the last may be cut, uncut by inputs.
 template <class Finish>
 INLINE void whole_rows(const FloatTileArgs& a, int row, int blocks, Finish&& finish) {
-  alignas(64) float sums[kPanelTiles * kFewBlocks * kTileFloats];
-  const uint8_t* first = a.weights + row * a.row_bytes;
-  WeightTiles w = {first, a.row_bytes, kPanelRows * a.row_bytes, 2 * kStepInputs, first + blocks * kPanelRows * a.row_bytes};
-  for (int token = 0; token < a.tokens; token += kPanelTokens, w.ahead = nullptr) {
+  alignas(64) float sums[kPanelTiles * kBlocksAtOnce * kTileFloats];
+  const WeightTiles w = {a.weights + row * a.row_bytes, a.row_bytes, kPanelRows * a.row_bytes, 2 * kStepInputs};
+  for (int token = 0; token < a.tokens; token += kPanelTokens) {
     const int count = min_int(kPanelTokens, a.tokens - token);
     panel_sums(w, blocks, a.panel(token), a.tile(), tiles_of(count), a.inputs / kStepInputs, sums, false);
     finish_panel_sums(sums, blocks, row, token, count, finish);
@@ -290,7 +331,7 @@ INLINE void cut_rows(const FloatTileArgs& a, int row, int blocks, float* scratch
       uint8_t* to = piece + static_cast<size_t>(r / kPanelRows) * steps * tile_bytes + r % kPanelRows * 64;
       for (int s = 0; s < steps; s++) _mm512_store_si512(to + s * tile_bytes, _mm512_loadu_si512(from + 64 * s));
     }
-    const WeightTiles w = {piece, 64, static_cast<size_t>(steps) * tile_bytes, tile_bytes, nullptr};
+    const WeightTiles w = {piece, 64, static_cast<size_t>(steps) * tile_bytes, tile_bytes};
     for (int token = 0; token < a.tokens; token += kPanelTokens) {
       const uint16_t* x = a.panel(token) + static_cast<size_t>(input) / kStepInputs * kTileHalves;
       float* c = sums + token / kPanelTokens * panel_floats;
@@ -303,8 +344,9 @@ INLINE void cut_rows(const FloatTileArgs& a, int row, int blocks, float* scratch
 }
 
 static size_t float_tile_scratch(int inputs, int tokens) {
-  if (inputs <= kWholeInputs) return 0;
-  return kPieceRows * kPieceInputs / 2 + round_up(tokens, kPanelTokens) / kPanelTokens * kPanelTiles * kPieceRows / kPanelRows * kTileFloats;
+  const size_t copies = static_cast<size_t>(kPanelRows) * inputs;  // two of bfloat16
+  if (inputs <= kWholeInputs) return copies;
+  return copies + kPieceRows * kPieceInputs / 2 + round_up(tokens, kPanelTokens) / kPanelTokens * kPanelTiles * kPieceRows / kPanelRows * kTileFloats;
 }
 
 // finish(row, token, products of 16 rows) for rows [begin, end); the last call for a token may have fewer rows.
@@ -312,11 +354,15 @@ template <class Finish>
 INLINE void for_float_tiles(const FloatTileArgs& a, int begin, int end, float* scratch, Finish&& finish) {
   int row = begin, left = (end - begin) / kPanelRows;
   const bool cut = a.tokens > kPanelTokens && a.inputs > kWholeInputs;
-  const int most = cut ? kPieceRows / kPanelRows : a.tokens > kPanelTokens ? kManyBlocks : kFewBlocks;
+  const int few = a.tokens <= kPanelTokens ? tiles_of(a.tokens) : kPanelTiles;
+  const int most = few <= kFewTiles ? left : cut ? kPieceRows / kPanelRows : kBlocksAtOnce;
   if (left) configure_rows(kPanelRows);
   while (left) {
     const int blocks = min_int(left, most);
-    if (cut) cut_rows(a, row, blocks, scratch, finish);
+    if (few == 1) streamed_rows<1>(a, row, blocks, scratch, finish);
+    else if (few == 2) streamed_rows<2>(a, row, blocks, scratch, finish);
+    else if (few == 3) streamed_rows<3>(a, row, blocks, scratch, finish);
+    else if (cut) cut_rows(a, row, blocks, scratch, finish);
     else whole_rows(a, row, blocks, finish);
     row += blocks * kPanelRows, left -= blocks;
   }
@@ -355,17 +401,13 @@ static void float_tile_activate(const MlpArgs& a, int begin, int end, ActiveBloc
 }
 
 // One token and one block of neurons of any format: one_block, but for the sums of bfloat16 rows.
-static void float_tile_or_one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
-  if (a.format != Format::bf16) return one_block(a, block, sum, counts);
+static void float_tile_or_one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, float* scratch) {
+  if (a.format != Format::bf16) return one_block(a, block, sum, counts, scratch);
   ActiveBlock active;
   active.count = 0;
   ActiveBlock* out = &active;
-  const int last = min_int((block + 1) * kNeuronBlock, a.neurons);
-  for (int n = block * kNeuronBlock; n < last; n += kNeuronsAtOnce) {
-    const int before = active.count;
-    float_tile_activate(a, n, min_int(n + kNeuronsAtOnce, last), &out, counts, nullptr);
-    add_neurons(a, block, active, before, sum);
-  }
+  float_tile_activate(a, block * kNeuronBlock, min_int((block + 1) * kNeuronBlock, a.neurons), &out, counts, scratch);
+  add_neurons(a, block, active, 0, sum);
 }
 
 }  // namespace PERSIMMON_ISA

@@ -132,8 +132,9 @@ struct Kernels {
   // Append the active neurons among [begin, end) (inside one block) of tokens [token, token + count) to out[0 .. count).
   void (*activate)(const MlpArgs& args, int begin, int end, int token, int count, ActiveBlock* const* out,
                    MlpCounts* counts);
-  // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute. Not for q4.
-  void (*one_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts);
+  // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute. Not for q4. Scratch: of PanelKernels,
+  // for float rows.
+  void (*one_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts, float* panel_scratch);
   // y[t, c] += (sum over blocks of their neurons' contributions) + bias[c] for columns [begin, end), multiples of 64.
   // active[block * tokens + t]; scratch holds down_scratch_floats.
   void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,

@@ -10,7 +10,7 @@ namespace {
 constexpr int kStepTokens = 256;       // tokens run through all layers together; bounds the scratch memory
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
-constexpr int kPanelGrain = 128;       // ... when they lie in several panels: what float_tiles.h reads together
+constexpr int kPanelGrain = 128;       // ... when they lie in panels: what float_tiles.h reads together
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
@@ -285,7 +285,7 @@ RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float
 }
 
 int Model::grain(const Linear& linear, int tokens) const {
-  if (is_packed(linear.format) ? tiled(tokens) : in_panels(tokens)) return !is_packed(linear.format) && tokens > kPanelTokens ? kPanelGrain : kTiledRows;
+  if (is_packed(linear.format) ? tiled(tokens) : in_panels(tokens)) return is_packed(linear.format) ? kTiledRows : kPanelGrain;
   const int rows = static_cast<int>(kChunkBytes / linear.row_bytes);
   if (is_packed(linear.format)) return std::max(1, rows);
   const int share = (linear.rows + 4 * pool_.threads() - 1) / (4 * pool_.threads());  // small matrices: some for everybody
@@ -420,12 +420,12 @@ void Model::mlp_dense_q4(const Layer& layer, int tokens) {
 
 // One token: up and down in one region, block by block. output[0 .. width) = sum of the neurons' contributions.
 MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
-  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int) {
+  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int thread) {
     for (int b = begin; b < end; b++) {
       float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
       std::fill(sum, sum + width_, 0.0f);
       MlpCounts found = {};
-      kernels_->one_block(args, b, sum, &found);
+      kernels_->one_block(args, b, sum, &found, panel_scratch(thread));
       block_counts_[b] = found;
     }
   });
