@@ -1,4 +1,4 @@
-"""The whole decoder: right numbers, and the same bits for every thread count, batch and (but for AMX) instruction set."""
+"""The whole decoder: right numbers; the same bits for every thread count, batch and, but for AMX, instruction set."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_many_tokens_have_the_bits_of_one(kind: str, isa: str, rows: int, column
 @pytest.mark.parametrize("rows", [1, 15, 31, 129])
 @pytest.mark.parametrize("columns", [31, 256, 700, 1300])
 def test_every_number_of_tokens_has_the_bits_of_one(kind: str, isa: str, rows: int, columns: int) -> None:
-    """Every rest of a panel of 32 tokens, alone and behind full ones, and 300; rows cut by inputs too (float_tiles.h)."""
+    """Every rest of a panel of 32 tokens, alone and behind full ones, and 300; rows cut by inputs too."""
     w, x = case(rows, columns, 300, seed=rows + columns)
     x[1] *= 1e20
     x[2] *= 1e-20
@@ -125,7 +125,7 @@ def test_bfloat16_rows_err_no_more_than_float32_sums(isa: str) -> None:
 def test_one_bad_token_spoils_no_other(isa: str) -> None:
     w, x = case(33, 300, 40)
     clean = RowMatrix("bfloat16", w).times(x, isa)
-    x[[3, 20]] = np.nan, np.inf
+    x[3], x[20] = np.nan, np.inf
     spoilt = RowMatrix("bfloat16", w).times(x, isa)
     rest = np.delete(np.arange(40), [3, 20])
     assert np.array_equal(spoilt[rest], clean[rest])

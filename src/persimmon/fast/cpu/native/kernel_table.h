@@ -3,7 +3,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "fingerprint.h"
-#include "float_tiles.h"
+#include "float_tile_rows.h"
 #include "int4_scale.h"
 #include "panels.h"
 #include "sparse_mlp.h"

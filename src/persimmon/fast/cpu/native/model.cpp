@@ -11,6 +11,7 @@ constexpr int kStepTokens = 256;       // tokens run through all layers together
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
 constexpr int kPanelGrain = 128;       // ... when they lie in panels: what float_tiles.h reads together
+constexpr int kMostHeads = 4;          // whose rows a thread multiplies before it attends
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
@@ -312,9 +313,10 @@ void Model::multiply(const Linear& linear, const void* x, int tokens, float* y, 
 void Model::attention_one(const Layer& layer, int index, const std::vector<Token>& tokens) {
   const RowsArgs args = rows_args(layer.qkv, input(), 1, qkv_.data(), 3 * shape_.hidden, Epilogue::store);
   const int rows = 3 * shape_.head_dim;
-  pool_.parallel_for(shape_.heads, 1, [&](int begin, int end, int thread) {
+  const int grain = std::clamp(shape_.heads / (2 * pool_.threads()), 1, kMostHeads);
+  pool_.parallel_for(shape_.heads, grain, [&](int begin, int end, int thread) {
+    multiply_range(args, begin * rows, end * rows, thread);
     for (int h = begin; h < end; h++) {
-      multiply_range(args, h * rows, (h + 1) * rows, thread);
       prepare_head(layer, index, tokens[0], 0, h);
       attend_heads(index, tokens, queries_[0], h, 1);
     }
