@@ -12,6 +12,13 @@ EIGHT_ISAS = [isa for isa in ISAS if _native.fewest_eights(isa)]
 """Instruction sets with kernels for many tokens at once."""
 
 
+def same_bits(kind: str) -> list[list[str]]:
+    """Instruction sets in groups that give the same bits: AMX sums bfloat16 rows in an order of its own."""
+    if kind != "bfloat16" or "amx" not in ISAS:
+        return [ISAS]
+    return [[isa for isa in ISAS if isa != "amx"], ["amx"]]
+
+
 def lane_order(codes: np.ndarray) -> np.ndarray:
     """[R, K] in lane order -> plain order."""
     rows = codes.shape[0]

@@ -224,6 +224,7 @@ FloatArray layer_norm(In<float, 1> x, In<float, 1> weight, In<float, 1> bias, fl
 
 // Inputs in the form that a format wants.
 struct Inputs {
+  Inputs() = default;
   Inputs(const Kernels* kernels, Format format, const In<float, 2>& x) {
     const int tokens = static_cast<int>(x.shape(0)), inputs = static_cast<int>(x.shape(1));
     if (format == Format::f32 || format == Format::bf16) floats = padded_inputs(x.data(), tokens, inputs);
@@ -250,14 +251,20 @@ struct Tiles {
 
 // Likewise for float rows.
 struct Panels {
-  Panels(const Kernels* kernels, const Inputs& inputs, int blocks, int tokens) {
+  Panels(const Kernels* table, Format format, const Inputs& inputs, int blocks, int tokens)
+      : kernels(format == Format::bf16 ? &table->bf16_panels : &table->float_panels) {
     require(!inputs.floats.empty(), "packed formats have no panels");
     const int count = (tokens + kPanelTokens - 1) / kPanelTokens, width = blocks * kSuperblock;
-    floats.resize(static_cast<size_t>(count) * kPanelTokens * width);
-    kernels->make_panels(inputs.floats.data(), width, tokens, 0, count, floats.data());
-    scratch.resize(kernels->panel_scratch_floats(width));
+    lines.resize(panel_lines(*kernels, width, tokens));
+    kernels->make(inputs.floats.data(), width, tokens, 0, count, lines.data()->halves);
+    memory.resize(kernels->scratch_floats(width, tokens) / 16 + 1);
   }
-  std::vector<float> floats, scratch;
+  // Whether the model takes them for any number of tokens.
+  static bool always(const Kernels* table, Format format) { return format == Format::bf16 && table->bf16_panels.fewest_tokens == 1; }
+  const uint16_t* data() const { return lines.data()->halves; }
+  float* scratch() { return reinterpret_cast<float*>(memory.data()); }
+  const PanelKernels* kernels;
+  std::vector<PanelLine> lines, memory;
 };
 
 // Inputs of few tokens for the kernels on AMX.
@@ -284,14 +291,14 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
     const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
     args.tiles = tiles.groups.data();
     kernels->tiled_rows(args, 0, static_cast<int>(count), tiles.scratch());
-  } else if (in_panels) {
-    Panels panels(kernels, inputs, args.blocks, args.tokens);
-    args.panels = panels.floats.data();
-    kernels->panel_rows(args, 0, static_cast<int>(count), panels.scratch.data());
   } else if (in_eights) {
     const Eights eights(kernels, inputs, args.blocks, args.tokens);
     args.eights = eights.inputs.data();
     kernels->eight_rows(args, 0, static_cast<int>(count));
+  } else if (in_panels || Panels::always(kernels, format)) {
+    Panels panels(kernels, format, inputs, args.blocks, args.tokens);
+    args.panels = panels.data();
+    panels.kernels->rows(args, 0, static_cast<int>(count), panels.scratch());
   } else {
     kernels->rows(args, 0, static_cast<int>(count));
   }
@@ -328,7 +335,7 @@ std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In
 }
 
 // The MLP of all tokens of a call together, as for batches and prompts; `tiles` is scratch memory of the tiled kernels or null.
-void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, float* panels, float* y, MlpCounts* counts) {
+void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, Panels* panels, float* y, MlpCounts* counts) {
   const int tokens = args.tokens, width = args.blocks * kSuperblock;
   const int blocks = (args.neurons + kNeuronBlock - 1) / kNeuronBlock;
   std::vector<ActiveBlock> active(static_cast<size_t>(blocks) * tokens);
@@ -341,7 +348,7 @@ void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, f
     const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
     if (args.eights) kernels->eight_activate(args, b * kNeuronBlock, last, out.data(), counts);
     else if (tiles) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), counts, tiles);
-    else if (panels) kernels->panel_activate(args, b * kNeuronBlock, last, out.data(), counts, panels);
+    else if (panels) panels->kernels->activate(args, b * kNeuronBlock, last, out.data(), counts, panels->scratch());
     else kernels->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), counts);
   }
   const std::vector<float> no_bias(width, 0.0f);
@@ -350,7 +357,7 @@ void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, f
 }
 
 // The same token by token, as in decoding.
-void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, float* y, MlpCounts* counts) {
+void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float, 2>& x, float* y, MlpCounts* counts) {
   const bool packed = args.format != Format::f32 && args.format != Format::bf16;
   const size_t width = static_cast<size_t>(args.blocks) * kSuperblock;
   const size_t input_bytes = args.blocks * (packed ? sizeof(ActivationBlock) : kSuperblock * sizeof(float));
@@ -358,9 +365,15 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, float* y, MlpCo
   for (int t = 0; t < args.tokens; t++) {
     MlpArgs one = args;
     one.tokens = 1, one.x = static_cast<const uint8_t*>(args.x) + t * input_bytes, one.outliers = args.outliers + t * kOutliers;
+    std::optional<Panels> panels;
+    if (Panels::always(kernels, args.format)) {
+      Inputs input;
+      input.floats = padded_inputs(x.data() + t * x.shape(1), 1, static_cast<int>(x.shape(1)));
+      one.panels = panels.emplace(kernels, args.format, input, args.blocks, 1).data();
+    }
     for (int b = 0; b * kNeuronBlock < args.neurons; b++) {
       std::fill(sum.begin(), sum.end(), 0.0f);
-      kernels->one_block(one, b, sum.data(), counts);
+      kernels->one_block(one, b, sum.data(), counts, panels ? panels->scratch() : nullptr);
       for (size_t i = 0; i < width; i++) y[t * width + i] += sum[i];
     }
   }
@@ -383,15 +396,14 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   std::optional<Tiles> tiles;
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
   std::optional<Panels> panels;
-  if (in_panels) args.panels = panels.emplace(kernels, inputs, args.blocks, tokens).floats.data();
+  if (in_panels || Panels::always(kernels, format)) args.panels = panels.emplace(kernels, format, inputs, args.blocks, tokens).data();
   std::optional<Eights> eights;
   if (in_eights) args.eights = eights.emplace(kernels, inputs, args.blocks, tokens).inputs.data();
   MlpCounts counts = {};
   Owned<float> y(tokens * width);
   std::fill_n(y.data, tokens * width, 0.0f);
-  float* scratch = panels ? panels->scratch.data() : nullptr;
-  if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, scratch, y.data, &counts);
-  else mlp_one_by_one(kernels, args, y.data, &counts);
+  if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, panels ? &*panels : nullptr, y.data, &counts);
+  else mlp_one_by_one(kernels, args, x, y.data, &counts);
   return {y.array({static_cast<size_t>(tokens), width}), counts.candidates, counts.active};
 }
 

@@ -89,7 +89,7 @@ void Model::score_pieces(const Group& group, int begin, int end, const Output& o
     args.weights += first * args.row_bytes;  // so that the logits of the piece begin at 0
     if (args.low) args.low += first * args.low_bytes;
     if (group.first) args.x = normed_.data() + static_cast<size_t>(group.first) * width_;
-    if (group.first) args.panels += static_cast<size_t>(group.first) * width_;
+    if (group.first) args.panels += panel_offset(group.first);
     multiply_range(args, 0, count, group.thread);
     for (int t = 0; t < group.count; t++) {
       const float* row = logits + static_cast<size_t>(t) * kScoreRows;

@@ -10,6 +10,8 @@ namespace {
 constexpr int kStepTokens = 256;       // tokens run through all layers together; bounds the scratch memory
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
+constexpr int kPanelGrain = 128;       // ... when they lie in panels: what float_tiles.h reads together
+constexpr int kMostHeads = 4;          // whose rows a thread multiplies before it attends
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
@@ -32,10 +34,13 @@ bool is_packed(Format format) { return format != Format::f32 && format != Format
 
 Model::Model(const Shape& shape, const Formats& formats, const std::map<std::string, Bytes>& tensors, const float* cos,
              const float* sin, const Kernels* kernels, int threads)
-    : counts(shape.layers), shape_(shape), formats_(formats), kernels_(kernels), cos_(cos), sin_(sin),
+    : counts(shape.layers), shape_(shape), formats_(formats), kernels_(kernels),
+      panel_kernels_(formats.attention == Format::bf16 ? &kernels->bf16_panels : &kernels->float_panels), cos_(cos), sin_(sin),
       width_(static_cast<int>(round_up(shape.hidden, kSuperblock))),
       neuron_width_(static_cast<int>(round_up(shape.intermediate, kSuperblock))),
       neuron_blocks_(neuron_width_ / kNeuronBlock), packed_inputs_(is_packed(formats.attention)), pool_(threads) {
+  if (!packed_inputs_ && (formats.mlp != formats.attention || formats.head != formats.attention))
+    throw std::invalid_argument("float32 and bfloat16 matrices in one model");
   const Resolver resolver(tensors);
   const size_t element = formats.embedding_bf16 ? 2 : 4;
   embedding_ = resolver.bytes("embed_tokens.weight", element * shape.vocab * shape.hidden);
@@ -244,17 +249,16 @@ void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_
 }
 
 void Model::reserve_panels(int tokens) {
-  panels_.resize(std::max(panels_.size(), round_up(tokens, kPanelTokens) * width_));
-  panel_scratch_stride_ = round_up(kernels_->panel_scratch_floats(width_), 16);
+  panels_.resize(std::max(panels_.size(), panel_lines(*panel_kernels_, width_, tokens)));
+  panel_scratch_stride_ = std::max(panel_scratch_stride_, panel_kernels_->scratch_floats(width_, tokens) / 16 + 1);
   panel_scratch_.resize(panel_scratch_stride_ * pool_.threads());
 }
 
 void Model::make_panels(const float* x, int tokens) {
   if (!in_panels(tokens)) return;
-  const int panels = (tokens + kPanelTokens - 1) / kPanelTokens;
   reserve_panels(tokens);
-  pool_.parallel_for(panels, 1, [&](int begin, int end, int) {
-    kernels_->make_panels(x, width_, tokens, begin, end, panels_.data());
+  pool_.parallel_for((tokens + kPanelTokens - 1) / kPanelTokens, 1, [&](int begin, int end, int) {
+    panel_kernels_->make(x, width_, tokens, begin, end, panels());
   });
 }
 
@@ -284,12 +288,12 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
                           Epilogue epilogue) const {
   return {linear.format, linear.weights, linear.row_bytes, linear.low, linear.low_bytes, linear.blocks,
-          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels_.data(),
+          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels(),
           in_eights(tokens) ? eights_.data() : nullptr};
 }
 
 int Model::grain(const Linear& linear, int tokens) const {
-  if (is_packed(linear.format) ? tiled(tokens) || in_eights(tokens) : in_panels(tokens)) return kTiledRows;
+  if (is_packed(linear.format) ? tiled(tokens) || in_eights(tokens) : in_panels(tokens)) return is_packed(linear.format) ? kTiledRows : kPanelGrain;
   const int rows = static_cast<int>(kChunkBytes / linear.row_bytes);
   if (is_packed(linear.format)) return std::max(1, rows);
   const int share = (linear.rows + 4 * pool_.threads() - 1) / (4 * pool_.threads());  // small matrices: some for everybody
@@ -301,7 +305,7 @@ void Model::multiply_range(const RowsArgs& args, int begin, int end, int thread)
   const bool packed = is_packed(args.format);
   if (packed && args.eights) kernels_->eight_rows(args, begin, end);
   else if (packed && tiled(args.tokens)) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
-  else if (!packed && in_panels(args.tokens)) kernels_->panel_rows(args, begin, end, panel_scratch(thread));
+  else if (!packed && in_panels(args.tokens)) panel_kernels_->rows(args, begin, end, panel_scratch(thread));
   else kernels_->rows(args, begin, end);
 }
 
@@ -317,9 +321,10 @@ void Model::multiply(const Linear& linear, const void* x, int tokens, float* y, 
 void Model::attention_one(const Layer& layer, int index, const std::vector<Token>& tokens) {
   const RowsArgs args = rows_args(layer.qkv, input(), 1, qkv_.data(), 3 * shape_.hidden, Epilogue::store);
   const int rows = 3 * shape_.head_dim;
-  pool_.parallel_for(shape_.heads, 1, [&](int begin, int end, int) {
+  const int grain = std::clamp(shape_.heads / (2 * pool_.threads()), 1, kMostHeads);
+  pool_.parallel_for(shape_.heads, grain, [&](int begin, int end, int thread) {
+    multiply_range(args, begin * rows, end * rows, thread);
     for (int h = begin; h < end; h++) {
-      kernels_->rows(args, h * rows, (h + 1) * rows);
       prepare_head(layer, index, tokens[0], 0, h);
       attend_heads(index, tokens, queries_[0], h, 1);
     }
@@ -396,7 +401,7 @@ void Model::attend_heads(int index, const std::vector<Token>& tokens, const Quer
 MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
   return {formats_.mlp,        layer.up.weights, layer.up.row_bytes,  layer.neurons,        layer.neuron_bytes,
           layer.neuron_offset, layer.up_bias,    shape_.intermediate, width_ / kSuperblock, input(),
-          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels_.data(),
+          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels(),
           in_eights(tokens) ? eights_.data() : nullptr};
 }
 
@@ -426,12 +431,12 @@ void Model::mlp_dense_q4(const Layer& layer, int tokens) {
 
 // One token: up and down in one region, block by block. output[0 .. width) = sum of the neurons' contributions.
 MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
-  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int) {
+  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int thread) {
     for (int b = begin; b < end; b++) {
       float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
       std::fill(sum, sum + width_, 0.0f);
       MlpCounts found = {};
-      kernels_->one_block(args, b, sum, &found);
+      kernels_->one_block(args, b, sum, &found, panel_scratch(thread));
       block_counts_[b] = found;
     }
   });
@@ -461,7 +466,7 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
       MlpCounts found = {};
       const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
       if (is_packed(args.format) && args.eights) kernels_->eight_activate(args, b * kNeuronBlock, last, out.data(), &found);
-      else if (panels) kernels_->panel_activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(thread));
+      else if (panels) panel_kernels_->activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(thread));
       else if (in_tiles) kernels_->tiled_activate(args, b * kNeuronBlock, last, out.data(), &found, tile_scratch(thread));
       else kernels_->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &found);
       block_counts_[b] = found;

@@ -231,7 +231,7 @@ static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* cou
 constexpr int kNeuronsAtOnce = 64;  // rows of the up projection between two looks at the down projection
 
 // One token and one block of neurons, up and down: sum[0 .. H) += their contributions.
-static void one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
+static void one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, float*) {
   if (a.format == Format::planes) return planes_block(a, block, sum, counts);
   ActiveBlock active;
   active.count = 0;
