@@ -76,16 +76,31 @@ constexpr float kLeastPower = -80;
 constexpr float kRounding = 12582912;  // 1.5 2^23: numbers of this size are whole, and the integer lies in their lowest bits
 constexpr float kPowers6[] = {1.0f, 6.9314718e-1f, 2.40226477e-1f, 5.55033237e-2f, 9.61843692e-3f, 1.33988751e-3f, 1.5353362e-4f};
 constexpr float kPowers3[] = {1.0f, 6.93282902e-1f, 2.42210969e-1f, 5.50089292e-2f};
-template <int kDegree = 6>
-INLINE f32x16 exp2_nonpositive(f32x16 x) {
+template <int kDegree = 6, int kCount>
+INLINE void exp2_nonpositive(f32x16 (&x)[kCount]) {  // step by step for all, so that none waits for its own step before
   constexpr const float* powers = kDegree == 6 ? kPowers6 : kPowers3;
   static_assert(kDegree == 6 || kDegree == 3);
-  x = maximum(set16(kLeastPower), x);
-  const f32x16 shifted = add(x, set16(kRounding)), r = sub(x, sub(shifted, set16(kRounding)));
-  f32x16 p = set16(powers[kDegree]);
+  f32x16 shifted[kCount], p[kCount];
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) x[v] = maximum(set16(kLeastPower), x[v]);
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) shifted[v] = add(x[v], set16(kRounding));
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) x[v] = sub(x[v], sub(shifted[v], set16(kRounding)));
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) p[v] = set16(powers[kDegree]);
 #pragma GCC unroll 6
-  for (int i = kDegree - 1; i >= 0; i--) p = fma(p, r, set16(powers[i]));
-  return add_to_exponent(p, shifted);
+  for (int i = kDegree - 1; i >= 0; i--)
+#pragma GCC unroll 8
+    for (int v = 0; v < kCount; v++) p[v] = fma(p[v], x[v], set16(powers[i]));
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) x[v] = add_to_exponent(p[v], shifted[v]);
+}
+template <int kDegree = 6>
+INLINE f32x16 exp2_nonpositive(f32x16 x) {
+  f32x16 one[1] = {x};
+  exp2_nonpositive<kDegree>(one);
+  return one[0];
 }
 
 // ---- outer tensors: float32 or bfloat16 ----------------------------------------------------------------------------------

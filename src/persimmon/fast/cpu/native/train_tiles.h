@@ -26,6 +26,7 @@ namespace PERSIMMON_ISA {
 
 constexpr int kTile = 512;  // numbers of a B tile
 constexpr int kStep = 32;   // numbers summed by one tile product
+constexpr int kApart = 96;  // numbers between parts, so that their lines do not meet in one set of the first-level cache
 
 struct alignas(64) TileShapes {  // eight tiles of 16 rows x 64 bytes
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -50,20 +51,25 @@ struct Split {  // a vector as bfloat16 parts, each in the upper halves of the l
 };
 
 // Rounds to the nearest bfloat16, halves away from zero.
-template <int kParts>
-INLINE Split<kParts> split(f32x16 x) {
+template <int kParts, int kCount>
+INLINE void split(f32x16 (&x)[kCount], Split<kParts> (&s)[kCount]) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
-  Split<kParts> s;
 #pragma GCC unroll 3
   for (int i = 0; i < kParts; i++) {
-    if (i == 2) {
-      s.part[i] = _mm512_castps_si512(x);  // eight bits are left
-    } else {
-      s.part[i] = _mm512_add_epi32(_mm512_castps_si512(x), half);
-      if (i + 1 < kParts) x = sub(x, _mm512_castsi512_ps(_mm512_and_si512(s.part[i], upper)));
-    }
+    const bool rest = i == 2;  // of eight bits
+#pragma GCC unroll 8
+    for (int v = 0; v < kCount; v++) s[v].part[i] = rest ? _mm512_castps_si512(x[v]) : _mm512_add_epi32(_mm512_castps_si512(x[v]), half);
+    if (i + 1 == kParts) break;
+#pragma GCC unroll 8
+    for (int v = 0; v < kCount; v++) x[v] = sub(x[v], _mm512_castsi512_ps(_mm512_and_si512(s[v].part[i], upper)));
   }
-  return s;
+}
+template <int kParts>
+INLINE Split<kParts> split(f32x16 x) {
+  f32x16 one[1] = {x};
+  Split<kParts> s[1];
+  split<kParts>(one, s);
+  return s[0];
 }
 
 // Lines (a, b) of all parts, `part` numbers apart.
@@ -85,13 +91,29 @@ struct Matrix {  // float32 [count][row] from which `columns`, a multiple of 16,
   inline __attribute__((always_inline)) f32x16 along(int i, int column) const {  // 16 columns of row i
     return i < count && column < columns ? load16(data + i * row + column) : zero16();
   }
-  inline __attribute__((always_inline)) f32x16 down(int i, int column) const {  // a column of 16 rows from i
-    const int rows = count - i;
-    if (rows <= 0 || column >= columns) return zero16();
-    const __mmask16 there = rows >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << rows) - 1);
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(row)));
-    return _mm512_mask_i32gather_ps(zero16(), there, at, data + i * row + column, 4);
+  // 16 rows from i of 16 columns, transposed: by pairs of rows, of pairs, and then whole quarters of the registers.
+  void turned(int i, int column, f32x16 (&out)[16]) const {
+    __m512d two[16];
+    f32x16 four[16];
+#pragma GCC unroll 8
+    for (int r = 0; r < 16; r += 2) {
+      const f32x16 a = along(i + r, column), b = along(i + r + 1, column);
+      two[r] = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), two[r + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; j++) {
+        four[r + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(two[r + j], two[r + j + 2]));
+        four[r + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(two[r + j], two[r + j + 2]));
+      }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {  // four[4 g + j]: rows 4 g .. 4 g + 3 of columns j, 4 + j, 8 + j, 12 + j
+      const f32x16 even[2] = {_mm512_shuffle_f32x4(four[j], four[4 + j], 0x88), _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88)};
+      const f32x16 odd[2] = {_mm512_shuffle_f32x4(four[j], four[4 + j], 0xDD), _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xDD)};
+      out[j] = _mm512_shuffle_f32x4(even[0], even[1], 0x88), out[8 + j] = _mm512_shuffle_f32x4(even[0], even[1], 0xDD);
+      out[4 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88), out[12 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0xDD);
+    }
   }
 };
 
@@ -104,15 +126,22 @@ static void pack_rows(const Matrix& m, int n, int W, uint16_t* rows, size_t part
 
 template <int kParts>
 static void pack_across(const Matrix& m, int n, int W, uint16_t* across, size_t part) {
+  f32x16 a[16], b[16];
   for (int i = 0; i < n; i += kStep)
-    for (int c = 0; c < W; c++, across += kStep) store_lines(across, part, split<kParts>(m.down(i, c)), split<kParts>(m.down(i + 16, c)));
+    for (int c = 0; c < W; c += 16) {
+      m.turned(i, c, a), m.turned(i + 16, c, b);
+      for (int j = 0; j < 16; j++, across += kStep) store_lines(across, part, split<kParts>(a[j]), split<kParts>(b[j]));
+    }
 }
 
 template <int kParts>
 static void pack_lanes(const Matrix& m, int n, int W, uint16_t* lanes, size_t part) {
+  f32x16 a[16], b[16];
   for (int i = 0; i < n; i += 16)
-    for (int s = 0; s < W; s += kStep)
-      for (int c = s; c < s + 16; c++, lanes += kStep) store_lines(lanes, part, split<kParts>(m.down(i, c)), split<kParts>(m.down(i, c + 16)));
+    for (int c = 0; c < W; c += kStep) {
+      m.turned(i, c, a), m.turned(i, c + 16, b);
+      for (int j = 0; j < 16; j++, lanes += kStep) store_lines(lanes, part, split<kParts>(a[j]), split<kParts>(b[j]));
+    }
 }
 
 template <int kParts>
