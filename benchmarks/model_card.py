@@ -1,4 +1,4 @@
-"""Measure a small trained model for its card: bits per byte beside general compressors, zeros per layer, samples.
+"""Measure a small trained model for its card: bits per byte beside compressors, zeros, dead neurons, samples.
 
     python benchmarks/model_card.py MODEL DATA --out benchmarks/results/mini.json
 
@@ -25,7 +25,7 @@ from persimmon.data.documents import read_documents
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
 from persimmon.train.evaluate import bits_per_byte
-from persimmon.train.loop import LayerStatistics
+from persimmon.train.sparsity import LayerStatistics, shares_of_zeros, silent_neurons
 
 _XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 _PPMD_ORDER = 8
@@ -34,6 +34,8 @@ _PPMD_SMALL, _PPMD_LARGE, _PPMD_LIMIT = (
     256 << 20,
     200_000,
 )  # bytes of memory; documents above the limit get more
+_TOKENS_PER_DOCUMENT = 2048
+"""Tokens of each held-out document whose zeros are counted."""
 
 PROMPTS = ("It was a cold morning, and the old man", "This document describes", "def add_numbers(a, b):\n    ")
 QUESTIONS = ("I would like to book a table at a restaurant.", "What is 12 plus 7?", "Tell me a short story.")
@@ -52,13 +54,18 @@ def compressed_bits(texts: list[str]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def zeros_per_layer(model: PersimmonModel, tokenizer: Tokenizer, texts: list[str], tokens: int = 2048) -> list[float]:
-    """Mean share of exact zeros after the squared ReLU over the first tokens of every document."""
-    statistics = LayerStatistics(model.config.num_layers, target=0.0)
+def activity_per_layer(model: PersimmonModel, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
+    """Share of zeros after the squared ReLU, and neurons never active, over the first tokens of every document."""
+    statistics = LayerStatistics(model.config.num_layers, target=0.0, penalize=False)
     for text in texts:
-        ids = tokenizer.encode(text[: 8 * tokens], bos=True)[:tokens]
+        ids = tokenizer.encode(text[: 8 * _TOKENS_PER_DOCUMENT], bos=True)[:_TOKENS_PER_DOCUMENT]
         model.features(torch.tensor([ids]), observe=statistics)
-    return [round(sum(shares) / len(shares), 4) for shares in statistics.zeros]
+    counts = statistics.counts()
+    return {
+        "tokens_counted": int(counts[0, -1]),
+        "zeros_per_layer": [round(share, 4) for share in shares_of_zeros(counts)],
+        "never_active_per_layer": silent_neurons(counts),
+    }
 
 
 def measure_source(model: PersimmonModel, tokenizer: Tokenizer, file: Path, window: int | None) -> dict[str, Any]:
@@ -67,7 +74,7 @@ def measure_source(model: PersimmonModel, tokenizer: Tokenizer, file: Path, wind
     facts = {
         "documents": len(texts),
         "bytes": sum(len(text.encode()) for text in texts),
-        "zeros_per_layer": zeros_per_layer(model, tokenizer, texts[:40]),
+        **activity_per_layer(model, tokenizer, texts),
     }
     if window is None:
         return facts

@@ -82,6 +82,17 @@ def test_the_penalty_raises_the_share_of_zeros(tmp_path: Path) -> None:
     assert final_zeros(3.0) > final_zeros(0.0) + 0.1
 
 
+def test_a_penalty_that_starts_late_changes_nothing_before(tmp_path: Path) -> None:
+    def losses(**settings: float) -> list[float]:
+        trainer = build(LoopRecipe(sparsity_target=0.99, **settings), tmp_path)
+        trainer.num_steps, trainer._tokens_total = 20, 20 * 96
+        return [trainer.train_step()["loss"] for _ in range(20)]
+
+    plain, late = losses(), losses(sparsity_penalty=3.0, sparsity_start=0.5)
+    assert late[:11] == plain[:11]  # the eleventh loss is that of the tenth update
+    assert late[11:] != plain[11:]
+
+
 def test_silent_neurons_come_back_under_a_target(tmp_path: Path) -> None:
     def silent(lift: float) -> int:
         recipe = LoopRecipe(sparsity_penalty=0.1, sparsity_target=0.9, sparsity_lift=lift)

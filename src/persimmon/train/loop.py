@@ -88,6 +88,11 @@ class Trainer:
         """The schedule's multiplier for the coming step."""
         return self.recipe.schedule.factor(self.tokens_seen / self._tokens_total)
 
+    def sparsity_penalty(self) -> float:
+        """The penalty's weight in the coming step: 0 before its start."""
+        started = self.tokens_seen >= self.recipe.sparsity_start * self._tokens_total
+        return self.recipe.sparsity_penalty if started else 0.0
+
     def _update(self, active: Tensor) -> float:
         """Clip, scale the rates, step the optimizers, lift biases; returns the gradient's norm before clipping."""
         norm = clip_gradients(self.model.parameters(), self.recipe.optimizer.clip)
@@ -100,7 +105,7 @@ class Trainer:
             optimizer.step()
         self._drop_gradients()
         recipe = self.recipe
-        if recipe.sparsity_penalty and recipe.sparsity_lift and recipe.sparsity_target < 1:
+        if self.sparsity_penalty() and recipe.sparsity_lift and recipe.sparsity_target < 1:
             self._lift(active, recipe.sparsity_lift * recipe.optimizer.vector_lr * factor)
         return norm
 
@@ -128,7 +133,7 @@ class Trainer:
 
     def _train_step(self, signal: int, save: bool) -> tuple[dict[str, Any], StepResult]:
         started = time.perf_counter()
-        result = self._passes.run(self.step, signal, save)
+        result = self._passes.run(self.step, signal, save, self.sparsity_penalty())
         factor = self.learning_rate_factor()
         row: dict[str, Any] = {}
         if self._is_spike(result.loss):

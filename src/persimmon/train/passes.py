@@ -122,8 +122,8 @@ class StepPasses:
         for start in range(0, len(mine), size):
             yield self._source.batch(step, mine[start : start + size])
 
-    def run(self, step: int, signal: int = 0, save: bool = False) -> StepResult:
-        """Gradients of the whole step in every process."""
+    def run(self, step: int, signal: int = 0, save: bool = False, penalty: float = 0.0) -> StepResult:
+        """Gradients of the whole step in every process; `penalty` is the weight of the L1 on activations."""
         batches = list(self._micro_batches(step))
         copies = self._layout.tensor_size  # processes with the same rows and tokens
         passes = [self._own(batch) if self._objective is None else self._whole(batch) for batch in batches]
@@ -133,15 +133,15 @@ class StepPasses:
         ).tolist()
         terms, number_of_passes = max(1.0, counts[0] / copies), counts[1] / copies
         recipe, num_layers = self._recipe, self._model.config.num_layers
-        statistics = LayerStatistics(num_layers, recipe.sparsity_target, bool(recipe.sparsity_penalty))
+        statistics = LayerStatistics(num_layers, recipe.sparsity_target, bool(penalty))
         sums, totals = torch.zeros(2, self._buckets), torch.zeros(2)
         for one in passes:
             with self._autocast():
                 statistics.penalties.clear()
                 loss, buckets = one.loss(1 / terms, statistics)
                 totals += torch.tensor([float(loss.detach()), one.squared_lengths])
-                if self._recipe.sparsity_penalty:
-                    share = self._recipe.sparsity_penalty / number_of_passes / copies
+                if penalty:
+                    share = penalty / number_of_passes / copies
                     loss = loss + share * statistics.penalty().to(loss.device)
             loss.backward()
             sums += buckets

@@ -49,6 +49,8 @@ class LoopRecipe:
     """Share of zeros at which a layer's penalty pauses and its biases are lifted instead (train/sparsity.py)."""
     sparsity_lift: float = 1.0
     """Size of one lift, as a multiple of the present rate of the vectors."""
+    sparsity_start: float = 0.0
+    """Share of the run's tokens before which zeros are only counted."""
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     kernels: str = "auto"
     """`auto`: on CPUs the compiled training kernels (train/fused.py) where they are built; `plain`: PyTorch alone."""
@@ -87,5 +89,7 @@ class LoopRecipe:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.parallel.splits_weights and self.optimizer.state == "int8":
             raise ConfigError("optimizer.state int8 goes with neither parallel.shard nor parallel.tensor")
+        if not 0 <= self.sparsity_start <= 1:
+            raise ConfigError(f"sparsity_start must lie within 0 and 1, got {self.sparsity_start}")
         if self.micro_tokens < 1 or self.keep_checkpoints < 1:
             raise ConfigError("micro_tokens and keep_checkpoints must be at least 1")
