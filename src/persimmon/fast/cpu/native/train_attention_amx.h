@@ -24,8 +24,8 @@ INLINE bool worth_tiles(const AttentionTensors& t, int length) {
 static size_t amx_scratch(int padded, int length) {
   const size_t n = round_up(length, kAmxKeys), W = round_up(padded, kStep), size = n * W + kApart, stretch = kAmxStretch * kAmxKeys * W + kApart;
   // Backward, which needs more than forward: four packed arrays of three parts and grad_q, two vectors; for a stretch of keys three packed
-  // arrays and two of gradients; twice two blocks of scores and three of results; the rounding of each to a cache line.
-  const size_t bytes = size * (4 * 3 * 2 + 4) + n * 8 + stretch * (3 * 3 * 2 + 2 * 4) + 2 * kPart * (2 * 4 + 3 * 3 * 2) + 32 * 64;
+  // arrays and four of gradients; twice two blocks of scores and three of results; the rounding of each to a cache line.
+  const size_t bytes = size * (4 * 3 * 2 + 4) + n * 8 + stretch * (3 * 3 * 2 + 4 * 4) + 2 * kPart * (2 * 4 + 3 * 3 * 2) + 32 * 64;
   const size_t plain = attention_scratch(padded, length);
   return bytes / 4 > plain ? round_up(bytes / 4, 64) : plain;
 }

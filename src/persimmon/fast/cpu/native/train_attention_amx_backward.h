@@ -7,6 +7,8 @@
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
+constexpr int kSettled = 16 * kAmxQueries;  // queries whose shares of the gradients of keys and values are summed by themselves
+
 // Transposed scores and products with the output's gradient -> probabilities and gradients of scores as A (a row per key), and
 // the latter as B tiles [keys / 32][queries / 16] too.
 template <int kParts>
@@ -71,7 +73,7 @@ class AmxBackward {
     q_lanes_ = packed(size_), q_pairs_ = packed(size_), g_lanes_ = packed(size_), g_pairs_ = packed(size_);
     grad_q_ = arena.take<float>(size_), normalizer_ = arena.take<float>(n_), dots_ = arena.take<float>(n_);
     keys_ = packed(stretch()), across_ = packed(stretch()), values_ = packed(stretch());
-    grad_k_ = arena.take<float>(stretch()), grad_v_ = arena.take<float>(stretch());
+    recent_ = arena.take<float>(2 * stretch()), grads_ = arena.take<float>(2 * stretch());
     for (int i = 0; i < 2; i++) scores_[i] = arena.take<float>(2 * kPart), results_[i] = arena.take<uint16_t>(3 * kParts * kPart);
     pack_gradients(grad_q_);  // for a moment
     const Matrix q = {t.q + base_, static_cast<size_t>(t.padded), count_, t.padded};
@@ -121,8 +123,8 @@ class AmxBackward {
     pack_rows<kParts>(Matrix{t_.k + from, row, count, t_.padded}, padded, W_, keys_, stretch());
     pack_across<kParts>(Matrix{t_.k + from, row, count, t_.padded}, padded, W_, across_, stretch());
     pack_rows<kParts>(Matrix{t_.v + from, row, count, t_.padded}, padded, W_, values_, stretch());
-    memset(grad_k_, 0, stretch() * sizeof(float));
-    memset(grad_v_, 0, stretch() * sizeof(float));
+    memset(recent_, 0, 2 * stretch() * sizeof(float));
+    memset(grads_, 0, 2 * stretch() * sizeof(float));
     first_ = first;
     Block now = {first, first, kAmxQueries}, before;
     multiply_scores(now, 0, [] {});
@@ -134,16 +136,26 @@ class AmxBackward {
       pieces_.begin(now, scores_[i], normalizer_, dots_, results_[i], calls);
       if (more) multiply_scores(next, i ^ 1, pieces_);
       if (there) multiply_gradients(before, i ^ 1, pieces_);
+      if (there && now.q0 > before.q0 && (now.q0 - first) % kSettled == 0) settle();
       pieces_.finish();
       before = now, there = true, now = next;
       if (!more) multiply_gradients(before, i, [] {});
     }
+    settle();
     for (int i = 0; i < count; i++)
       for (int d = 0; d < t_.padded; d += 16) {
         const size_t to = from + i * row + d;
-        store16(t_.grad_k + to, mul(load16(grad_k_ + i * W_ + d), set16(t_.scale)));
-        store16(t_.grad_v + to, load16(grad_v_ + i * W_ + d));
+        store16(t_.grad_k + to, mul(load16(grads_ + i * W_ + d), set16(t_.scale)));
+        store16(t_.grad_v + to, load16(grads_ + stretch() + i * W_ + d));
       }
+  }
+
+  // Six roundings for every 32 queries would add up to more than float32's products do: sums of a few queries are added to the rest.
+  void settle() {
+    for (size_t i = 0; i < 2 * stretch(); i += 16) {
+      store16(grads_ + i, add(load16(grads_ + i), load16(recent_ + i)));
+      store16(recent_ + i, zero16());
+    }
   }
 
   // The next keys before `end` that the queries see, else the next queries; false: there are none.
@@ -170,8 +182,8 @@ class AmxBackward {
     const uint16_t *shares = results_[slot], *grads = shares + kParts * kPart, *turned = grads + kParts * kPart;
     const TileOperand g = {g_pairs_ + b.q0 * w, kStep, kTile, tiles * kTile, size_}, q = {q_pairs_ + b.q0 * w, kStep, kTile, tiles * kTile, size_};
     const int m = b.keys / 16, n = static_cast<int>(tiles);
-    tile_product<kParts>({shares, kAmxQueries, 16 * kAmxQueries, kStep, kPart}, g, grad_v_ + at, w, m, n, 1, true, beside);
-    tile_product<kParts>({grads, kAmxQueries, 16 * kAmxQueries, kStep, kPart}, q, grad_k_ + at, w, m, n, 1, true, beside);
+    tile_product<kParts>({shares, kAmxQueries, 16 * kAmxQueries, kStep, kPart}, g, recent_ + stretch() + at, w, m, n, 1, true, beside);
+    tile_product<kParts>({grads, kAmxQueries, 16 * kAmxQueries, kStep, kPart}, q, recent_ + at, w, m, n, 1, true, beside);
     tile_product<kParts>({across_ + at, kStep, 16 * kStep, w * kStep, stretch()}, {turned, kStep, kTile, 2 * kTile, kPart},
                          grad_q_ + b.q0 * w, kAmxQueries, n, 2, b.keys / kStep, true, beside);
   }
@@ -180,7 +192,7 @@ class AmxBackward {
   int head_, start_, count_, W_, n_, first_ = 0;
   size_t size_, base_;
   uint16_t *q_lanes_, *q_pairs_, *g_lanes_, *g_pairs_, *keys_, *across_, *values_, *results_[2];
-  float *grad_q_, *normalizer_, *dots_, *grad_k_, *grad_v_, *scores_[2];  // grad_q [n / 32][W][32]
+  float *grad_q_, *normalizer_, *dots_, *recent_, *grads_, *scores_[2];  // grad_q [n / 32][W][32]; keys, then values
   GradientPieces<kParts> pieces_;
   const TileRegisters registers_;
 };
