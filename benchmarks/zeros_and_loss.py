@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import persimmon
+from persimmon.atomic import write_text
+from persimmon.figures import load_pyplot, save_figure
 from persimmon.train.plot import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TOKENS, BATCH = 700_000, 4096
-"""Of a pilot: about 1.5 minutes on two cores."""
+"""Of a pilot: 171 steps."""
 LAST_STEPS = 10
 """Steps whose zeros are averaged."""
 
@@ -112,11 +114,7 @@ def evaluations(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 def plot(result: dict[str, Any], picture: Path) -> None:
     """Left: the pilots, loss over zeros; right: what the zeros cost over the long pair."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot("train")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
     for entry in result["pilots"]:
         zeros = 100 * sum(entry["zeros_per_layer"][1:]) / (len(entry["zeros_per_layer"]) - 1)
@@ -137,7 +135,7 @@ def plot(result: dict[str, Any], picture: Path) -> None:
         axis.grid(alpha=0.25)
     if result["pairs"]:
         right.legend(fontsize=8)
-    figure.savefig(picture, dpi=110)
+    save_figure(figure, picture, dpi=110)
     pyplot.close(figure)
 
 
@@ -159,7 +157,7 @@ def main() -> None:
         "pairs": pairs(*args.pair) if args.pair else [],
         "versions": {"persimmon": persimmon.__version__},
     }
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(args.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     if args.plot:
         plot(result, args.plot)

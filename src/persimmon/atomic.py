@@ -23,7 +23,7 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         partial.touch(0o600 if private else 0o666, exist_ok=False)
         yield partial
-        _flush(partial)
+        flush(partial)  # else a crash soon after the rename may leave the new name on an empty file
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -40,8 +40,8 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def _flush(path: Path) -> None:
-    # Else a crash soon after the rename may leave the new name on an empty file.
+def flush(path: Path) -> None:
+    """Put a file's content, or the names in a folder, on disk: what must outlast a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

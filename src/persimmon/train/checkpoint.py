@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from persimmon.atomic import flush
 from persimmon.errors import CheckpointError
 from persimmon.train.adamw8bit import AdamW8bit, fresh_state
 from persimmon.train.parallel import World
@@ -192,11 +193,11 @@ def _complete(partial: Path, final: Path, state: dict[str, Any]) -> None:
     hashes = {file.name: _hash_and_flush(file) for file in sorted(partial.iterdir())}
     (partial / _STATE).write_text(json.dumps({**state, "sha256": hashes}, indent=2))
     _hash_and_flush(partial / _STATE)
-    _flush_names(partial)
+    flush(partial)
     if final.exists():
         _remove(final)
     os.replace(partial, final)
-    _flush_names(final.parent)
+    flush(final.parent)
 
 
 def newest_whole(directory: Path) -> tuple[Path, dict[str, Any]] | CheckpointError | None:
@@ -233,12 +234,3 @@ def _hash_and_flush(path: Path) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         os.fsync(stream.fileno())
     return digest
-
-
-def _flush_names(directory: Path) -> None:
-    """Put the names in a folder on disk, which flushing the files does not: they must outlast a loss of power."""
-    opened = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -45,29 +45,13 @@ struct alignas(64) EightPanel {
   float variance[kPairs][kEightRows][16];
 };
 
-struct EightRowsAt {
-  const uint8_t* codes[kEightRows];
-  const uint8_t* scales[kEightRows];
-  int bytes, scales_bytes;  // from one superblock to the next
-  size_t ahead;             // bytes from a row to the one to fetch meanwhile
-};
+using EightRowsAt = RowPlaces<kEightRows>;
 
 // Memory to fetch while a panel is multiplied: `count` pieces of as many bytes as a low plane.
 struct Fetches {
   const uint8_t* piece[kEightRows];
   int count = 0;
 };
-
-template <class F>
-INLINE EightRowsAt eight_rows_at(const uint8_t* base, size_t row_bytes, int first, int end) {
-  EightRowsAt rows;
-  for (int i = 0; i < kEightRows; i++) {
-    rows.codes[i] = base + static_cast<size_t>(min_int(first + i, end - 1)) * row_bytes;
-    rows.scales[i] = rows.codes[i] + F::scales_at;
-  }
-  rows.bytes = rows.scales_bytes = F::bytes, rows.ahead = kEightRows * row_bytes;
-  return rows;
-}
 
 // Words of a pair in a tile's row: both groups' vectors 0-3, then their vectors 4-7 (a nibble's upper half, or other bytes).
 struct PairOrder {
@@ -202,7 +186,7 @@ template <class F>
 static void eight_rows_of(const RowsArgs& a, int begin, int end) {
   EightPanel m;
   for (int first = begin; first < end; first += kEightRows) {
-    multiply_eights<F, false>(eight_rows_at<F>(a.weights, a.row_bytes, first, end), a.blocks, a.eights, {}, &m);
+    multiply_eights<F, false>(row_places<F, kEightRows>(a.weights, a.row_bytes, first, end), a.blocks, a.eights, {}, &m);
     for (int r = first; r < min_int(first + kEightRows, end); r++) finish_eights(a, r, eight_sums<F>(m, r - first));
   }
 }
@@ -210,7 +194,7 @@ static void eight_rows_of(const RowsArgs& a, int begin, int end) {
 static void eight_rows_of_planes(const RowsArgs& a, int begin, int end) {
   EightPanel m;
   for (int first = begin; first < end; first += kEightRows) {
-    EightRowsAt rows = eight_rows_at<High>(a.weights, a.row_bytes, first, end);
+    EightRowsAt rows = row_places<High, kEightRows>(a.weights, a.row_bytes, first, end);
     f32x8 high[kEightRows];
     multiply_eights<High, false>(rows, a.blocks, a.eights, {}, &m);
     for (int i = 0; i < kEightRows; i++) {
@@ -236,7 +220,7 @@ static void eight_estimates(const RowsArgs& a, int begin, int end, float sigmas,
   EightPanel m;
   configure_eights();
   for (int first = begin; first < end; first += kEightRows) {
-    multiply_eights<High, true>(eight_rows_at<High>(a.weights, a.row_bytes, first, end), a.blocks, a.eights, {}, &m);
+    multiply_eights<High, true>(row_places<High, kEightRows>(a.weights, a.row_bytes, first, end), a.blocks, a.eights, {}, &m);
     for (int r = first; r < min_int(first + kEightRows, end); r++) {
       float high[8], most[8];
       const f32x8 sums = eight_sums<High>(m, r - first);
@@ -330,7 +314,7 @@ static void eight_activate_planes(const MlpArgs& a, int begin, int end, ActiveBl
   EightCandidates found;
   Fetches fetches;
   for (int first = begin; first < end; first += kEightRows) {
-    EightRowsAt rows = eight_rows_at<High>(a.up, a.up_bytes, first, end);
+    EightRowsAt rows = row_places<High, kEightRows>(a.up, a.up_bytes, first, end);
     multiply_eights<High, true>(rows, a.blocks, a.eights, fetches, &m);
     if (first > begin) refine_candidates(a, found, out, counts);
     find_candidates(a, m, outliers, first, min_int(first + kEightRows, end), &found);
@@ -344,7 +328,7 @@ static void eight_activate_planes(const MlpArgs& a, int begin, int end, ActiveBl
 static void eight_activate_bytes(const MlpArgs& a, int begin, int end, ActiveBlock* const* out, MlpCounts* counts) {
   EightPanel m;
   for (int first = begin; first < end; first += kEightRows) {
-    multiply_eights<Q8, false>(eight_rows_at<Q8>(a.up, a.up_bytes, first, end), a.blocks, a.eights, {}, &m);
+    multiply_eights<Q8, false>(row_places<Q8, kEightRows>(a.up, a.up_bytes, first, end), a.blocks, a.eights, {}, &m);
     for (int r = first; r < min_int(first + kEightRows, end); r++) {
       float p[8];
       store8(p, add(eight_sums<Q8>(m, r - first), set8(a.bias[r])));

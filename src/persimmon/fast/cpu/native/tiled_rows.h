@@ -30,14 +30,14 @@ template <class F, bool kSpread>
 static void products_of(const TileScratch& m, const RowsArgs& a, int first, int end) {
   int panels = 0;
   for (int r = first; r < end; r += kPanelRows)
-    unpack_panel<F>(panel_rows<F>(a.weights, a.row_bytes, r, end), a.blocks, m.panel(panels++));
+    unpack_panel<F>(row_places<F, kPanelRows>(a.weights, a.row_bytes, r, end), a.blocks, m.panel(panels++));
   panel_products<F, kSpread>(m, panels, a.tiles, a.tokens);
 }
 // The same of the low plane, whose scales lie in the high one.
 static void low_products(const TileScratch& m, const RowsArgs& a, int first, int end) {
   int panels = 0;
   for (int r = first; r < end; r += kPanelRows) {
-    PanelRows rows = panel_rows<High>(a.weights, a.row_bytes, r, end);
+    PanelRows rows = row_places<High, kPanelRows>(a.weights, a.row_bytes, r, end);
     for (int i = 0; i < kPanelRows; i++) rows.codes[i] = a.low + static_cast<size_t>(min_int(r + i, end - 1)) * a.low_bytes;
     rows.bytes = Low::bytes;
     unpack_panel<Low>(rows, a.blocks, m.panel(panels++));

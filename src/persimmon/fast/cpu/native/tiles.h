@@ -118,21 +118,25 @@ INLINE void transpose_scales(const f32x8* row, __m512* out) {
   }
 }
 
-// Where 16 rows lie; a panel's missing rows repeat its last one.
-struct PanelRows {
-  const uint8_t* codes[kPanelRows];
-  const uint8_t* scales[kPanelRows];
+// Where N rows lie; missing ones repeat the last.
+template <int N>
+struct RowPlaces {
+  const uint8_t* codes[N];
+  const uint8_t* scales[N];
   int bytes, scales_bytes;  // from one superblock to the next
+  size_t ahead;             // bytes from a row to the one N rows on
 };
-template <class F>
-INLINE PanelRows panel_rows(const uint8_t* base, size_t row_bytes, int first, int end) {
-  PanelRows p;
-  for (int r = 0; r < kPanelRows; r++) {
-    p.codes[r] = base + static_cast<size_t>(min_int(first + r, end - 1)) * row_bytes;
-    p.scales[r] = p.codes[r] + F::scales_at;
+using PanelRows = RowPlaces<kPanelRows>;
+
+template <class F, int N>
+INLINE RowPlaces<N> row_places(const uint8_t* base, size_t row_bytes, int first, int end) {
+  RowPlaces<N> rows;
+  for (int r = 0; r < N; r++) {
+    rows.codes[r] = base + static_cast<size_t>(min_int(first + r, end - 1)) * row_bytes;
+    rows.scales[r] = rows.codes[r] + F::scales_at;
   }
-  p.bytes = p.scales_bytes = F::bytes;
-  return p;
+  rows.bytes = rows.scales_bytes = F::bytes, rows.ahead = N * row_bytes;
+  return rows;
 }
 
 template <class F>

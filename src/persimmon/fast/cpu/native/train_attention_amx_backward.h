@@ -12,25 +12,20 @@ constexpr int kSettled = 16 * kAmxQueries;  // queries whose shares of the gradi
 // Transposed scores and products with the output's gradient -> probabilities and gradients of scores as A (a row per key), and
 // the latter as B tiles [keys / 32][queries / 16] too.
 template <int kParts>
-class GradientPieces : public Pieces {
+class GradientPieces : public Pieces<GradientPieces<kParts>> {
  public:
   GradientPieces(float factor) : factor_(set16(factor)) {}
 
   // scores, products and the results lie one after the other.
   void begin(const Block& block, const float* scores, const float* normalizer, const float* dots, uint16_t* results, int calls) {
-    start(block.keys, calls);
+    this->start(block.keys, calls);
     block_ = block, scores_ = scores, results_ = results;
     for (int h = 0; h < 2; h++) shift_[h] = sub(zero16(), load16(normalizer + block.q0 + 16 * h)), dots_[h] = load16(dots + block.q0 + 16 * h);
   }
 
-  inline __attribute__((always_inline)) void operator()() {
-    for (int i = 0; i < at_once_ && next_ < end_; i++) piece(key_of(next_++));
-  }
-  void finish() {
-    while (next_ < end_) piece(key_of(next_++));
-  }
-
  private:
+  friend class Pieces<GradientPieces>;
+
   __attribute__((noinline)) void piece(int key) {  // by keys, then queries
     uint16_t *shares = results_, *grads = shares + kParts * kPart, *tiles = grads + kParts * kPart;
     f32x16 p[4], d[4];

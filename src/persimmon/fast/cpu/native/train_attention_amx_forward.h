@@ -29,13 +29,24 @@ struct Block {  // of scores: queries from q0 and keys from k0
 
 constexpr int degree_of(int parts) { return parts == 1 ? 3 : 6; }  // of the exponential: as good as the parts
 
-// Vector work in pieces of two keys, 16 apart: they share a line of the results.
+// Vector work in pieces of two keys, 16 apart: they share a line of the results. Own::piece does one.
+template <class Own>
 class Pieces {
  public:
+  // The next few of them.
+  inline __attribute__((always_inline)) void operator()() {
+    for (int i = 0; i < at_once_ && next_ < end_; i++) own()->piece(key_of(next_++));
+  }
+  void finish() {
+    while (next_ < end_) own()->piece(key_of(next_++));
+  }
+
+ protected:
   // In how many calls all pieces are to be done.
   void start(int keys, int calls) { next_ = 0, end_ = keys / 2, at_once_ = calls > 0 ? (end_ + calls - 1) / calls : end_; }
 
- protected:
+ private:
+  Own* own() { return static_cast<Own*>(this); }
   static int key_of(int piece) { return piece / 16 * kStep + piece % 16; }
   int next_ = 0, end_ = 0, at_once_ = 0;
 };
@@ -48,13 +59,13 @@ struct Running {  // of a block of queries
 
 // Transposed scores -> probabilities as B tiles [keys / 32][queries / 16].
 template <int kParts>
-class SoftmaxPieces : public Pieces {
+class SoftmaxPieces : public Pieces<SoftmaxPieces<kParts>> {
  public:
   SoftmaxPieces(float factor) : factor_(set16(factor)) {}
 
   // Brings maxima up to date; `shrink` receives what earlier totals and outputs are to be multiplied with. Whether that is not one.
   bool begin(const Block& block, const float* scores, Running& running, uint16_t* tiles, int calls) {
-    start(block.keys, calls);
+    this->start(block.keys, calls);
     block_ = block, scores_ = scores, running_ = &running, tiles_ = tiles;
     bool changed = false;
     for (int h = 0; h < 2; h++) {
@@ -77,16 +88,14 @@ class SoftmaxPieces : public Pieces {
     return changed;
   }
 
-  inline __attribute__((always_inline)) void operator()() {
-    for (int i = 0; i < at_once_ && next_ < end_; i++) piece(key_of(next_++));
-  }
-
   void finish() {
-    while (next_ < end_) piece(key_of(next_++));
+    Pieces<SoftmaxPieces>::finish();
     for (int h = 0; h < 2; h++) store16(running_->totals + 16 * h, total_[h]);
   }
 
  private:
+  friend class Pieces<SoftmaxPieces>;
+
   // Not inlined: the copies beside each product would not fit the first-level instruction cache.
   __attribute__((noinline)) void piece(int key) {  // by queries, then keys
     const float* at = scores_ + key * kAmxQueries;
