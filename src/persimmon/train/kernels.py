@@ -110,9 +110,8 @@ def document_attention(
 
 # -- products of float32 matrices -----------------------------------------------------------------------------------
 
-_LEAST_SIDE = 32
-_LEAST_TERMS = 1 << 22
-"""Multiplications from which a product is worth packing its matrices (measured; docs/LOG.md, 2026-11-26)."""
+_LEAST_SIDE, _LEAST_TERMS = 32, 1 << 26
+"""Rows, columns and terms, and multiplications of all, from which a product pays (measured; docs/LOG.md, 2026-11-26)."""
 
 
 @functools.cache
