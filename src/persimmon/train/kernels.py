@@ -111,7 +111,7 @@ def document_attention(
 # -- products of float32 matrices -----------------------------------------------------------------------------------
 
 _LEAST_SIDE, _LEAST_TERMS = 32, 1 << 26
-"""Rows, columns and terms, and multiplications of all, from which a product pays (measured; docs/LOG.md, 2026-11-26)."""
+"""Rows, columns and terms, and multiplications, from which a product pays (measured; docs/LOG.md, 2026-11-26)."""
 
 
 @functools.cache
@@ -141,11 +141,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, 
 
 
 def product(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """a b [M, N] of a [M, K] and b [K, N], each of them or its transpose without gaps; no gradient.
-
-    Args:
-        add_to: the product is added to this, which is returned.
-    """
+    """The product [M, N] of a [M, K] and b [K, N], or `add_to` after adding it there; no gradient."""
     if multiplies(a, b) and (add_to is None or add_to.dtype is torch.float32):
         out = a.new_empty(a.shape[0], b.shape[1]) if add_to is None else add_to
         return _multiply(a, b, out, add=add_to is not None)

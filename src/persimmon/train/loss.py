@@ -24,7 +24,8 @@ IGNORE = -100
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass; only hidden and weight have one, and only where it is wanted.
 
-    `fused` lets one kernel turn logits into their gradient, in place, and another multiply. With a `group` every process holds consecutive
+    `fused` lets one kernel turn logits into their gradient, in place, and another multiply.
+    With a `group` every process holds consecutive
     rows of the head: maxima, sums and the target's logit are reduced over the group, and so is the gradient of the
     hidden states, which all of them hold.
     """

@@ -1,5 +1,5 @@
 // The kernels of training: document-masked causal attention, QK LayerNorm with rotary, squared ReLU and softmax, each with
-// its gradient. Matrix products with weights stay with PyTorch.
+// its gradient, and on AMX the products of float32 matrices. Other products with weights stay with PyTorch.
 //
 // M tokens of all rows laid end to end, N heads, D head dimension, P = D padded to a multiple of 16, V vocabulary, F neurons.
 // Packed heads are float32 [N][M][P], zeros in the padding. Outer tensors are float32 or bfloat16; sums are float32.

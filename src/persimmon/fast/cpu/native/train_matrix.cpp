@@ -12,6 +12,9 @@ namespace {
 constexpr int kBlockRows = 256;     // of C in a task: their share of A, 384 KiB packed, stays in the second-level cache
 constexpr int kMostBlock = 512;     // rows and columns of C in a task that packs both operands: 1.5 MiB of them
 
+constexpr int kMostPacked = 4096;   // cells of B that are packed at a time: 24 MiB
+constexpr int kMostTerms = 8192;    // ... and terms of the sum, a multiple of kSumAtOnce
+
 int steps_of(int n) { return (n + kMatrixStep - 1) / kMatrixStep; }
 
 int pieces(int n, int size) { return (n + size - 1) / size; }
@@ -25,27 +28,36 @@ class Cells {
   Scratch memory_;
 };
 
-// C is long: B is packed once, and every task packs its rows of A.
-void multiply_rows(const TrainKernels& kernels, const MatrixView& a, const MatrixView& b, const MatrixProduct& p, bool add, int threads) {
-  const int depth = a.terms(), steps = steps_of(depth), panels = steps_of(p.columns);
+// Columns [left, right) of C and terms [begin, end) of the sum: B is packed once, and every task packs its rows of A.
+void multiply_rows(const TrainKernels& kernels, const MatrixView& a, const MatrixView& b, const MatrixProduct& p, int left, int right, int begin,
+                   int end, bool add, int threads) {
+  const int steps = steps_of(end - begin), panels = steps_of(right - left);
+  const Cells packed(static_cast<size_t>(panels) * steps);
+  for_tasks(threads, panels, [&](int i, int) {
+    const int first = left + i * kMatrixStep;
+    kernels.pack_matrix(b, true, first, std::min(first + kMatrixStep, right), begin, end, steps, packed.at(static_cast<size_t>(i) * steps));
+  });
   int block = kBlockRows;
   while (block > kMatrixStep && pieces(p.rows, block) < threads) block /= 2;
-  const Cells right(static_cast<size_t>(panels) * steps);
-  for_tasks(threads, panels, [&](int i, int) {
-    const int first = i * kMatrixStep;
-    kernels.pack_matrix(b, true, first, std::min(first + kMatrixStep, p.columns), 0, depth, steps, right.at(static_cast<size_t>(i) * steps));
-  });
   const size_t mine = static_cast<size_t>(steps_of(block)) * steps_of(kSumAtOnce);
-  const Cells left(mine * threads);
+  const Cells rows(mine * threads);
   for_tasks(threads, pieces(p.rows, block), [&](int i, int thread) {
     const int first = i * block, last = std::min(first + block, p.rows);
-    for (int from = 0; from < depth; from += kSumAtOnce) {
-      const int to = std::min(from + kSumAtOnce, depth), count = steps_of(to - from);
-      kernels.pack_matrix(a, false, first, last, from, to, count, left.at(mine * thread));
-      kernels.multiply_panels(p, first, last, 0, p.columns, count, {left.at(mine * thread), count}, {right.at(from / kMatrixStep), steps},
-                              add || from > 0);
+    for (int from = begin; from < end; from += kSumAtOnce) {
+      const int to = std::min(from + kSumAtOnce, end), count = steps_of(to - from);
+      kernels.pack_matrix(a, false, first, last, from, to, count, rows.at(mine * thread));
+      kernels.multiply_panels(p, first, last, left, right, count, {rows.at(mine * thread), count},
+                              {packed.at((from - begin) / kMatrixStep), steps}, add || from > 0);
     }
   });
+}
+
+// C is long. B is taken in pieces, so that what is packed of it stays small.
+void multiply_rows(const TrainKernels& kernels, const MatrixView& a, const MatrixView& b, const MatrixProduct& p, bool add, int threads) {
+  const int depth = a.terms(), terms = std::min(depth, kMostTerms), columns = kMostPacked / steps_of(terms) * kMatrixStep;
+  for (int left = 0; left < p.columns; left += columns)
+    for (int begin = 0; begin < depth; begin += terms)
+      multiply_rows(kernels, a, b, p, left, std::min(left + columns, p.columns), begin, std::min(begin + terms, depth), add, threads);
 }
 
 // The sum is long: C is cut into blocks, and every task packs what its block needs.

@@ -5,7 +5,8 @@
 // left out is at most 2^-23 |x y|, and 2^-26 typically, of either sign. A multiplication costs six times as much as in bfloat16, which is
 // 2.7 times as fast as AVX-512's float32. The same code with one part is the product of bfloat16 numbers.
 //
-// The unit takes denormal numbers for zero, so parts below 2^-126 are lost: numbers below 2^-110 have fewer than 24 bits.
+// The unit takes denormal numbers for zero, so parts and products of parts below 2^-126 are lost: numbers below 2^-110 and products below
+// 2^-102 have fewer than 24 bits.
 // An infinity has no parts and becomes NaN.
 //
 // Layouts, with A and B the operands of C += A B (16 x 32 times 32 x 16 numbers per tile), all of 64-byte lines that hold two
