@@ -61,7 +61,17 @@ LAYOUTS = [(False, True), (False, False), (True, False), (True, True)]
 @pytest.mark.parametrize("turned", LAYOUTS)
 @pytest.mark.parametrize(
     ("rows", "terms", "columns"),
-    [(1, 1, 1), (32, 32, 32), (33, 31, 65), (7, 300, 5), (300, 257, 130), (520, 64, 530), (70, 1100, 40), (20, 8500, 40), (33, 130, 26400)],
+    [
+        (1, 1, 1),
+        (32, 32, 32),
+        (33, 31, 65),
+        (7, 300, 5),
+        (300, 257, 130),
+        (520, 64, 530),
+        (70, 1100, 40),
+        (20, 8500, 40),
+        (33, 130, 26400),
+    ],
 )
 def test_a_product_is_as_exact_as_pytorchs(rows: int, terms: int, columns: int, turned: tuple[bool, bool]) -> None:
     a, b, bias = normal(rows, terms), normal(terms, columns, seed=1), normal(columns, seed=2)
