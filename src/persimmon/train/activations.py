@@ -9,8 +9,10 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from persimmon.model import Block, PersimmonModel
+from persimmon.train import kernels  # noqa: F401 - registers the operators
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_LINEAR = torch.ops.persimmon.linear.default  # of train/kernels.py
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, _LINEAR)
 
 
 def keep_activations(model: PersimmonModel, choice: str) -> None:
@@ -34,9 +36,14 @@ def _policy(widest: int, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkp
     """
     if "attention" in str(op) or "varlen" in str(op):
         return CheckpointPolicy.MUST_SAVE
-    if op in _PRODUCTS and args[-1].shape[-1] <= widest:
+    if op in _PRODUCTS and _width(op, args) <= widest:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _width(op: Any, args: Any) -> int:
+    """Columns of a product: PyTorch's have the right matrix last, ours the weight [out, in] second."""
+    return int(args[1].shape[0] if op is _LINEAR else args[-1].shape[-1])
 
 
 def _recomputed(forward: Any, contexts: Any, x: Any, cos: Any, sin: Any, attend: Any, observe: Any) -> Any:

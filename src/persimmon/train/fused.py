@@ -2,7 +2,8 @@
 
 The model stays the plain one of persimmon.model: its parameters, its names and its results up to rounding. Attention
 is replaced where the caller's `attend` is `DocumentAttention`, the MLP where its observer, if any, is
-`LayerStatistics`, both where tensors are float32 or bfloat16 on the CPU; in every other case the plain methods run.
+`LayerStatistics`, both where tensors are float32 or bfloat16 on the CPU; every linear layer where its tensors are
+float32 and the processor has AMX (`kernels.multiplies`). In every other case the plain methods run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ def use_kernels(model: PersimmonModel) -> bool:
         attention, mlp = block.self_attn, block.mlp
         attention.forward = functools.partial(_attention, attention, attention.forward)  # type: ignore[method-assign]
         mlp.forward = functools.partial(_mlp, mlp, mlp.forward)  # type: ignore[method-assign]
+        for layer in block.modules():
+            if type(layer) is nn.Linear:
+                layer.forward = functools.partial(_linear, layer, layer.forward)  # type: ignore[method-assign]
     return True
 
 
@@ -47,6 +51,13 @@ def _attention(
     cos, sin = (table.expand(rows, tokens, 1, -1).reshape(rows * tokens, -1) for table in (cos, sin))
     out = kernels.document_attention(fused, norms, cos, sin, attend.documents, eps)
     return module.dense(out.view(rows, tokens, -1))
+
+
+def _linear(module: nn.Linear, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """`nn.Linear.forward`."""
+    if kernels.multiplies(x.flatten(0, -2), module.weight.t()):
+        return kernels.linear(x, module.weight, module.bias)
+    return plain(x)
 
 
 def _norms(module: Attention) -> tuple[list[Tensor], float]:

@@ -4,11 +4,14 @@ Each does in one pass over memory what the plain model (persimmon.model) does in
 pass and is held to the plain form by tests. They take float32 and bfloat16 on the CPU; sums are float32. For the same
 inputs and number of threads their results are the same bits every time.
 
-Shapes: M tokens of all rows, N heads, D head_dim, P head_dim padded to whole vectors, F neurons, V vocabulary.
+Shapes: M tokens of all rows, N heads, D head_dim, P head_dim padded to whole vectors, F neurons, V vocabulary; of a
+linear layer I its inputs and O its outputs.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +106,80 @@ def document_attention(
         eps: of the LayerNorms.
     """
     return _document_attention(fused, list(norms), cos, sin, documents, eps)[0]
+
+
+# -- products of float32 matrices -----------------------------------------------------------------------------------
+
+_LEAST_SIDE, _LEAST_TERMS = 32, 1 << 26
+"""Rows, columns and terms, and multiplications, from which a product pays (measured; docs/LOG.md, 2026-11-26)."""
+
+
+@functools.cache
+def _has_products() -> bool:
+    return available() and bool(native().has_matrix_product())
+
+
+def multiplies(a: Tensor, b: Tensor) -> bool:
+    """Whether the kernel multiplies a [M, K] by b [K, N] faster than PyTorch: float32, AMX, and not small."""
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.dtype is torch.float32 for x in (a, b))
+    on_cpu = a.device.type == b.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    sizes = (a.shape[0], *b.shape)
+    return plain and on_cpu and min(sizes) >= _LEAST_SIDE and math.prod(sizes) >= _LEAST_TERMS and _has_products()
+
+
+def _stored(x: Tensor) -> tuple[Tensor, bool]:
+    """A matrix as it lies in memory, and whether x is its transpose."""
+    x = x.detach()
+    return (x.t(), True) if x.t().is_contiguous() and not x.is_contiguous() else (x.contiguous(), False)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, add: bool = False) -> Tensor:
+    (a, a_turned), (b, b_turned) = _stored(a), _stored(b)
+    bias = None if bias is None else bias.detach()
+    native().matrix_product(a, b, bias, out.detach(), a_turned, b_turned, add, torch.get_num_threads())
+    return out
+
+
+def product(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """The product [M, N] of a [M, K] and b [K, N], or `add_to` after adding it there; no gradient."""
+    if multiplies(a, b) and (add_to is None or add_to.dtype is torch.float32):
+        out = a.new_empty(a.shape[0], b.shape[1]) if add_to is None else add_to
+        return _multiply(a, b, out, add=add_to is not None)
+    return multiplied(a, b, add_to)
+
+
+def multiplied(a: Tensor, b: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """`product` by PyTorch; without a tensor for a product that is added, where the dtypes allow it."""
+    if add_to is None:
+        return a @ b
+    return add_to.addmm_(a, b) if add_to.dtype == a.dtype else add_to.add_(a @ b)
+
+
+@torch.library.custom_op("persimmon::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _multiply(x, weight.t(), x.new_empty(len(x), len(weight)), bias=bias)
+
+
+def _keep_for_linear(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> Any:
+    x, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    grad_x = product(grad, weight) if wanted[0] else None
+    grad_weight = product(grad.t(), x) if wanted[1] else None
+    return grad_x, grad_weight, grad.sum(0) if wanted[2] else None
+
+
+_linear.register_autograd(_linear_backward, setup_context=_keep_for_linear)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of x [.., I] and weight [O, I] by the kernel; first derivatives only."""
+    out: Tensor = _linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 # -- the squared ReLU -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from persimmon.errors import InputError
-from persimmon.train.kernels import DTYPES, softmax_gradient_
+from persimmon.train.kernels import DTYPES, multiplied, product, softmax_gradient_
 
 IGNORE = -100
 """Target value that carries no loss (the convention of the field)."""
@@ -24,7 +24,8 @@ IGNORE = -100
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass; only hidden and weight have one, and only where it is wanted.
 
-    `fused` lets one kernel turn logits into their gradient, in place. With a `group` every process holds consecutive
+    `fused` lets one kernel turn logits into their gradient, in place, and another multiply.
+    With a `group` every process holds consecutive
     rows of the head: maxima, sums and the target's logit are reduced over the group, and so is the gradient of the
     hidden states, which all of them hold.
     """
@@ -33,7 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, chunk: int, group: Any, fused: bool
     ) -> tuple[Tensor, Tensor]:
-        compute = _product_dtype(hidden)
+        compute, multiply = _product_dtype(hidden), product if fused else multiplied
         sums = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 throughout
         head = weight.to(compute)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -43,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             x = hidden[rows].to(compute)
-            logits = x @ head.t()  # [chunk, V]
+            logits = multiply(x, head.t())  # [chunk, V]
             if fused:
                 losses[rows] = softmax_gradient_(logits, targets[rows], scale, IGNORE)
                 grad_logits = logits
@@ -54,9 +55,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits = probabilities.scatter_add_(1, picked, -here[:, None].to(sums))
                 grad_logits = grad_logits.mul_(((targets[rows] != IGNORE) * scale)[:, None]).to(compute)
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
+                grad_hidden[rows] = multiply(grad_logits, head).to(hidden.dtype)
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.t(), x)
+                multiply(grad_logits.t(), x, grad_weight)
         if group is not None and grad_hidden is not None:
             dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -68,14 +69,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> Any:
         grads = (None if grad is None else grad * grad_output for grad in ctx.saved_tensors)
         return *grads, None, None, None, None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b, without a tensor for the product where the dtypes allow it."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 def _probabilities(

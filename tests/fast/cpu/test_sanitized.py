@@ -23,7 +23,7 @@ TESTS = [
     for name in (
         "row_kernels", "sparse_mlp_kernels", "attention_kernels", "packing_kernels", "fingerprint_kernel", "decoder",
     )
-] + ["tests/infer/test_prompt_file.py", "tests/train/test_kernels.py"]  # fmt: skip
+] + ["tests/infer/test_prompt_file.py", "tests/train/test_kernels.py", "tests/train/test_products.py"]  # fmt: skip
 
 # Python and torch keep memory until they end, which is no leak of ours. Without -s the report would be lost.
 SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}

@@ -1,5 +1,5 @@
 // The kernels of training: document-masked causal attention, QK LayerNorm with rotary, squared ReLU and softmax, each with
-// its gradient. Matrix products with weights stay with PyTorch.
+// its gradient, and on AMX the products of float32 matrices. Other products with weights stay with PyTorch.
 //
 // M tokens of all rows laid end to end, N heads, D head dimension, P = D padded to a multiple of 16, V vocabulary, F neurons.
 // Packed heads are float32 [N][M][P], zeros in the padding. Outer tensors are float32 or bfloat16; sums are float32.
@@ -61,6 +61,30 @@ struct HeadTensors {
   float* grad_norms;               // [chunks][4][P]: q weight, q bias, k weight, k bias, one partial sum per chunk of tokens
 };
 
+constexpr int kMatrixStep = 32;    // rows or columns of a packed cell of a matrix
+constexpr int kMatrixCell = 3072;  // bfloat16 numbers of a cell: three parts
+constexpr int kSumAtOnce = 256;    // terms that are summed before the sum is added to the others
+
+struct MatrixView {  // [rows][columns] without gaps; turned: its transpose is meant
+  const float* data;
+  int rows, columns;
+  bool turned;
+
+  int lines() const { return turned ? columns : rows; }
+  int terms() const { return turned ? rows : columns; }
+};
+
+struct MatrixProduct {
+  const float* bias;  // [columns], or null
+  float* c;           // [rows][columns]
+  int rows, columns;
+};
+
+struct Panels {
+  const uint16_t* cells;
+  int steps;  // cells of a panel
+};
+
 struct TrainKernels {
   const char* name;
   // Floats of scratch memory of a thread for documents of up to `length` tokens.
@@ -78,6 +102,11 @@ struct TrainKernels {
   void (*squared_relu_backward)(const void* x, void* grad, Element, float extra, size_t first, size_t last);
   // Logits of one row -> in place `scale` (softmax - one at the target); returns the loss in nats. Scale 0: all zero.
   float (*softmax_gradient)(void* logits, Element, int vocab, int64_t target, float scale);
+  // Products of float32 matrices; null where PyTorch's are as fast. Packing: lines [first, last) (rows of the left, columns of the right
+  // matrix), terms [from, to) of the sum, into panels of 32 lines of `steps` cells. `first` and `from` are multiples of kMatrixStep.
+  void (*pack_matrix)(const MatrixView&, bool right, int first, int last, int from, int to, int steps, uint16_t* packed);
+  // Rows [first, last) and columns [left, right) = or += `steps` cells of panels that begin there, at most kSumAtOnce terms.
+  void (*multiply_panels)(const MatrixProduct&, int first, int last, int left, int right, int steps, Panels a, Panels b, bool add);
 };
 
 const TrainKernels* portable_train_kernels();

@@ -18,6 +18,8 @@
 
 #include "cpu.h"
 #include "train.h"
+#include "train_matrix.h"
+#include "train_scratch.h"
 #include "train_threads.h"
 
 namespace nb = nanobind;
@@ -33,6 +35,7 @@ using ReadArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 template <int N>
 using Floats = nb::ndarray<float, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Weight = std::optional<nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>>;
+using ConstMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Boundaries = std::vector<int64_t>;
 
 void require(bool condition, const char* message) {
@@ -93,13 +96,6 @@ int longest(const Boundaries& documents) {
   for (size_t i = 0; i + 1 < documents.size(); i++) most = std::max(most, documents[i + 1] - documents[i]);
   return static_cast<int>(most);
 }
-
-struct FreeAligned {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Scratch = std::unique_ptr<float[], FreeAligned>;
-
-Scratch scratch_for(size_t floats) { return Scratch(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64)))); }
 
 template <class A>
 void check_packed(const A& packed, int heads, int tokens, int padded) {
@@ -245,6 +241,23 @@ void softmax_gradient(Array logits, nb::ndarray<const int64_t, nb::ndim<1>, nb::
   });
 }
 
+// ---- products of matrices ------------------------------------------------------------------------------------------------
+
+MatrixView view_of(const ConstMatrix& a, bool turned) {
+  return {a.data(), static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1)), turned};
+}
+
+void matrix_product(ConstMatrix a, ConstMatrix b, Weight bias, Floats<2> c, bool a_turned, bool b_turned, bool add, int threads, const std::string& isa) {
+  const TrainKernels* kernels = find_train_kernels(isa);
+  require(kernels->multiply_panels != nullptr, "there are no products of matrices for this instruction set");
+  const MatrixView x = view_of(a, a_turned), y = view_of(b, b_turned);
+  const MatrixProduct p = {bias ? bias->data() : nullptr, c.data(), static_cast<int>(c.shape(0)), static_cast<int>(c.shape(1))};
+  require(x.lines() == p.rows && y.terms() == p.columns && x.terms() == y.lines(), "the shapes of the matrices do not fit");
+  require(!bias || static_cast<int>(bias->size()) == p.columns, "the bias has the wrong length");
+  nb::gil_scoped_release release;
+  multiply(*kernels, x, y, p, add, threads);
+}
+
 }  // namespace
 
 void bind_training(nb::module_& m) {
@@ -270,6 +283,11 @@ void bind_training(nb::module_& m) {
   m.def("softmax_gradient", &softmax_gradient, "logits"_a.noconvert(), "targets"_a.noconvert(), "ignore"_a, "scale"_a,
         "losses"_a.noconvert(), "threads"_a, "isa"_a = "auto",
         "Logits [M, V] into `scale` times the gradient of the cross-entropy, in place; losses [M] in nats.");
+  m.def("has_matrix_product", [](const std::string& isa) { return find_train_kernels(isa)->multiply_panels != nullptr; }, "isa"_a = "auto",
+        "Whether this instruction set has products of float32 matrices.");
+  m.def("matrix_product", &matrix_product, "a"_a.noconvert(), "b"_a.noconvert(), "bias"_a.noconvert().none(), "c"_a.noconvert(),
+        "a_turned"_a, "b_turned"_a, "add"_a, "threads"_a, "isa"_a = "auto",
+        "c = a b + bias, or c += a b, of float32 matrices; turned: the transpose is meant.");
 }
 
 }  // namespace persimmon

@@ -2,6 +2,7 @@
 #pragma once
 #include "train_attention.h"
 #include "train_attention_amx.h"
+#include "train_matrix_amx.h"
 #include "train_rows.h"
 
 namespace persimmon {
@@ -10,10 +11,10 @@ namespace PERSIMMON_ISA {
 static constexpr TrainKernels train_table(const char* name) {
 #if defined(__AMX_BF16__)
   return {name, amx_scratch, amx_attention_forward, amx_attention_backward, heads_forward, heads_backward,
-          squared_relu, squared_relu_backward, softmax_gradient};
+          squared_relu, squared_relu_backward, softmax_gradient, pack_matrix, multiply_panels};
 #else
   return {name, attention_scratch, attention_forward, attention_backward, heads_forward, heads_backward,
-          squared_relu, squared_relu_backward, softmax_gradient};
+          squared_relu, squared_relu_backward, softmax_gradient, nullptr, nullptr};
 #endif
 }
 

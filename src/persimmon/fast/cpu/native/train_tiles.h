@@ -5,7 +5,8 @@
 // left out is at most 2^-23 |x y|, and 2^-26 typically, of either sign. A multiplication costs six times as much as in bfloat16, which is
 // 2.7 times as fast as AVX-512's float32. The same code with one part is the product of bfloat16 numbers.
 //
-// The unit takes denormal numbers for zero, so parts below 2^-126 are lost: numbers below 2^-110 have fewer than 24 bits.
+// The unit takes denormal numbers for zero, so parts and products of parts below 2^-126 are lost: numbers below 2^-110 and products below
+// 2^-102 have fewer than 24 bits.
 // An infinity has no parts and becomes NaN.
 //
 // Layouts, with A and B the operands of C += A B (16 x 32 times 32 x 16 numbers per tile), all of 64-byte lines that hold two
@@ -83,13 +84,18 @@ INLINE void store_lines(uint16_t* to, size_t part, const Split<kParts>& a, const
 
 // ---- layouts -------------------------------------------------------------------------------------------------------------
 
-struct Matrix {  // float32 [count][row] from which `columns`, a multiple of 16, are taken; zeros behind either end
+// The first n of 16 lanes; none below 1.
+INLINE __mmask16 lanes_below(int n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
+
+struct Matrix {  // float32 [count][row] from which `columns` are taken; zeros behind either end
   const float* data;
   size_t row;
   int count, columns;
 
   inline __attribute__((always_inline)) f32x16 along(int i, int column) const {  // 16 columns of row i
-    return i < count && column < columns ? load16(data + i * row + column) : zero16();
+    if (i >= count || column >= columns) return zero16();
+    const float* at = data + i * row + column;
+    return column + 16 <= columns ? load16(at) : _mm512_maskz_loadu_ps(lanes_below(columns - column), at);
   }
   // 16 rows from i of 16 columns, transposed: by pairs of rows, of pairs, and then whole quarters of the registers.
   void turned(int i, int column, f32x16 (&out)[16]) const {
