@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 namespace persimmon {
@@ -11,6 +12,7 @@ constexpr int kStepTokens = 256;       // tokens run through all layers together
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
+constexpr int kMostInt4Columns = 1024; // outputs of an int4 down projection that a thread takes at a time
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
 size_t row_bytes(Format format, int blocks) {
@@ -34,8 +36,8 @@ Model::Model(const Shape& shape, const Formats& formats, const std::map<std::str
              const float* sin, const Kernels* kernels, int threads)
     : counts(shape.layers), shape_(shape), formats_(formats), kernels_(kernels), cos_(cos), sin_(sin),
       width_(static_cast<int>(round_up(shape.hidden, kSuperblock))),
-      neuron_width_(static_cast<int>(round_up(shape.intermediate, kSuperblock))),
-      neuron_blocks_(neuron_width_ / kNeuronBlock), packed_inputs_(is_packed(formats.attention)), pool_(threads) {
+      neuron_blocks_(static_cast<int>(round_up(shape.intermediate, kNeuronBlock) / kNeuronBlock)),
+      neuron_groups_(static_cast<int>(round_up(shape.intermediate, kGroup) / kGroup)), packed_inputs_(is_packed(formats.attention)), pool_(threads) {
   const Resolver resolver(tensors);
   const size_t element = formats.embedding_bf16 ? 2 : 4;
   embedding_ = resolver.bytes("embed_tokens.weight", element * shape.vocab * shape.hidden);
@@ -106,8 +108,9 @@ void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, 
   }
   layer->up = resolve_linear(tensors, prefix + "dense_h_to_4h", formats_.mlp, neurons, hidden);
   if (formats_.mlp == Format::q4) {
-    layer->down = resolve_linear(tensors, prefix + "dense_4h_to_h", formats_.mlp, hidden, neurons);
-    layer->down.bias = layer->down_bias;
+    layer->up.bias = layer->up_bias;
+    layer->neuron_bytes = int4_record_bytes(blocks);
+    layer->neurons = tensors.bytes(prefix + "dense_4h_to_h.records", layer->neuron_bytes * neuron_groups_);
     return;
   }
   layer->neuron_bytes = formats_.mlp == Format::q8 ? static_cast<size_t>(blocks) * kInt8Bytes : row_bytes(formats_.mlp, blocks);
@@ -149,16 +152,18 @@ void Model::forward(const std::vector<Chunk>& chunks, Output output) {
 }
 
 void Model::reserve(int tokens) {
-  const size_t blocks = width_ / kSuperblock, hidden_blocks = neuron_width_ / kSuperblock;
+  const size_t blocks = width_ / kSuperblock;
   if (tokens > reserved_tokens_) {
     reserved_tokens_ = tokens;
     const size_t n = tokens;
     x_.assign(n * width_, 0.0f), normed_.assign(n * width_, 0.0f), attended_.assign(n * width_, 0.0f);
     qkv_.resize(n * 3 * shape_.hidden), outliers_.resize(n * kOutliers);
     if (packed_inputs_) packed_ = std::make_unique<ActivationBlock[]>(n * blocks);
-    if (formats_.mlp == Format::q4) {
-      hidden_.assign(n * neuron_width_, 0.0f);
-      packed_hidden_ = std::make_unique<ActivationBlock[]>(n * hidden_blocks);
+    if (formats_.mlp == Format::q4 && tokens > 1) {
+      squared_.resize(n * kNeuronBlock * pool_.threads());
+      packed_squared_ = std::make_unique<ActivationBlock[]>(n * neuron_blocks_);
+      needed_.resize(neuron_blocks_ * kLanes);
+      reserve_tiles(kInt4PanelBytes);
     } else if (tokens > 1) {
       active_.resize(n * neuron_blocks_);
     }
@@ -270,9 +275,13 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
   if (!tiled(tokens)) return;
   const int tiles = (tokens + kTileTokens - 1) / kTileTokens;
   tiles_.resize(static_cast<size_t>(tiles) * kLanes * blocks);
-  tile_scratch_stride_ = kernels_->tile_scratch_bytes(blocks, tokens) / sizeof(TokenGroup) + 1;
-  if (tile_scratch_.size() < tile_scratch_stride_ * pool_.threads()) tile_scratch_.resize(tile_scratch_stride_ * pool_.threads());
+  reserve_tiles(kernels_->tile_scratch_bytes(blocks, tokens));
   pool_.parallel_for(tiles, 1, [&](int begin, int end, int) { kernels_->make_tiles(out, tokens, blocks, begin, end, tiles_.data()); });
+}
+
+void Model::reserve_tiles(size_t bytes) {
+  tile_scratch_stride_ = std::max(tile_scratch_stride_, bytes / sizeof(TokenGroup) + 1);
+  if (tile_scratch_.size() < tile_scratch_stride_ * pool_.threads()) tile_scratch_.resize(tile_scratch_stride_ * pool_.threads());
 }
 
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
@@ -393,11 +402,10 @@ MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
 
 void Model::mlp(const Layer& layer, int index, int tokens) {
   counts[index].tokens += tokens;
-  if (formats_.mlp == Format::q4) return mlp_dense_q4(layer, tokens);
   const MlpArgs args = mlp_args(layer, tokens);
   MlpCounts found;
   if (tokens > 1) {
-    found = mlp_many(args, layer.down_bias);
+    found = formats_.mlp == Format::q4 ? mlp_many_int4(layer, tokens) : mlp_many(args, layer.down_bias);
   } else {
     found = mlp_one(args, output_.data());
     for (int i = 0; i < width_; i++) x_[i] += output_[i] + layer.down_bias[i];
@@ -405,14 +413,7 @@ void Model::mlp(const Layer& layer, int index, int tokens) {
   }
   counts[index].candidates += found.candidates;
   counts[index].active += found.active;
-}
-
-void Model::mlp_dense_q4(const Layer& layer, int tokens) {
-  Linear up = layer.up;
-  up.bias = layer.up_bias;
-  multiply(up, input(), tokens, hidden_.data(), neuron_width_, Epilogue::squared_relu);
-  pack(hidden_.data(), tokens, shape_.intermediate, neuron_width_ / kSuperblock, packed_hidden_.get());
-  multiply(layer.down, packed_hidden_.get(), tokens, x_.data(), width_, Epilogue::add);
+  counts[index].groups += found.groups;
 }
 
 // One token: up and down in one region, block by block. output[0 .. width) = sum of the neurons' contributions.
@@ -422,7 +423,7 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
       float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
       std::fill(sum, sum + width_, 0.0f);
       MlpCounts found = {};
-      kernels_->one_block(args, b, sum, &found);
+      (args.format == Format::q4 ? kernels_->int4_block : kernels_->one_block)(args, b, sum, &found);
       block_counts_[b] = found;
     }
   });
@@ -433,9 +434,7 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
       for (int i = begin; block_counts_[b].active && i < end; i++) output[i] += sum[i];
     }
   });
-  MlpCounts total = {};
-  for (const MlpCounts& found : block_counts_) total.candidates += found.candidates, total.active += found.active;
-  return total;
+  return total_counts();
 }
 
 // Many tokens: all activations first, then the down projection by columns; the same sums in the same order as mlp_one.
@@ -463,8 +462,61 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
     kernels_->down_columns(args, active_.data(), begin, end, bias, x_.data(), width_,
                            scratch_.data() + thread * down_scratch_floats(reserved_tokens_));
   });
+  return total_counts();
+}
+
+// q4: the same sums from squared activations that are rounded to int8, block by block of neurons.
+MlpCounts Model::mlp_many_int4(const Layer& layer, int tokens) {
+  square_blocks(layer, tokens);
+  const Int4DownArgs args = {layer.neurons, layer.neuron_bytes, neuron_groups_, width_ / kSuperblock, packed_squared_.get(),
+                       squared_tiles_.data(), needed_.data(), tokens, layer.down_bias, x_.data(), static_cast<size_t>(width_)};
+  const MlpCounts total = total_counts();
+  const bool tiles = kernels_->tiled_int4_columns && shared_rows(tokens, total.active);
+  // Wide chunks, which are long pieces of rows, as long as there are some for every thread and their sums fit.
+  const int sums = static_cast<int>(round_up(tokens, kTileTokens)) + 1, room = static_cast<int>(down_scratch_floats(tokens)) / sums;
+  const int columns = std::clamp(std::min(width_ / (2 * pool_.threads()), room) / kInt4Piece * kInt4Piece, kInt4Piece, kMostInt4Columns);
+  pool_.parallel_for(width_, columns, [&](int begin, int end, int thread) {
+    float* scratch = scratch_.data() + thread * down_scratch_floats(reserved_tokens_);
+    if (tiles) kernels_->tiled_int4_columns(args, begin, end, scratch, tile_scratch(thread));
+    else kernels_->int4_columns(args, begin, end, scratch);
+  });
+  return total;
+}
+
+// Up projection, squares, and their codes, in tiles where the kernels want them.
+void Model::square_blocks(const Layer& layer, int tokens) {
+  const size_t tiles = kernels_->tiled_int4_columns ? (tokens + kTileTokens - 1) / kTileTokens * kLanes : 0;
+  const RowsArgs whole = rows_args(layer.up, input(), tokens, nullptr, kNeuronBlock, Epilogue::squared_relu);
+  std::vector<TokenGroup>& out = squared_tiles_;
+  if (out.size() < tiles * neuron_blocks_) out.resize(tiles * neuron_blocks_);
+  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int thread) {
+    for (int b = begin; b < end; b++) {
+      const int first = b * kNeuronBlock, count = std::min(kNeuronBlock, shape_.intermediate - first);
+      RowsArgs args = whole;
+      args.weights += first * args.row_bytes, args.bias += first;
+      args.y = squared_.data() + static_cast<size_t>(thread) * tokens * kNeuronBlock;
+      multiply_range(args, 0, count, thread);
+      ActivationBlock* codes = packed_squared_.get() + static_cast<size_t>(b) * tokens;
+      for (int t = 0; t < tokens; t++)
+        if (!kernels_->quantize(args.y + static_cast<size_t>(t) * kNeuronBlock, count, 1, codes + t)) finite_ = false;
+      block_counts_[b] = {static_cast<int64_t>(count) * tokens, 0, 0};
+      kernels_->count_needed(codes, tokens, needed_.data() + b * kLanes, &block_counts_[b]);
+      if (tiles) kernels_->make_tiles(codes, tokens, 1, 0, static_cast<int>(tiles / kLanes), out.data() + b * tiles);
+    }
+  });
+}
+
+// Whether tokens together need so many rows that unpacking them once for all costs less than each token's own gathering.
+bool Model::shared_rows(int tokens, int64_t active) const {
+  static const double limit = getenv("PQ4") ? atof(getenv("PQ4")) : 0.5;
+  (void)tokens;
+  return active >= limit * shape_.intermediate;
+}
+
+MlpCounts Model::total_counts() const {
   MlpCounts total = {};
-  for (const MlpCounts& found : block_counts_) total.candidates += found.candidates, total.active += found.active;
+  for (const MlpCounts& found : block_counts_)
+    total.candidates += found.candidates, total.active += found.active, total.groups += found.groups;
   return total;
 }
 

@@ -1,0 +1,91 @@
+// The q4 down projection for many tokens: 128 outputs of a block of 256 neurons are unpacked into the panels of tiles.h and
+// used for every token. Rows that no token of the call needs are not read. The bits are those of int4_down.h.
+#pragma once
+#include "int4_down.h"
+#include "tiled_rows.h"
+
+#if defined(__AVX512VNNI__)
+
+namespace persimmon {
+namespace PERSIMMON_ISA {
+
+constexpr int kPiecePanels = kInt4Piece / kPanelRows;
+
+// Panels [16 outputs][group]. What is skipped keeps whatever codes it had: they meet codes of zero.
+static void unpack_piece(const Int4DownArgs& a, int block, int column, WeightGroup* out) {
+  const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2, at = column / 2;
+  const __m512i mask = _mm512_set1_epi8(15), shift = _mm512_set1_epi8(static_cast<char>(Panel<Q4>::shift));
+  for (int g = 0; g < kLanes; g++, out++) {
+    const int group = block * kLanes + g;
+    const uint32_t needed = group < a.groups ? a.needed[group] : 0;
+    const uint8_t* record = a.records + group * a.record_bytes;
+    for (int j = 0; j < kPiecePanels; j++)
+      _mm512_store_ps(out[j * kLanes].scale, needed ? load_half16(record + 2 * column + 32 * j) : zero16());
+    for (int v = 0; v < 8; v++) {
+      const uint32_t four = needed >> 4 * v & 15;
+      if (!four) continue;
+      const uint8_t *base = record + 4 * row_bytes + 4 * v * row_bytes, *row[4];
+      for (int i = 0; i < 4; i++) {
+        row[i] = base + (four >> i & 1 ? i : __builtin_ctz(four)) * row_bytes;
+        __builtin_prefetch(row[i] + at + 64, 0, 2);
+      }
+      __m512i r[4];
+      interleave_rows(row, at, r);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const __m512i low = _mm512_and_si512(r[j], mask), high = _mm512_and_si512(_mm512_srli_epi16(r[j], 4), mask);
+        _mm512_store_si512(out[j * kLanes].code[v], _mm512_sub_epi8(low, shift));
+        _mm512_store_si512(out[(4 + j) * kLanes].code[v], _mm512_sub_epi8(high, shift));
+      }
+    }
+  }
+}
+
+// total[t][0 .. 128) += the block's sums of N tokens of a tile, from `first` on.
+template <int N>
+static void piece_products(const WeightGroup* panels, const TokenGroup* x, int first, float* total, size_t stride) {
+  for (int j = 0; j < kPiecePanels; j++) {
+    f32x16 sum[N];
+#pragma GCC unroll 16
+    for (int t = 0; t < N; t++) sum[t] = zero16();
+    lane_products<Panel<Q4>, false, N>(panels + j * kLanes, x, first, kLanes, sum, nullptr);
+#pragma GCC unroll 16
+    for (int t = 0; t < N; t++) {
+      float* y = total + t * stride + 16 * j;
+      store16(y, add(load16(y), sum[t]));
+    }
+  }
+}
+
+static void all_products(const Int4DownArgs& a, const WeightGroup* panels, const TokenGroup* x, float* total, size_t stride) {
+  const int full = a.tokens / kTileTokens * kTileTokens, rest = a.tokens - full;
+  if (full) configure(kTileTokens);
+  for (int t = 0; t < full; t += kTileTokens, x += kLanes) piece_products<kTileTokens>(panels, x, 0, total + t * stride, stride);
+  if (!rest) return;
+  const int padded = rest <= 4 ? 4 : rest <= 8 ? 8 : 16;
+  configure(padded);
+  if (padded == 4) piece_products<4>(panels, x, 0, total + full * stride, stride);
+  else if (padded == 8) piece_products<8>(panels, x, 0, total + full * stride, stride);
+  else piece_products<16>(panels, x, 0, total + full * stride, stride);
+}
+
+// Columns [begin, end) of all tokens; panels: kInt4PanelBytes, aligned to 64.
+static void tiled_int4_columns(const Int4DownArgs& a, int begin, int end, float* total, uint8_t* panels) {
+  WeightGroup* unpacked = reinterpret_cast<WeightGroup*>(panels);
+  static_assert(sizeof(WeightGroup) * kPiecePanels * kLanes == kInt4PanelBytes, "what the caller has");
+  const size_t columns = end - begin, tiles = (a.tokens + kTileTokens - 1) / kTileTokens;
+  memset(total, 0, sizeof(float) * columns * tiles * kTileTokens);
+  for (int b = 0; b * kLanes < a.groups; b++)
+    for (int column = begin; column < end; column += kInt4Piece) {
+      unpack_piece(a, b, column, unpacked);
+      all_products(a, unpacked, a.tiles + b * tiles * kLanes, total + column - begin, columns);
+    }
+  release();
+  for (int t = 0; t < a.tokens; t++)
+    for (size_t i = 0; i < columns; i++) a.y[t * a.y_stride + begin + i] += total[t * columns + i] + a.bias[begin + i];
+}
+
+}  // namespace PERSIMMON_ISA
+}  // namespace persimmon
+
+#endif
