@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 namespace persimmon {
@@ -12,7 +11,10 @@ constexpr int kStepTokens = 256;       // tokens run through all layers together
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
-constexpr int kMostInt4Columns = 1024; // outputs of an int4 down projection that a thread takes at a time
+// Active neurons of all tokens of a step, as a share of the neurons, from which on rows are unpacked once for all tokens and
+// not gathered for each. By the instructions of both: 40 cycles per 32 neurons, 16 outputs and step, and 9 per token at 10%.
+constexpr double kSharedNeurons = 0.5;
+constexpr int kMostInt4Columns = 1024;  // outputs of an int4 down projection that a thread takes at a time
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
 size_t row_bytes(Format format, int blocks) {
@@ -471,7 +473,7 @@ MlpCounts Model::mlp_many_int4(const Layer& layer, int tokens) {
   const Int4DownArgs args = {layer.neurons, layer.neuron_bytes, neuron_groups_, width_ / kSuperblock, packed_squared_.get(),
                        squared_tiles_.data(), needed_.data(), tokens, layer.down_bias, x_.data(), static_cast<size_t>(width_)};
   const MlpCounts total = total_counts();
-  const bool tiles = kernels_->tiled_int4_columns && shared_rows(tokens, total.active);
+  const bool tiles = kernels_->tiled_int4_columns && total.active >= kSharedNeurons * shape_.intermediate;
   // Wide chunks, which are long pieces of rows, as long as there are some for every thread and their sums fit.
   const int sums = static_cast<int>(round_up(tokens, kTileTokens)) + 1, room = static_cast<int>(down_scratch_floats(tokens)) / sums;
   const int columns = std::clamp(std::min(width_ / (2 * pool_.threads()), room) / kInt4Piece * kInt4Piece, kInt4Piece, kMostInt4Columns);
@@ -504,13 +506,6 @@ void Model::square_blocks(const Layer& layer, int tokens) {
       if (tiles) kernels_->make_tiles(codes, tokens, 1, 0, static_cast<int>(tiles / kLanes), out.data() + b * tiles);
     }
   });
-}
-
-// Whether tokens together need so many rows that unpacking them once for all costs less than each token's own gathering.
-bool Model::shared_rows(int tokens, int64_t active) const {
-  static const double limit = getenv("PQ4") ? atof(getenv("PQ4")) : 0.5;
-  (void)tokens;
-  return active >= limit * shape_.intermediate;
 }
 
 MlpCounts Model::total_counts() const {
