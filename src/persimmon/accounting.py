@@ -151,7 +151,6 @@ class MemoryPlan:
 
 def plan_memory(config: ModelConfig, context: int, weight_format: str, kv_dtype: str) -> MemoryPlan:
     """Memory of decoding one sequence. Raises InputError for a context that the model does not have."""
-    if not 1 <= context <= config.max_positions:
-        raise InputError(f"context must be from 1 to {config.max_positions}, got {context}")
+    config.check_context(context)
     weights = weight_bytes(config, weight_format)
     return MemoryPlan(context, weight_format, kv_dtype, weights, context * kv_bytes_per_token(config, kv_dtype))

@@ -17,7 +17,7 @@ from persimmon import chat as chat_format
 from persimmon.accounting import count_parameters
 from persimmon.checkpoints.checksums import verify_checksums
 from persimmon.checkpoints.directory import open_directory
-from persimmon.checkpoints.download import resolve
+from persimmon.checkpoints.download import model_config, resolve
 from persimmon.checkpoints.tensors import num_bytes
 from persimmon.config import ModelConfig
 from persimmon.engines import ENGINES, check_options, choose_device, choose_dtype, choose_engine
@@ -48,12 +48,10 @@ class Persimmon:
         self, decoder: Decoder, tokenizer: Tokenizer, *, context: int | None = None, choices: Iterable[str] = ()
     ) -> None:
         """`context` limits the length of sequences; `choices` are lines saying how the model was set up."""
-        limit = decoder.config.max_positions
-        if context is not None and not 1 <= context <= limit:
-            raise InputError(f"context must be from 1 to the model's {limit} positions, got {context}")
+        decoder.config.check_context(context)
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.context = limit if context is None else context
+        self.context = decoder.config.max_positions if context is None else context
         """Longest sequence in tokens."""
         self.choices = tuple(choices)
         """How the model was set up, and why, in lines."""
@@ -262,6 +260,8 @@ def load_decoder(
         check_threads(threads)
         torch.set_num_threads(threads)
     on = choose_device(device)
+    if context is not None:
+        model_config(model).check_context(context)  # before any weights are fetched or read
     path = resolve(model)
     packed = is_packed(path)
     config, stored = _describe(path, packed)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from persimmon.errors import ConfigError
+from persimmon.errors import ConfigError, InputError
 
 ROTARY_PRECISIONS = ("float32", "bfloat16")
 
@@ -142,6 +142,11 @@ class ModelConfig:
                 f"rotary_base {self.rotary_base:g} is too small for max_positions {self.max_positions}: "
                 f"at least {needed} is needed"
             )
+
+    def check_context(self, context: int | None) -> None:
+        """Raise InputError for a longest sequence that the model has no positions for; None is the model's own."""
+        if context is not None and not 1 <= context <= self.max_positions:
+            raise InputError(f"context must be from 1 to the model's {self.max_positions} positions, got {context}")
 
     @property
     def head_dim(self) -> int:

@@ -50,6 +50,14 @@ def test_the_page_shows_the_plan_as_it_is() -> None:
     assert shown in page
 
 
+def test_the_copy_of_a_checkpoint_counts_where_it_lies() -> None:
+    gpu, laptop = (make_plan(recipe("mini"), *parse_hardware(name)) for name in ("1xA100", "laptop"))
+    copied = gpu.memory.weights + gpu.memory.optimizer
+    assert (gpu.memory.checkpoint, gpu.host_bytes) == (0, copied)
+    assert (laptop.memory.checkpoint, laptop.host_bytes) == (copied, 0)
+    assert "host memory" in render(gpu) and "host memory" not in render(laptop)
+
+
 @pytest.mark.parametrize("name", ["mini", "125m", "1b", "8b"])
 def test_every_recipe_fits_its_own_hardware(name: str) -> None:
     hardware = {"mini": "laptop", "125m": "1xA100", "1b": "8xA100", "8b": "8xH100"}[name]

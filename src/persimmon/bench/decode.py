@@ -19,6 +19,7 @@ from persimmon.bench.peers import Peer
 from persimmon.bench.row import Row, finished
 from persimmon.bench.subject import Subject
 from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, repeat
+from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, UnavailableError
 from persimmon.infer.decoder import Chunk, Logits
 
@@ -36,6 +37,14 @@ class DecodeWork:
     fill: str = "read"
     """How the cache is filled (see filling.py)."""
 
+    def check(self, config: ModelConfig) -> None:
+        """Raise ContextLengthError when depth and tokens do not fit."""
+        limit = config.max_positions
+        if self.depth + self.tokens > limit:
+            raise ContextLengthError(
+                f"{self.depth} tokens of context and {self.tokens} more exceed the model's {limit} positions"
+            )
+
     @property
     def attended(self) -> float:
         """Tokens that a timed one attends to, on average: those before it and itself."""
@@ -47,11 +56,7 @@ class Decoding:
 
     def __init__(self, subject: Subject, work: DecodeWork) -> None:
         """Fill the cache. Raises ContextLengthError when depth and tokens do not fit."""
-        limit = subject.config.max_positions
-        if work.depth + work.tokens > limit:
-            raise ContextLengthError(
-                f"{work.depth} tokens of context and {work.tokens} more exceed the model's {limit} positions"
-            )
+        work.check(subject.config)
         self._work = work
         self._cache = fill(subject, work.fill, work.depth, work.tokens, work.batch)
         self.head_rows = float(subject.config.vocab_size)

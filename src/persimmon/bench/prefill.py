@@ -11,6 +11,7 @@ from persimmon.bench.row import Row, finished
 from persimmon.bench.subject import Subject, random_ids
 from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, repeat
 from persimmon.bench.traffic import prefill_flops, prompt_bytes
+from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError
 from persimmon.fast.cpu.memory import STEP_TOKENS
 from persimmon.infer.decoder import Chunk
@@ -18,13 +19,17 @@ from persimmon.infer.decoder import Chunk
 _WARM_UP = 16  # tokens
 
 
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raise ContextLengthError for a prompt that the model has no positions for."""
+    if length > config.max_positions:
+        raise ContextLengthError(f"a prompt of {length} tokens exceeds the model's {config.max_positions} positions")
+
+
 class Reading:
     """A prompt of random tokens, read anew by every run."""
 
     def __init__(self, subject: Subject, length: int) -> None:
-        limit = subject.config.max_positions
-        if length > limit:
-            raise ContextLengthError(f"a prompt of {length} tokens exceeds the model's {limit} positions")
+        check_length(subject.config, length)
         self._decoder, self._ids = subject.decoder, random_ids(subject.config, length, 0)
         self._read(self._ids[:_WARM_UP])
 

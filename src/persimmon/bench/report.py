@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from persimmon.bench.row import Row, check_row
-from persimmon.errors import InputError, NotFoundError, UnavailableError
+from persimmon.errors import InputError, NotFoundError
+from persimmon.figures import load_pyplot, save_figure
 from persimmon.machine import size_text
 
 BEGIN, END = "<!-- benchmark rows -->", "<!-- end of benchmark rows -->"
@@ -168,22 +168,13 @@ def figure(rows: Mapping[str, Row], picture: Path) -> None:
     """
     if not rows:
         raise InputError("there are no rows to draw")
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UnavailableError("plots need matplotlib: pip install 'persimmon[train]'") from None
+    pyplot = load_pyplot("train")
     kernels = [row for row in rows.values() if row["bench"] == "kernels"]
     height = 4.0 if kernels else 1.2 + 0.5 * len(rows)
     drawing, axis = pyplot.subplots(figsize=(8, height), constrained_layout=True)
     (_draw_kernels(axis, kernels[0]) if kernels else _draw_bars(axis, rows))
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    partial = picture.with_name(f"partial.{picture.name}")
-    drawing.savefig(partial, dpi=140)
+    save_figure(drawing, picture, dpi=140)
     pyplot.close(drawing)
-    os.replace(partial, picture)
 
 
 def _draw_bars(axis: Any, rows: Mapping[str, Row]) -> None:

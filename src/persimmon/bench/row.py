@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from persimmon import machine
+from persimmon.atomic import write_text
 from persimmon.bench.timing import percent_of
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
@@ -114,9 +115,7 @@ def line(row: Row) -> str:
 def write(row: Row, file: Path) -> None:
     """Keep the row as an indented document, written aside and renamed."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(row, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, json.dumps(row, ensure_ascii=False, indent=2) + "\n")
 
 
 def kernels_fields(config: ModelConfig, formats: Sequence[str], entries: list[dict[str, Any]], bandwidth: float) -> Row:

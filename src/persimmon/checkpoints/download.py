@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from persimmon.checkpoints.directory import has_weights
+from persimmon.checkpoints.directory import has_weights, read_config
 from persimmon.checkpoints.releases import RELEASES, by_name, licence_notice
+from persimmon.config import ModelConfig
 from persimmon.errors import InputError, NotFoundError, PersimmonError, UnavailableError
 
 SHIPPED = ("mini", "mini-base")
@@ -60,6 +61,11 @@ def resolve(
     if cached is None and release is not None:
         (notice or _to_stderr)(licence_notice(release))
     return cached or _fetch(hub_id, revision, weights)
+
+
+def model_config(name: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration of a model by name; of one on the hub, no weights are fetched for it."""
+    return read_config(resolve(name, weights=False, notice=lambda line: None))
 
 
 def _known_names() -> str:

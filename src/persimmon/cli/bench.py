@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persimmon.atomic import write_text
 from persimmon.cli import bench_options as options
-from persimmon.cli.options import model_name
+from persimmon.cli.options import add_verb, model_name
 from persimmon.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,16 +24,16 @@ HELP = "measure speed and memory against the machine's ceiling and against peers
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     verbs = parser.add_subparsers(dest="bench_verb", required=True, metavar="decode|prefill|kernels|train|serve|report")
-    options.add_decode(verbs.add_parser("decode", help="tokens per second of decoding"))
-    options.add_prefill(verbs.add_parser("prefill", help="tokens per second of reading prompts"))
+    options.add_decode(add_verb(verbs, "decode", "tokens per second of decoding"))
+    options.add_prefill(add_verb(verbs, "prefill", "tokens per second of reading prompts"))
     options.add_kernels(
-        verbs.add_parser(
-            "kernels", help="every kernel of the CPU engine against bandwidth; the choice table of the CUDA engine"
+        add_verb(
+            verbs, "kernels", "every kernel of the CPU engine against bandwidth; the choice table of the CUDA engine"
         )
     )
-    options.add_train(verbs.add_parser("train", help="tokens per second of a training step"))
-    options.add_serve(verbs.add_parser("serve", help="latency and throughput of a server by number of clients"))
-    options.add_report(verbs.add_parser("report", help="rows of earlier runs as a table and a figure"))
+    options.add_train(add_verb(verbs, "train", "tokens per second of a training step"))
+    options.add_serve(add_verb(verbs, "serve", "latency and throughput of a server by number of clients"))
+    options.add_report(add_verb(verbs, "report", "rows of earlier runs as a table and a figure"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,12 +68,14 @@ def _numbers(flag: str, text: str) -> list[int]:
 def _decode(args: argparse.Namespace) -> int:
     from persimmon.bench import decode
     from persimmon.bench.subject import load_subject
+    from persimmon.checkpoints.download import model_config
 
+    work = decode.DecodeWork(args.context, args.tokens, args.batch, args.fill)
+    work.check(model_config(model_name(args)))  # before anything is measured or loaded
     # Before anything is loaded here: two copies of a large model push its files out of the page cache.
     started = decode.first_token_seconds(model_name(args), _load_options(args)) if args.startup else None
     ceiling = _ceiling(args, "read")
     subject = load_subject(model_name(args), _load_options(args))
-    work = decode.DecodeWork(args.context, args.tokens, args.batch, args.fill)
     settings = {"context": args.context, "tokens": args.tokens, "batch": args.batch}
     peer = _peer(args, subject, "transformers_decode.py", settings)
     try:
@@ -86,10 +89,13 @@ def _decode(args: argparse.Namespace) -> int:
 
 
 def _prefill(args: argparse.Namespace) -> int:
-    from persimmon.bench.prefill import prefill_row
+    from persimmon.bench.prefill import check_length, prefill_row
     from persimmon.bench.subject import load_subject
+    from persimmon.checkpoints.download import model_config
 
-    lengths = _numbers("--lengths", args.lengths)
+    lengths, config = _numbers("--lengths", args.lengths), model_config(model_name(args))
+    for length in lengths:
+        check_length(config, length)
     ceiling = _ceiling(args, "gemm")
     subject = load_subject(model_name(args), _load_options(args))
     peers: dict[int, Peer] = {}
@@ -207,20 +213,14 @@ def _report(args: argparse.Namespace) -> int:
     else:
         print(text)
     if args.out is not None:
-        _write_text(args.out, text + "\n")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.out, text + "\n")
     if args.page is not None:
-        _write_text(args.page, report.with_rows(args.page.read_text(encoding="utf-8"), rows))
+        write_text(args.page, report.with_rows(args.page.read_text(encoding="utf-8"), rows))
     if args.plot is not None:
         report.figure(rows, args.plot)
         note(f"figure: {args.plot}")
     return 0
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 # -- what they share -----------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     group = parser.add_argument_group("how the model runs")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu or reference")
+    group.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu, reference or cuda")
     group.add_argument("--dtype", default="auto", metavar="NAME", help="auto, float32 or bfloat16")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     group.add_argument("--kv-dtype", metavar="NAME", help="keys and values in float32 or int8 (cpu engine)")

@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, setting in SETTINGS.items():
         kind, meaning = setting.metadata["kind"], setting.metadata["meaning"]
         if kind is not bool:
+            unit = "N" if kind is int else "X"
             shown = "" if setting.default is None else f" (default: {setting.default:g})"
             group.add_argument(
-                f"--{name.replace('_', '-')}", type=kind, default=setting.default, metavar="N", help=meaning + shown
+                f"--{name.replace('_', '-')}", type=kind, default=setting.default, metavar=unit, help=meaning + shown
             )
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from persimmon.atomic import write_text
+
 if TYPE_CHECKING:
     from persimmon.evals.compare import Run
 
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Execute the verb."""
     from persimmon.cli.console import note, print_json
     from persimmon.errors import InputError
-    from persimmon.evals import compare, figure, report, results
+    from persimmon.evals import compare, figure, report
 
     runs = [_load(text) for text in args.runs]
     labels = [run.label for run in runs]
@@ -40,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     document, text = compare.to_json(runs), report.comparison(runs)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        results.write_text(args.out / "comparison.json", json.dumps(document, ensure_ascii=False, indent=2) + "\n")
-        results.write_text(args.out / "comparison.md", text)
+        write_text(args.out / "comparison.json", json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+        write_text(args.out / "comparison.md", text)
         figure.draw(runs, [args.out / "comparison.png", args.out / "comparison.svg"])
         note(f"comparison.md, .json, .png and .svg in {args.out}", quiet=args.quiet)
     if args.json:

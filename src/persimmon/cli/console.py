@@ -59,3 +59,40 @@ class Progress:
         if self._width:
             sys.stderr.write("\r" + " " * self._width + "\r")
             sys.stderr.flush()
+
+
+class TimedProgress:
+    """Questions done and the time left: a line that is redrawn on a terminal, one line every half minute elsewhere."""
+
+    def __init__(self, label: str, *, quiet: bool = False) -> None:
+        self._label, self._quiet = label, quiet
+        self._terminal = sys.stderr.isatty()
+        self._start: tuple[float, int] | None = None
+        self._said = 0.0
+
+    def __enter__(self) -> TimedProgress:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        """Report; the rate counts from the first call, so that resumed questions do not."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, done)
+            self._said = now if not self._terminal else 0.0
+        if self._quiet or (done < total and now - self._said < (0.1 if self._terminal else 30.0)):
+            return
+        self._said = now
+        began, before = self._start
+        left = (now - began) / (done - before) * (total - done) if done > before else None
+        times = f"{_clock(now - began)} gone" + ("" if left is None or done == total else f", {_clock(left)} left")
+        text = f"{self._label}: {done}/{total} questions, {times}"
+        sys.stderr.write(f"\r\x1b[2K{text}" if self._terminal else f"{text}\n")
+        sys.stderr.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal and not self._quiet and self._start is not None:
+            sys.stderr.write("\n")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from persimmon.cli.options import add_verb
+
 HELP = "prepare training data, or inspect prepared data"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="prepare|inspect")
-    prepare = verbs.add_parser("prepare", help="tokenize the documents of a recipe")
+    prepare = add_verb(verbs, "prepare", "filter, deduplicate and tokenize the documents of a recipe")
     prepare.add_argument("recipe", metavar="RECIPE", help="YAML file (see configs/mini-data.yaml)")
     prepare.add_argument(
         "--set",
@@ -21,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change one setting, e.g. root=DIR",
     )
-    inspect = verbs.add_parser(
-        "inspect", help="documents, tokens and lengths of prepared data, or the trained tokens of conversations"
+    inspect = add_verb(
+        verbs, "inspect", "documents, tokens and lengths of prepared data, or the trained tokens of conversations"
     )
     inspect.add_argument("path", metavar="DIR|FILE", help="output of `data prepare`, or a .jsonl of conversations")
-    inspect.add_argument("--plot", metavar="PNG", help="draw lengths and shares to this file (.png, .svg, .pdf)")
+    inspect.add_argument("--plot", metavar="FILE", help="draw lengths and shares to this file (.png, .svg, .pdf)")
     inspect.add_argument("--no-verify", action="store_true", help="leave the checksums unchecked (sizes are checked)")
     inspect.add_argument("--model", default=None, metavar="MODEL", help="whose vocabulary conversations are shown in")
     inspect.add_argument("--limit", type=int, default=3, metavar="N", help="conversations to show (default: 3)")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persimmon.cli.options import add_model_options, load_options, model_name
+from persimmon.atomic import write_text
+from persimmon.cli.console import TimedProgress, note, print_json
+from persimmon.cli.eval_options import add_arguments, label_of, settings_from, tasks_from, variants_from
+from persimmon.cli.options import load_options, model_name
 from persimmon.errors import DataError, InputError, NotFoundError, UnavailableError
 
 if TYPE_CHECKING:
@@ -22,88 +22,19 @@ if TYPE_CHECKING:
     from persimmon.evals.runner import Settings, TaskRun
     from persimmon.evals.tasks.task import Task
 
+__all__ = ["HELP", "add_arguments", "run"]
+
 HELP = "score a model on tasks"
 
 FIDELITY_TEXTS = 20
 """Prompts of the tasks on which variants are compared when there are no documents."""
 
-LOCAL_OPTIONS = (
-    "device", "engine", "dtype", "threads", "rotary_precision", "kv_dtype", "sparsity_margin", "adapter", "no_bos",
-    "cache_tokens", "variant",
-)  # fmt: skip
-"""Options that say how a model is loaded and run in this process."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments."""
-    add_model_options(parser)
-    what = parser.add_argument_group("what is scored")
-    what.add_argument(
-        "--tasks", default="all", metavar="LIST",
-        help="comma-separated: mmlu, winogrande, arc_easy, arc_challenge, triviaqa, hellaswag, humaneval (together: "
-        "all, the default), needle, key_value (together: long), perplexity",
-    )  # fmt: skip
-    what.add_argument(
-        "--style", default="both", choices=("adept", "loglikelihood", "both"),
-        help="generate answers under the release's prompts, compare likelihoods as the harness, or both "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    what.add_argument("--data", type=Path, metavar="DIR", help="directory with the sets (default: fetch from the Hub)")
-    what.add_argument("--limit", type=int, metavar="N", help="most questions per task, drawn evenly, always the same")
-    what.add_argument("--shots", type=int, metavar="N", help="worked examples (default: each task's own number)")
-    what.add_argument("--chat", action="store_true", help="wrap prompts of generated answers in the chat format")
-    what.add_argument(
-        "--instructions",
-        type=Path,
-        metavar="FILE",
-        help="JSON object: task name -> instruction line of the adept style",
-    )
-    what.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="completions per HumanEval problem, for pass@k"
-    )
-    what.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of these completions (default: 0)")
-    how = parser.add_argument_group("how it runs")
-    how.add_argument("--out", type=Path, metavar="DIR", help="directory of results (default: evaluations/MODEL)")
-    how.add_argument(
-        "--url", metavar="URL", help="ask this OpenAI-compatible server (ending in /v1) instead of a model"
-    )
-    how.add_argument("--no-bos", action="store_true", help="put no begin-of-text token before prompts")
-    how.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions per batch (default: 64)")
-    how.add_argument(
-        "--lanes", type=int, metavar="N", help="sequences side by side (default: 16; 64 on the cpu engine)"
-    )
-    how.add_argument(
-        "--cache-tokens",
-        type=int,
-        default=65_536,
-        metavar="N",
-        help="tokens of keys and values at a time (default: 65536)",
-    )
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled completions (default: 0)")
-    how.add_argument(
-        "--isolation", default="auto", choices=("auto", "bubblewrap", "landlock", "none"),
-        help="sandbox for generated code; none keeps limits and the system-call filter only, files stay readable "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    how.add_argument(
-        "--variant", action="append", default=[], metavar="NAME:KEY=VALUE,...",
-        help="also score the model so set up (dtype, rotary_precision, engine, model, or an engine's own option), and "
-        "compare its predictions with the first (repeatable)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the results as one JSON document")
-
 
 def run(args: argparse.Namespace) -> int:
     """Execute the verb."""
-    from persimmon.cli.console import note, print_json
     from persimmon.evals import compare, report, results
 
-    settings = _settings(args)
-    tasks = _tasks(args)
-    variants = [("", {}), *map(_variant, args.variant)]
-    if args.url:
-        _refuse_local_options(args)
-    label = _label(args)
+    settings, tasks, variants, label = settings_from(args), tasks_from(args), variants_from(args), label_of(args)
     out = args.out or Path("evaluations") / label
     runs: list[Run] = []
     models: list[tuple[str, LanguageModel]] = []
@@ -114,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         document = results.document(done, {**model.identity, "truncated": model.truncated}, _as_facts(settings, args))
         path = results.write(directory, done, document)
         runs.append(compare.load(path, name or label))
-        results.write_text(directory / "report.md", report.run_report(runs[-1]))
+        write_text(directory / "report.md", report.run_report(runs[-1]))
         models.append((name or label, model))
         if model.truncated:
             note(f"{model.truncated} prompts were longer than the context and lost their beginning", quiet=args.quiet)
@@ -125,16 +56,6 @@ def run(args: argparse.Namespace) -> int:
         print("\n\n".join(_tables(runs, fidelity)))
     note(f"results and samples in {out}", quiet=args.quiet)
     return 0
-
-
-def _refuse_local_options(args: argparse.Namespace) -> None:
-    """InputError for an option that sets up a model here, where a server is asked that has its own."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    given = [name for name in LOCAL_OPTIONS if getattr(args, name) != parser.get_default(name)]
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise InputError(f"{flags}: this sets up a model here and does not go with --url")
 
 
 def _document(runs: Sequence[Run], fidelity: Sequence[Fidelity]) -> dict[str, Any]:
@@ -153,74 +74,6 @@ def _tables(runs: Sequence[Run], fidelity: Sequence[Fidelity]) -> list[str]:
     if positions := report.positions_section(runs).strip():
         parts.append(positions)
     return [*parts, report.fidelity_table(fidelity)] if fidelity else parts
-
-
-# -- reading the arguments -----------------------------------------------------------------------------
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    from persimmon.evals.runner import Settings
-
-    return Settings(
-        shots=args.shots,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        chat=args.chat,
-        samples=args.samples,
-        temperature=args.temperature,
-        instructions=_instructions(args.instructions),
-    )
-
-
-def _instructions(path: Path | None) -> Mapping[str, str]:
-    from persimmon.evals.tasks import TASKS
-
-    if path is None:
-        return {}
-    if not path.is_file():
-        raise NotFoundError(f"--instructions {path} does not exist")
-    try:
-        lines = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--instructions {path}: {error}") from None
-    if not isinstance(lines, dict) or not all(name in TASKS and isinstance(text, str) for name, text in lines.items()):
-        raise InputError(f"--instructions {path} must be a JSON object of task names and texts")
-    return lines
-
-
-def _tasks(args: argparse.Namespace) -> list[tuple[Task, str]]:
-    """(task, style) pairs to run; a task without the wanted style runs in the one it has."""
-    from persimmon.evals.tasks import STYLES, find_tasks
-
-    wanted = STYLES if args.style == "both" else (args.style,)
-    pairs = []
-    for task in find_tasks(args.tasks):
-        styles = [style for style in wanted if style in task.styles] or list(task.styles)
-        pairs += [(task, style) for style in styles]
-    return pairs
-
-
-def _variant(text: str) -> tuple[str, dict[str, Any]]:
-    """`NAME:KEY=VALUE,...` -> name and options of persimmon.load; numbers become numbers."""
-    name, colon, rest = text.partition(":")
-    options = dict(part.split("=", 1) for part in rest.split(",") if "=" in part)
-    if not (colon and re.fullmatch(r"[\w.+-]+", name) and len(options) == len(rest.split(","))):
-        raise InputError(f"--variant {text!r} is not NAME:KEY=VALUE,... (for instance bf16:dtype=bfloat16)")
-    return name, {key.replace("-", "_"): _value(value) for key, value in options.items()}
-
-
-def _value(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _label(args: argparse.Namespace) -> str:
-    name = args.url.split("//")[-1] if args.url else Path(model_name(args)).name
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _model(args: argparse.Namespace, options: Mapping[str, Any]) -> LanguageModel:
@@ -306,7 +159,7 @@ def _fidelity(
     out: Path,
 ) -> list[Fidelity]:
     """Compare the predictions of all variants on the documents of the data directory, or on prompts of the tasks."""
-    from persimmon.evals import report, results
+    from persimmon.evals import report
     from persimmon.evals.formats import measure
     from persimmon.evals.language_model import DecoderLanguageModel
 
@@ -314,8 +167,8 @@ def _fidelity(
         (name, model) for name, model in models if isinstance(model, DecoderLanguageModel)
     ]
     found = measure(decoders[0][1], decoders, _fidelity_texts(args, tasks, settings, models[0][1]))
-    results.write_text(out / "fidelity.json", json.dumps([dataclasses.asdict(one) for one in found], indent=2) + "\n")
-    results.write_text(out / "fidelity.md", report.fidelity_table(found) + "\n")
+    write_text(out / "fidelity.json", json.dumps([dataclasses.asdict(one) for one in found], indent=2) + "\n")
+    write_text(out / "fidelity.md", report.fidelity_table(found) + "\n")
     return found
 
 
@@ -335,40 +188,3 @@ def _fidelity_texts(
     except (NotFoundError, UnavailableError):
         items = [item for task, style in tasks for item in _items(task, style, args.data, settings, model)]
         return [prompts(item)[0] for item in items[:: max(1, len(items) // FIDELITY_TEXTS)]]
-
-
-class TimedProgress:
-    """Questions done and the time left: a line that is redrawn on a terminal, one line every half minute elsewhere."""
-
-    def __init__(self, label: str, *, quiet: bool = False) -> None:
-        self._label, self._quiet = label, quiet
-        self._terminal = sys.stderr.isatty()
-        self._start: tuple[float, int] | None = None
-        self._said = 0.0
-
-    def __enter__(self) -> TimedProgress:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        """Report; the rate counts from the first call, so that resumed questions do not."""
-        now = time.monotonic()
-        if self._start is None:
-            self._start = (now, done)
-            self._said = now if not self._terminal else 0.0
-        if self._quiet or (done < total and now - self._said < (0.1 if self._terminal else 30.0)):
-            return
-        self._said = now
-        began, before = self._start
-        left = (now - began) / (done - before) * (total - done) if done > before else None
-        times = f"{_clock(now - began)} gone" + ("" if left is None or done == total else f", {_clock(left)} left")
-        text = f"{self._label}: {done}/{total} questions, {times}"
-        sys.stderr.write(f"\r\x1b[2K{text}" if self._terminal else f"{text}\n")
-        sys.stderr.flush()
-
-    def __exit__(self, *_: object) -> None:
-        if self._terminal and not self._quiet and self._start is not None:
-            sys.stderr.write("\n")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

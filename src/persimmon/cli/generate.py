@@ -86,14 +86,16 @@ def run(args: argparse.Namespace) -> int:
 
 def answer_prompts(args: argparse.Namespace) -> int:
     """Answer --input to --output; 1 when a line got an error for an answer."""
-    from persimmon.checkpoints.download import resolve
+    from persimmon.checkpoints.download import model_config, resolve
     from persimmon.cli.console import Progress, note
     from persimmon.infer.batch import answer_file
     from persimmon.serve.build import EngineSettings
     from persimmon.tokenizer import Tokenizer
 
     source, target = _batch_files(args)
-    sampling, directory = sampling_from(args), resolve(model_name(args))
+    sampling = sampling_from(args)
+    model_config(model_name(args)).check_context(args.context)
+    directory = resolve(model_name(args))
     build, tokenizer = EngineSettings(str(directory), load_options=load_options(args)), Tokenizer.load(directory)
     with Progress("answering", quiet=args.quiet) as progress:
         if args.ray is not None:

@@ -23,6 +23,14 @@ WEIGHTS_HELP = (
 )
 
 
+def add_verb(verbs: Any, name: str, meaning: str) -> argparse.ArgumentParser:
+    """The parser of a verb of a verb (`verbs` is from `add_subparsers`), whose meaning heads its own help as well."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}."
+    )
+    return parser
+
+
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """MODEL: a directory, a hub id or a name."""
     parser.add_argument(
@@ -38,7 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     group = parser.add_argument_group("how the model runs")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu or reference")
+    group.add_argument("--engine", default="auto", metavar="NAME", help="auto, cpu, reference or cuda")
     group.add_argument("--dtype", default="auto", metavar="NAME", help="auto, float32 or bfloat16")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     group.add_argument("--context", type=int, metavar="N", help="longest context in tokens (default: the model's)")

@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--plan", action="store_true", help="print memory, FLOPs and days, and start nothing")
     parser.add_argument(
-        "--hardware", default="8xH100", metavar="NxNAME", help="with --plan: A100, H100, H200, laptop (8xH100)"
+        "--hardware",
+        default="8xH100",
+        metavar="NxNAME",
+        help="with --plan: A100, H100, H200 (with a count) or laptop (default: 8xH100)",
     )
     parser.add_argument("--json", action="store_true", help="with --plan: machine-readable")
 

@@ -34,15 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     # The second names are vLLM's, for people and scripts that come from there.
     limits.add_argument(
-        "--max-concurrency", "--max-num-seqs", type=int, default=16, metavar="N", help="requests that run together (16)"
+        "--max-concurrency",
+        "--max-num-seqs",
+        type=int,
+        default=16,
+        metavar="N",
+        help="requests that run together (default: 16)",
     )
-    limits.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait (64)")
-    limits.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="largest request (4 MiB)")
+    limits.add_argument("--max-queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
+    limits.add_argument(
+        "--max-body", type=int, default=4 << 20, metavar="BYTES", help="largest request (default: 4 MiB)"
+    )
     limits.add_argument(
         "--cache-tokens", type=int, metavar="N", help="tokens of the key-value cache (default: by memory)"
     )
-    limits.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="most seconds for an answer (3600)")
-    limits.add_argument("--drain", type=float, default=30.0, metavar="S", help="seconds for answers at the end (30)")
+    limits.add_argument(
+        "--timeout", type=float, default=3600.0, metavar="S", help="most seconds for an answer (default: 3600)"
+    )
+    limits.add_argument(
+        "--drain", type=float, default=30.0, metavar="S", help="seconds for answers at the end (default: 30)"
+    )
     limits.add_argument("--max-model-len", dest="context", type=int, metavar="N", help="the same as --context")
     parser.add_argument("--no-access-log", action="store_true", help="no JSON line per request on stderr")
 
@@ -56,18 +67,15 @@ def run(args: argparse.Namespace) -> int:
         from persimmon.serve.server import build_service, serve
     except ImportError as error:
         raise UnavailableError(f"serving needs {error.name}: pip install 'persimmon[serve]'") from None
-    from persimmon.checkpoints.directory import read_config
-    from persimmon.checkpoints.download import resolve
+    from persimmon.checkpoints.download import model_config, resolve
     from persimmon.cli.console import note
-    from persimmon.errors import InputError
     from persimmon.serve.build import EngineSettings
     from persimmon.serve.guard import write_log
     from persimmon.tokenizer import Tokenizer
 
+    config = model_config(model_name(args))
+    config.check_context(args.context)
     directory = resolve(model_name(args))
-    limit = read_config(directory).max_positions
-    if args.context is not None and not 1 <= args.context <= limit:
-        raise InputError(f"--context must be from 1 to the model's {limit} positions, got {args.context}")
     engine = EngineSettings(
         str(directory),
         load_options=load_options(args),
@@ -75,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         cache_tokens=args.cache_tokens,
     )
     name = args.served_model_name or Path(model_name(args)).name
-    service = build_service(engine, Tokenizer.load(directory), name, args.context or limit, settings)
+    service = build_service(engine, Tokenizer.load(directory), name, args.context or config.max_positions, settings)
     note(f"loading {name} ...", quiet=args.quiet)
     return serve(
         service,

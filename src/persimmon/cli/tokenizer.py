@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from persimmon.cli.options import add_verb
+
 if TYPE_CHECKING:
     from persimmon.data.learn import VocabularyReport
 
@@ -15,7 +17,7 @@ HELP = "train a vocabulary"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     verbs = parser.add_subparsers(dest="tokenizer_verb", required=True, metavar="train")
-    train = verbs.add_parser("train", help="train a unigram vocabulary with byte fallback", description=HELP)
+    train = add_verb(verbs, "train", "train a unigram vocabulary with byte fallback")
     what = train.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--input", nargs="+", metavar="FILE",

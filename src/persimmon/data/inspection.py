@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from persimmon import chat
 from persimmon.data.conversations import Conversation
 from persimmon.data.tokens import TokenStore, read_manifest
-from persimmon.errors import UnavailableError
+from persimmon.figures import load_pyplot, save_figure
 from persimmon.tokenizer import Tokenizer
 
 LONG = (1_024, 4_096, 16_384)
@@ -66,13 +66,9 @@ def length_statistics(lengths: NDArray[np.int64]) -> dict[str, Any]:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Three panels as PNG (or what the suffix says): lengths, tokens by source, share of long documents."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UnavailableError("the plot needs matplotlib: pip install 'persimmon[data]'") from None
+    pyplot = load_pyplot("data")
     sources = report["sources"]
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    lengths, tokens, long = figure.subplots(1, 3)
+    figure, (lengths, tokens, long) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for name, facts in sources.items():
         bars = facts["lengths"]["histogram"]
         share = [100 * bar["tokens"] / max(1, facts["tokens"]) for bar in bars]
@@ -92,8 +88,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     tokens.set(ylabel="%", title=f"{total:,} tokens")
     for axes in (lengths, tokens, long):
         axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
+    pyplot.close(figure)
 
 
 @dataclass(frozen=True)

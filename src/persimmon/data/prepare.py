@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from persimmon.atomic import replacing, write_text
 from persimmon.data.executors import execute
 from persimmon.data.files import CorpusFile, find_corpus_files
 from persimmon.data.recipe import DataRecipe, SourceRecipe, VocabularyRecipe, is_held_out
-from persimmon.data.stages import STAGES, Job, Part, Stage, result, token_dtype, write_atomically
+from persimmon.data.stages import STAGES, Job, Part, Stage, result, token_dtype
 from persimmon.data.tokens import TokenStore, read_manifest
 from persimmon.errors import PersimmonError
 
@@ -125,7 +126,7 @@ def _finish(job: Job, _: int) -> dict[str, Any]:
     }
     for leftover in old - _files_named(sources):
         (output / leftover).unlink(missing_ok=True)
-    write_atomically(output / "manifest.json", json.dumps(manifest, indent=2).encode())
+    write_text(output / "manifest.json", json.dumps(manifest, indent=2))
     return {}
 
 
@@ -175,14 +176,12 @@ def _move(source: Path, target: Path) -> None:
 def _concatenate(job: Job, name: str, stages: tuple[str, ...], kind: str) -> None:
     """One file of all parts: gzip files laid end to end are a gzip file."""
     target = Path(job.recipe.output) / f"{kind}.{name}.jsonl.gz"
-    partial = target.with_name(f"{target.name}.partial")
-    with partial.open("wb") as stream:
+    with replacing(target) as partial, partial.open("wb") as stream:
         for stage in stages:
             for part in job.parts:
                 if part.source == name:
                     with (job.work / stage / f"{part.name}.{kind}.gz").open("rb") as piece:
                         shutil.copyfileobj(piece, stream)
-    os.replace(partial, target)
 
 
 ALL_STAGES = (*STAGES, Stage("finish", lambda job: 1, _finish))

@@ -18,9 +18,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from persimmon.atomic import replacing, write_bytes
 from persimmon.data import duplicates
 from persimmon.data.decontaminate import EvaluationIndex
 from persimmon.data.documents import Document, read_json_lines, read_records
@@ -83,7 +84,7 @@ def run_task(job: Job, stage: Stage, number: int) -> None:
     if file.is_file():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(stage.work(job, number)).encode())
+    write_bytes(file, json.dumps(stage.work(job, number)).encode())
 
 
 def result_file(job: Job, stage: str, number: int) -> Path:
@@ -97,35 +98,25 @@ def result(job: Job, stage: str, number: int) -> dict[str, Any]:
     return document
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside and rename: `path` is never half a file, and what was there is not lost on a full disk."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class _Lines:
-    """A gzip file of JSON lines, written aside until it is closed without an error."""
+    """Writes JSON lines into a gzip file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> _Lines:
-        self._file = self._partial.open("wb")
-        self._stream = gzip.GzipFile("", "wb", _LEVEL, self._file, mtime=0)
-        return self
+    def __init__(self, stream: gzip.GzipFile) -> None:
+        self._stream = stream
 
     def write(self, record: dict[str, Any]) -> None:
         self._stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._stream.close()
-        self._file.close()
-        if kind is None:
-            os.replace(self._partial, self._path)
+
+@contextmanager
+def _lines(path: Path) -> Iterator[_Lines]:
+    """A gzip file of JSON lines, which is there once the block has ended without an error."""
+    with (
+        replacing(path) as partial,
+        partial.open("wb") as file,
+        gzip.GzipFile("", "wb", _LEVEL, file, mtime=0) as stream,
+    ):
+        yield _Lines(stream)
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +173,7 @@ class _Reader:
 def _read(job: Job, number: int) -> dict[str, Any]:
     part, recipe, folder = job.parts[number], job.recipe, job.work / "read"
     settings, digests, bands, origins = recipe.deduplicate, [], [], []
-    with _Lines(folder / f"{part.name}.documents.gz") as kept, _Lines(folder / f"{part.name}.dropped.gz") as dropped:
+    with _lines(folder / f"{part.name}.documents.gz") as kept, _lines(folder / f"{part.name}.dropped.gz") as dropped:
         reader = _Reader(job, part, dropped)
         for document in reader.documents():
             digest = hashlib.sha256(document.text.encode()).digest()
@@ -196,15 +187,13 @@ def _read(job: Job, number: int) -> dict[str, Any]:
     if settings.minhash:  # a row per band: the task of a band reads its own alone
         table = np.array(bands, dtype=np.uint64).reshape(-1, settings.bands).T
         _save(folder / f"{part.name}.bands.npy", np.ascontiguousarray(table))
-    write_atomically(folder / f"{part.name}.origins.json", json.dumps(origins).encode())
+    write_bytes(folder / f"{part.name}.origins.json", json.dumps(origins).encode())
     return {"kept": len(digests), "read": dict(reader.counts), "drops": dict(reader.drops)}
 
 
 def _save(path: Path, values: Any) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as stream:
+    with replacing(path) as partial, partial.open("wb") as stream:
         np.save(stream, values)
-    os.replace(partial, path)
 
 
 def _groups(job: Job) -> list[list[Part]]:
@@ -244,7 +233,7 @@ def _choose(job: Job, _: int) -> dict[str, Any]:
                 if codes[place] in (DUPLICATE, SIMILAR)
             ]
             _save(job.work / "choose" / f"{part.name}.npy", mine.astype(np.uint8))
-            write_atomically(job.work / "choose" / f"{part.name}.of.json", json.dumps(of).encode())
+            write_bytes(job.work / "choose" / f"{part.name}.of.json", json.dumps(of).encode())
             drops[part.source]["duplicate"] += int((mine == DUPLICATE).sum())
             drops[part.source]["similar"] += int((mine == SIMILAR).sum())
             drops[part.source]["kept"] += int((mine == KEPT).sum())
@@ -296,7 +285,7 @@ def _learn(job: Job, _: int) -> dict[str, Any]:
             recipe.seed,
         )
         tokenizer = Tokenizer(train_vocabulary(list(chain.from_iterable(sample.values())), recipe.vocabulary.size))
-    write_atomically(job.work / "learn" / "tokenizer.model", tokenizer.serialized)
+    write_bytes(job.work / "learn" / "tokenizer.model", tokenizer.serialized)
     return {"vocab_size": tokenizer.vocab_size, "sha256": hashlib.sha256(tokenizer.serialized).hexdigest()}
 
 
@@ -314,7 +303,7 @@ def _tokenize(job: Job, number: int) -> dict[str, Any]:
     characters = 0
     of = iter(json.loads((job.work / "choose" / f"{part.name}.of.json").read_bytes()))
     reasons = {DUPLICATE: "duplicate", SIMILAR: "similar"}
-    with _Lines(folder / f"{part.name}.held_out.gz") as held, _Lines(folder / f"{part.name}.dropped.gz") as dropped:
+    with _lines(folder / f"{part.name}.held_out.gz") as held, _lines(folder / f"{part.name}.dropped.gz") as dropped:
         for code, document in _chosen(job, part):
             if code == KEPT:
                 writer.add(tokenizer.encode(document.text), len(document.text.encode()))

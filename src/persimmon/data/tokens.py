@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from persimmon.atomic import write_bytes
 from persimmon.errors import DataError, NotFoundError
 
 _LARGEST_SHARD = 1_000_000_000  # tokens: 2 or 4 GB per file
@@ -188,9 +189,7 @@ class TokenStoreWriter:
         tokens, index = (self._directory / f"{self._file}{ending}" for ending in (".bin", ".idx"))
         os.replace(self._stream.name, tokens)
         raw = np.asarray(self._offsets, dtype="<u8").tobytes()
-        partial = index.with_name(index.name + ".partial")
-        partial.write_bytes(raw)
-        os.replace(partial, index)
+        write_bytes(index, raw)
         self._shards.append(
             {
                 "file": self._file,

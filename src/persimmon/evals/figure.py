@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from persimmon.errors import UnavailableError
 from persimmon.evals import published
 from persimmon.evals.compare import Run, rows
 from persimmon.evals.tasks import TASKS
+from persimmon.figures import load_pyplot, save_figure
 
 # Distinguishable without colour vision (Okabe and Ito), persimmon's own orange first.
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#009E73")
@@ -22,13 +22,7 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> None:
 
     Raises UnavailableError without matplotlib.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise UnavailableError("figures need matplotlib: pip install 'persimmon[eval]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot("eval")
     shares = [pair for pair in rows(runs, with_release=True) if TASKS[pair[0]].name != "perplexity"]
     styles = [style for style in ("adept", "loglikelihood") if any(pair[1] == style for pair in shares)]
     # Text as paths would make the same figure differ between machines; a fixed salt keeps the ids the same.
@@ -42,9 +36,7 @@ def draw(runs: Sequence[Run], paths: Sequence[Path]) -> None:
         figure.canvas.draw()
         figure.set_layout_engine("none")  # laid out once, so that every file shows the same
         for path in paths:
-            temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-            figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-            temporary.replace(path)
+            save_figure(figure, path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         pyplot.close(figure)
 
 
@@ -57,22 +49,7 @@ def _panel(axis: Any, runs: Sequence[Run], style: str, tasks: Sequence[str]) -> 
     width = min(0.18, 0.84 / count)
     middle = (count - 1) * width / 2  # of a group, from its first bar's middle
     for number, (run, colour) in enumerate(ours):
-        scores = [run.find(task, style) for task in tasks]
-        places = [index + number * width for index, score in enumerate(scores) if score]
-        known = [score for score in scores if score]
-        errors = [
-            [score.value - (score.value if score.low is None else score.low) for score in known],
-            [(score.value if score.high is None else score.high) - score.value for score in known],
-        ]
-        axis.bar(
-            places, [score.value for score in known], width * 0.94, yerr=errors, label=run.label,
-            color=colour, error_kw={"elinewidth": 1, "capsize": 2},
-        )  # fmt: skip
-        for place, score in zip(places, known, strict=True):
-            top = score.value if score.high is None else score.high
-            axis.annotate(
-                f"{score.value:.1f}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=8
-            )
+        _our_bars(axis, run, style, tasks, colour, number * width, width * 0.94)
     for number, model in enumerate(models, len(ours)):
         about = published.MODELS[model]
         values = [(index + number * width, published.find(task, model, style)) for index, task in enumerate(tasks)]
@@ -88,8 +65,30 @@ def _panel(axis: Any, runs: Sequence[Run], style: str, tasks: Sequence[str]) -> 
             span = (index - width * 0.6, index + 2 * middle + width * 0.6)
             axis.hlines(chance, *span, color="#222222", linestyle=(0, (3, 2)), linewidth=1, label=label)
     axis.set_xticks([index + middle for index in range(len(tasks))], [TASKS[task].title for task in tasks])
+    _dress(axis, "answers generated and parsed (adept style)" if style == "adept" else "harness style (loglikelihood)")
+
+
+def _our_bars(axis: Any, run: Run, style: str, tasks: Sequence[str], colour: str, shift: float, width: float) -> None:
+    """The bars of one run with its intervals, its scores above them; a task it has not run has no bar."""
+    scores = [run.find(task, style) for task in tasks]
+    places = [index + shift for index, score in enumerate(scores) if score]
+    known = [score for score in scores if score]
+    errors = [
+        [score.value - (score.value if score.low is None else score.low) for score in known],
+        [(score.value if score.high is None else score.high) - score.value for score in known],
+    ]
+    axis.bar(
+        places, [score.value for score in known], width, yerr=errors, label=run.label,
+        color=colour, error_kw={"elinewidth": 1, "capsize": 2},
+    )  # fmt: skip
+    for place, score in zip(places, known, strict=True):
+        top = score.value if score.high is None else score.high
+        axis.annotate(f"{score.value:.1f}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+
+
+def _dress(axis: Any, title: str) -> None:
+    """Titles, scale, grid and legend."""
     axis.set_ylabel("score, %")
-    title = "answers generated and parsed (adept style)" if style == "adept" else "harness style (loglikelihood)"
     axis.set_title(title, loc="left", fontsize=11)
     axis.set_ylim(0, None)
     axis.spines[["top", "right"]].set_visible(False)

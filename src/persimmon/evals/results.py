@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from persimmon.atomic import write_text
 from persimmon.errors import InputError, NotFoundError
 from persimmon.evals.runner import Answered, TaskRun, prompts
 from persimmon.evals.statistics import Estimate, estimate
@@ -169,13 +169,6 @@ def write(directory: Path, runs: Sequence[TaskRun], results: Mapping[str, Any]) 
     path = directory / f"results_{stamp}.json"
     write_text(path, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read(path: Path) -> tuple[dict[str, Any], Path]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from persimmon.checkpoints.shards import ProgressReport, no_progress
 from persimmon.config import ModelConfig
-from persimmon.errors import InputError, UnavailableError
+from persimmon.errors import InputError
 from persimmon.fast.cpu.formats import cold_bytes, hot_bytes
+from persimmon.figures import load_pyplot, save_figure
 from persimmon.model import PersimmonModel
 
 WINDOW = 512  # tokens that are read as one sequence
@@ -100,13 +101,7 @@ def savings(config: ModelConfig, layers: Sequence[LayerSparsity]) -> dict[str, S
 
 def plot(layers: Sequence[LayerSparsity], picture: Path, title: str) -> None:
     """Draw zeros and overlap per layer into a PNG or SVG. Needs the `train` extra."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UnavailableError("plots need matplotlib: pip install 'persimmon[train]'") from None
+    pyplot = load_pyplot("train")
     figure, axis = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
     numbers = list(range(1, len(layers) + 1))
     axis.bar(numbers, [100 * layer.zeros for layer in layers], color="#c2410c", label="zeros after the squared ReLU")
@@ -115,8 +110,5 @@ def plot(layers: Sequence[LayerSparsity], picture: Path, title: str) -> None:
     axis.set(title=title, xlabel="layer", ylabel="percent", ylim=(0, 100))
     axis.locator_params(axis="x", integer=True)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=2, frameon=False, fontsize=9)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    partial = picture.with_name(f"partial.{picture.name}")
-    figure.savefig(partial, dpi=140)
+    save_figure(figure, picture, dpi=140)
     pyplot.close(figure)
-    partial.replace(picture)

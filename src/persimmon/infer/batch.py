@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from persimmon import chat
-from persimmon.data.stages import write_atomically
+from persimmon.atomic import write_bytes
 from persimmon.errors import DataError, InputError, NotFoundError
 from persimmon.infer.engine import Engine, Request, Update
 from persimmon.infer.params import SamplingParams
@@ -206,5 +206,5 @@ def keep_answers(target: Path) -> set[str]:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{target}, line {number}: not a line of answers") from None
     if sum(map(len, kept)) < len(content):
-        write_atomically(target, b"".join(kept))
+        write_bytes(target, b"".join(kept))
     return ids

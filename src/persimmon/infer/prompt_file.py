@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from persimmon.atomic import replacing
 from persimmon.config import ModelConfig
 from persimmon.errors import NotFoundError, PromptFileError, StorageError, UnavailableError
 from persimmon.infer.decoder import CachedSequence, Decoder
@@ -187,16 +188,9 @@ def write(path: Path, decoder: StorableDecoder, sequence: StorableSequence, toke
 
     Raises StorageError when it cannot be written; an older file is then left as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        try:
-            with partial.open("wb") as file:
-                _write_tensors(file, decoder, sequence, token_ids)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            _write_tensors(file, decoder, sequence, token_ids)
     except OSError as error:
         raise StorageError(f"prompt file {path} cannot be written: {error.strerror or error}") from None
 

@@ -231,13 +231,14 @@ class Front:
 
     def __init__(self, settings: ReplicaSettings, engines: DeploymentHandle[Any]) -> None:
         """Reads the tokenizer; the model is loaded by the engines alone."""
-        from persimmon.checkpoints.directory import read_config
-        from persimmon.checkpoints.download import resolve
+        from persimmon.checkpoints.download import model_config, resolve
         from persimmon.tokenizer import Tokenizer
 
+        config = model_config(settings.model)
+        config.check_context(settings.context)
         directory = resolve(settings.model)
         worker, name = ReplicatedEngine(engines), settings.served_model_name or Path(settings.model).name
-        context = settings.context or read_config(directory).max_positions
+        context = settings.context or config.max_positions
         self._settings = server_settings(settings)
         self._service = Service(
             worker, Tokenizer.load(directory), name, context, self._settings, Metrics(worker, name)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persimmon.errors import InputError, NotFoundError
+from persimmon.atomic import replacing
+from persimmon.errors import InputError, NotFoundError, StorageError
 from persimmon.terminal.conversation import Conversation, exchanges_of
 from persimmon.terminal.settings import Settings
 
@@ -120,19 +119,11 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write to a temporary name in the same directory, then rename: never half a file."""
+    """What was said is its owner's: no one else may read the file."""
     if not path.parent.is_dir():
         raise NotFoundError(f"no directory {path.parent}")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with replacing(path, private=True) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from persimmon.atomic import write_bytes, write_text
 from persimmon.tokenizer_files.chat_template import CHAT_TEMPLATE
 from persimmon.tokenizer_files.model_proto import read_model
 from persimmon.tokenizer_files.tokenizer_json import to_json
@@ -20,9 +20,9 @@ def write_files(directory: Path, content: bytes, eos_id: int) -> None:
     model = read_model(content)
     end_of_text = model.pieces[eos_id].piece
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / MODEL_FILE, content)
+    write_bytes(directory / MODEL_FILE, content)
     compact = json.dumps(to_json(model, eos_id), ensure_ascii=False, separators=(",", ":"))
-    _write(directory / JSON_FILE, compact.encode())
+    write_text(directory / JSON_FILE, compact)
     _write_json(directory / "tokenizer_config.json", _configuration(end_of_text))
     _write_json(directory / "special_tokens_map.json", {"bos_token": end_of_text, "eos_token": end_of_text})
 
@@ -42,10 +42,4 @@ def _configuration(end_of_text: str) -> dict[str, Any]:
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    _write(path, (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_text(path, json.dumps(document, ensure_ascii=False, indent=2) + "\n")

@@ -4,7 +4,7 @@
 own share of weights and optimizer states, and `state.json`, whose hashes cover them. It holds no pickles. The folder
 is written under a temporary name, flushed to disk and renamed, so an interrupted save leaves the older ones untouched.
 Tensors are stored by parameter name and offset: a checkpoint of two processes can be read by one, four or any other
-layout. Saving goes on in the background from a copy while the next steps run.
+layout. Saving goes on in the background from a copy in the host's memory while the next steps run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
-from torch.distributed.tensor import DTensor
 
 from persimmon.errors import CheckpointError
 from persimmon.train.adamw8bit import AdamW8bit, fresh_state
@@ -173,11 +172,7 @@ def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
 
 
 def _copy(value: Tensor) -> Tensor:
-    if isinstance(value, DTensor):
-        own = value.to_local().detach().clone()
-        return DTensor.from_local(
-            own, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
-        )
+    """In the host's memory, also of a DTensor's own part: a GPU full of training has no room for another copy."""
     return value.detach().to("cpu", copy=True)
 
 

@@ -27,7 +27,6 @@ from persimmon.errors import ConfigError
 from persimmon.fast.cpu.packed import is_packed
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
-from persimmon.train.activations import keep_activations
 from persimmon.train.conversation_rows import ConversationRows, EncodedConversation
 from persimmon.train.finetune_data import (
     FinetuneSource,
@@ -70,8 +69,6 @@ def load_for_training(recipe: FinetuneRecipe, directory: Path) -> tuple[Persimmo
         lora.attach(model, settings, seed=recipe.seed)
     elif recipe.adapter is not None:
         settings = lora.load_adapter(model, Path(recipe.adapter)).settings
-    if recipe.recompute:
-        keep_activations(model, "none")
     return model, settings
 
 

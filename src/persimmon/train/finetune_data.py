@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from persimmon.atomic import write_text
 from persimmon.chat import Message
 from persimmon.data.conversations import Conversation, read_conversations
 from persimmon.data.documents import OnBad, find_files
 from persimmon.data.packing import PackedRows, Row
 from persimmon.data.preferences import Preference, read_preferences
 from persimmon.data.prepare import is_held_out
-from persimmon.data.stages import write_atomically
 from persimmon.data.tokens import TokenStore, read_manifest
 from persimmon.errors import ConfigError, DataError
 from persimmon.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ class LeftOut:
             return
         lines = [{"origin": error.split(": ")[0], "reason": "broken", "error": error} for error in self.errors]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         warnings.warn(
             f"broken and left out: {len(lines)} (named in {self._path}); the first: {self.errors[0]}", stacklevel=2
         )

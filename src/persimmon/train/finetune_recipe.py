@@ -46,8 +46,6 @@ class FinetuneRecipe:
     weights: str = "float32"
     """Type of a model that trains as a whole; bfloat16 needs loop.dtype bfloat16 and loop.optimizer.state int8, whose
     updates are rounded so that small ones count."""
-    recompute: bool = False
-    """Compute every block again in the backward pass instead of keeping its activations."""
     neftune_alpha: float = 0.0
     """Noise on the embeddings while training (NEFTune; 5 is usual), 0 for none."""
     epochs: float = 2.0

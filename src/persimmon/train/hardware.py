@@ -21,6 +21,8 @@ class Device:
     mfu_source: str
     """... and why."""
     bytes_per_activation: int = 2
+    is_host: bool = False
+    """Whether its memory is the host's, which also holds the copy that a checkpoint is written from."""
 
 
 _TORCHTITAN = (
@@ -34,7 +36,7 @@ DEVICES = {
     "H100": Device("H100", 80e9, 989e12, 0.35, _TORCHTITAN),
     "H200": Device("H200", 141e9, 989e12, 0.35, f"assumed as on an H100: {_TORCHTITAN}"),
     # 8 cores x 2 fused multiply-adds of 8 floats x 3 GHz = 0.77 TFLOP/s, of which half is assumed to be sustained.
-    "LAPTOP": Device("laptop", 16e9, 0.77e12, 0.5, "assumed; eight AVX2 cores at 3 GHz, float32", 4),
+    "LAPTOP": Device("laptop", 16e9, 0.77e12, 0.5, "assumed; eight AVX2 cores at 3 GHz, float32", 4, is_host=True),
 }
 
 

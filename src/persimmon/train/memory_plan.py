@@ -186,7 +186,7 @@ def setup_of(recipe: FinetuneRecipe, adapter: LoraSettings | None, packed: str |
         lora=adapter,
         optimizer=optimizer_kind(optimizer),
         micro_tokens=rows * recipe.row_length,
-        recompute=recipe.recompute or recipe.loop.activations == "none",
+        recompute=recipe.loop.activations == "none",
     )
 
 
@@ -204,7 +204,7 @@ def advice(config: ModelConfig, setup: Setup, budget: int) -> list[tuple[str, in
 def _changes(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
     """Settings that cost time first, then those that change what is trained."""
     if not setup.recompute:
-        yield "recompute: true", {"recompute": True}
+        yield "loop.activations: none", {"recompute": True}
     if setup.lora is None and setup.optimizer != "int8":
         yield "loop.optimizer: {matrices: adamw, state: int8}", {"optimizer": "int8"}
     if setup.lora is None and setup.weights == "float32":

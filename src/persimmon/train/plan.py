@@ -35,6 +35,8 @@ class DeviceMemory:
     activations: float
     logits: float
     """One chunk of logits and their gradient, and the float32 gradient of the head."""
+    checkpoint: float
+    """Copy of weights and optimizer states while a checkpoint is written; 0 on GPUs, whose host holds it."""
 
     @property
     def total(self) -> float:
@@ -64,6 +66,11 @@ class Plan:
         return self.memory.total <= USABLE * self.device.memory_bytes
 
     @property
+    def host_bytes(self) -> float:
+        """The host's memory, per device, for the copy that a checkpoint is written from; 0 where it is the device's."""
+        return 0.0 if self.device.is_host else self.memory.weights + self.memory.optimizer
+
+    @property
     def total_flops(self) -> float:
         """Of the whole run."""
         return self.flops_per_token * self.tokens
@@ -76,7 +83,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return {
-            **asdict(self), "memory_total": self.memory.total, "fits": self.fits,
+            **asdict(self), "memory_total": self.memory.total, "host_bytes": self.host_bytes, "fits": self.fits,
             "total_flops": self.total_flops, "days": self.days,
         }  # fmt: skip
 
@@ -87,7 +94,8 @@ def device_memory(recipe: PretrainRecipe, config: ModelConfig, devices: int, dev
     count = count_parameters(config)
     shards = devices // parallel.tensor if parallel.splits_weights else 1
     own = count.total / parallel.tensor / shards
-    moments = optimizer_bytes(config, optimizer_kind(loop.optimizer), count.total)
+    weights = 4 * own
+    optimizer = optimizer_bytes(config, optimizer_kind(loop.optimizer), count.total) / parallel.tensor / shards
     ends, block = count.embedding + count.head, (count.attention + count.mlp) / config.num_layers
     low = device.bytes_per_activation
     gathered = low * (2 * ends + 4 * block) / parallel.tensor if parallel.splits_weights and shards > 1 else 0.0
@@ -96,8 +104,9 @@ def device_memory(recipe: PretrainRecipe, config: ModelConfig, devices: int, dev
     per_token = _activations_per_token(config, loop.activations, parallel.tensor)
     logits = _LOSS_CHUNK * config.vocab_size * (4 + 2 * low) + 4 * count.head
     return DeviceMemory(
-        weights=4 * own, gradients=4 * own, optimizer=moments / parallel.tensor / shards,
+        weights=weights, gradients=4 * own, optimizer=optimizer,
         gathered=gathered, activations=low * per_token * tokens, logits=logits / parallel.tensor,
+        checkpoint=weights + optimizer if device.is_host else 0.0,
     )  # fmt: skip
 
 
@@ -175,7 +184,7 @@ def _fits(recipe: PretrainRecipe, change: dict[str, Any], config: ModelConfig, d
 
 def render(plan: Plan) -> str:
     """The plan as a page of text; 1 GB is 10^9 bytes."""
-    memory = plan.memory
+    memory, host = plan.memory, plan.host_bytes
     lines = [
         f"parameters        {plan.parameters:,}",
         f"tokens            {plan.tokens:,} in {plan.steps:,} steps",
@@ -187,6 +196,7 @@ def render(plan: Plan) -> str:
         "  key/value cache     none",
         f"  total           {memory.total / 1e9:8.2f} GB, {'fits' if plan.fits else 'does not fit'} "
         f"in {USABLE:.0%} of {plan.device.memory_bytes / 1e9:.0f} GB",
+        *([f"host memory       {host / 1e9:.2f} GB per device while a checkpoint is written"] if host else []),
         f"speed             {plan.tokens_per_second:,.0f} tokens/s at {plan.device.mfu:.0%} of the peak",
         f"  assumption      {plan.device.mfu_source}",
         f"time              {plan.days:,.1f} days",

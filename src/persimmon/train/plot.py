@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from persimmon.errors import NotFoundError, UnavailableError
+from persimmon.errors import NotFoundError
+from persimmon.figures import load_pyplot, save_figure
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -26,13 +27,7 @@ def smooth(values: list[float], weight: float = 0.95) -> list[float]:
 
 def plot_run(metrics: Path, picture: Path) -> None:
     """Draw `metrics.jsonl` into a PNG or SVG. Needs the `train` extra."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UnavailableError("plots need matplotlib: pip install 'persimmon[train]'") from None
+    pyplot = load_pyplot("train")
     rows = read_metrics(metrics)
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
     millions = [row["tokens"] / 1e6 for row in rows]
@@ -55,8 +50,5 @@ def plot_run(metrics: Path, picture: Path) -> None:
             axis.legend(fontsize=8)
     for axis in (left, middle, right):
         axis.grid(alpha=0.25)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    partial = picture.with_name(f"partial.{picture.name}")
-    figure.savefig(partial, dpi=110)
+    save_figure(figure, picture, dpi=110)
     pyplot.close(figure)
-    partial.replace(picture)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from persimmon.accounting import count_parameters
+from persimmon.atomic import write_text
 from persimmon.config import ModelConfig
 from persimmon.errors import UnavailableError
 from persimmon.train.parallel import World
@@ -146,6 +146,4 @@ def truncate_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    os.replace(partial, path)
+    write_text(path, "".join(line + "\n" for line in kept))

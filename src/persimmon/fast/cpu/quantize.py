@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from persimmon.atomic import write_text
 from persimmon.checkpoints.directory import open_directory
 from persimmon.checkpoints.shards import ProgressReport, no_progress, write_file
 from persimmon.checkpoints.staging import CONFIG_FILE, PACKED_FILE
@@ -196,7 +197,4 @@ def _is_copied(file: Path) -> bool:
 
 
 def _write_json(file: Path, document: Any) -> None:
-    """Atomically: an interrupted run must find a whole record."""
-    growing = file.with_name(file.name + ".growing")
-    growing.write_text(json.dumps(document, indent=2) + "\n")
-    os.replace(growing, file)
+    write_text(file, json.dumps(document, indent=2) + "\n")

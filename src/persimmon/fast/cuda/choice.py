@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from persimmon.atomic import write_text
 from persimmon.errors import InputError
 
 TABLE_VERSION = 1
@@ -57,9 +58,7 @@ class KernelTable:
         }
         document = {"version": TABLE_VERSION, "gpu": self.gpu, "active": self.active, "mlp": mlp}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"partial.{path.name}")
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 DENSE = KernelTable()
