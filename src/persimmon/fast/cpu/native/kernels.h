@@ -67,7 +67,7 @@ struct Int4DownArgs {
   int blocks;                // H / 256, outputs
   const ActivationBlock* x;  // [blocks of kNeuronBlock neurons][T], the squared activations
   const TokenGroup* tiles;   // tiled kernel: [blocks of neurons][tiles of tokens][kLanes]
-  const uint32_t* needed;    // tiled kernel: [groups], bit i: neuron i of the group is not zero for some token
+  const uint32_t* needed;    // [groups], bit i: neuron i of the group is not zero for some token
   int tokens;
   const float* bias;         // [256 * blocks]
   float* y;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 namespace persimmon {
@@ -11,9 +12,9 @@ constexpr int kStepTokens = 256;       // tokens run through all layers together
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
-// Active neurons of all tokens of a step, as a share of the neurons, from which on rows are unpacked once for all tokens and
-// not gathered for each. By the instructions of both: 40 cycles per 32 neurons, 16 outputs and step, and 9 per token at 10%.
-constexpr double kSharedNeurons = 0.5;
+// Work of an int4 down projection in which every token gathers its rows, in groups of neurons added for a token; four rows of
+// a group cost about six eighths of what a group costs anyway. From kSharedWork on, rows are unpacked once for all tokens.
+constexpr double kRowWork = 6, kSharedWork = 24;
 constexpr int kMostInt4Columns = 1024;  // outputs of an int4 down projection that a thread takes at a time
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
@@ -473,14 +474,19 @@ MlpCounts Model::mlp_many_int4(const Layer& layer, int tokens) {
   const Int4DownArgs args = {layer.neurons, layer.neuron_bytes, neuron_groups_, width_ / kSuperblock, packed_squared_.get(),
                        squared_tiles_.data(), needed_.data(), tokens, layer.down_bias, x_.data(), static_cast<size_t>(width_)};
   const MlpCounts total = total_counts();
-  const bool tiles = kernels_->tiled_int4_columns && total.active >= kSharedNeurons * shape_.intermediate;
+  static const double limit = std::getenv("PQ4") ? atof(getenv("PQ4")) : kSharedWork;
+  const double work = kRowWork * total.active / shape_.intermediate + static_cast<double>(total.groups) / neuron_groups_;
+  const bool tiles = kernels_->tiled_int4_columns && work >= limit;
   // Wide chunks, which are long pieces of rows, as long as there are some for every thread and their sums fit.
   const int sums = static_cast<int>(round_up(tokens, kTileTokens)) + 1, room = static_cast<int>(down_scratch_floats(tokens)) / sums;
   const int columns = std::clamp(std::min(width_ / (2 * pool_.threads()), room) / kInt4Piece * kInt4Piece, kInt4Piece, kMostInt4Columns);
   pool_.parallel_for(width_, columns, [&](int begin, int end, int thread) {
     float* scratch = scratch_.data() + thread * down_scratch_floats(reserved_tokens_);
-    if (tiles) kernels_->tiled_int4_columns(args, begin, end, scratch, tile_scratch(thread));
-    else kernels_->int4_columns(args, begin, end, scratch);
+    for (int from = begin; from < end; from += columns) {  // a single thread gets all at once
+      const int to = std::min(from + columns, end);
+      if (tiles) kernels_->tiled_int4_columns(args, from, to, scratch, tile_scratch(thread));
+      else kernels_->int4_columns(args, from, to, scratch);
+    }
   });
   return total;
 }
