@@ -20,7 +20,7 @@ namespace PERSIMMON_ISA {
 struct NeededRows {
   const uint8_t* row[kGroup];
   int8_t code[kGroup];
-  int quads;
+  int count, quads;
   int offset;   // nibbles are stored + 8
   float scale;  // of the codes
 };
@@ -34,7 +34,7 @@ INLINE int find_needed(const ActivationBlock& x, int g, const uint8_t* rows, siz
     for (int b = 0; b < 4; b++)
       if (code[b]) out->code[found] = code[b], out->row[found++] = rows + (4 * v + b) * row_bytes;
   }
-  out->quads = (found + 3) / 4;
+  out->count = found, out->quads = (found + 3) / 4;
   for (int i = found; i < 4 * out->quads; i++) out->code[i] = 0, out->row[i] = out->row[found - 1];
   out->offset = -8 * static_cast<int>(x.sum[g]);
   out->scale = x.scale[g];
@@ -132,80 +132,127 @@ INLINE void add_piece(const NeededRows& n, size_t at, const uint8_t* scales, flo
     store16(sum + 16 * j, fma(mul(load_half16(scales + 32 * j), set16(n.scale)), value[j], load16(sum + 16 * j)));
 }
 
-// ---- one token -----------------------------------------------------------------------------------------------------------
+// What will be read next, fetched piece by piece beside what is read now.
+struct Ahead {
+  const uint8_t* const* row;
+  int rows;
+  const uint8_t* scales;  // or null
+};
+INLINE void fetch_piece(const Ahead& next, size_t at) {
+  for (int i = 0; i < next.rows; i++) __builtin_prefetch(next.row[i] + at, 0, 2);
+  if (next.scales) prefetch(next.scales + 4 * at, 4 * 64);
+}
 
-// Asks for the scales and needed rows of a group a few lines at a time, while something else runs.
-struct RowFetch {
-  const uint8_t* at = nullptr;
-  const uint8_t* end = nullptr;
-  const NeededRows* needed;
-  size_t row_bytes;
-  int next, found;
+// Columns [begin, end) of a group: sum[0 ..) += its share. after: the first rows of the group that comes next.
+#if defined(__AVX512VNNI__)
 
-  RowFetch() : needed(nullptr), row_bytes(0), next(0), found(0) {}
-  RowFetch(const NeededRows& n, int found, const uint8_t* scales, size_t row_bytes)
-      : at(scales), end(scales + 4 * row_bytes), needed(&n), row_bytes(row_bytes), next(0), found(found) {}
-  // Lines to ask for beside each of a group's rows of the up projection.
-  int lines_per_row() const { return static_cast<int>((4 + found) * row_bytes / 64 + kGroup - 1) / kGroup; }
-  void fetch(int lines) {
-    for (; lines > 0; lines--, at += 64) {
-      if (at >= end) {
-        if (next >= found) return;
-        at = needed->row[next++], end = at + row_bytes;
-      }
-      __builtin_prefetch(at, 0, 2);
+// Four rows after four, each from end to end: memory delivers streams faster than pieces of thirty-two rows.
+template <bool kFirst, bool kLast>
+static void add_quad(const NeededRows& n, int q, const uint8_t* scales, int begin, int end, const Ahead& next, int32_t* integers,
+                     float* sum) {
+  const __m512i mask = _mm512_set1_epi8(15), code = _mm512_set1_epi32(read_unaligned<int32_t>(n.code + 4 * q));
+  for (int column = begin; column < end; column += kInt4Piece, integers += kInt4Piece, sum += kInt4Piece) {
+    fetch_piece(next, column / 2);
+    __m512i r[4], z[8];
+    interleave_rows(n.row + 4 * q, column / 2, r);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      z[j] = _mm512_and_si512(j < 4 ? r[j % 4] : _mm512_srli_epi16(r[j % 4], 4), mask);
+      z[j] = _mm512_dpbusd_epi32(kFirst ? _mm512_set1_epi32(n.offset) : _mm512_loadu_si512(integers + 16 * j), z[j], code);
+      if (!kLast) _mm512_storeu_si512(integers + 16 * j, z[j]);
     }
+    if (!kLast) continue;
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      const f32x16 scale = mul(load_half16(scales + 2 * column + 32 * j), set16(n.scale));
+      store16(sum + 16 * j, fma(scale, _mm512_cvtepi32_ps(z[j]), load16(sum + 16 * j)));
+    }
+  }
+}
+
+constexpr int kStrip = 4096;  // outputs whose integers are kept: 16 KiB
+
+static void add_group(const NeededRows& n, const uint8_t* scales, int begin, int end, const Ahead& after, float* sum) {
+  alignas(64) int32_t integers[kStrip];
+  for (int from = begin; from < end; from += kStrip) {
+    const int to = min_int(from + kStrip, end);
+    float* y = sum + from - begin;
+    for (int q = 0; q < n.quads; q++) {
+      const bool first = q == 0, last = q + 1 == n.quads;
+      const Ahead own = {n.row + 4 * (q + 1), min_int(4, n.count - 4 * (q + 1)), q + 2 == n.quads ? scales : nullptr};
+      const Ahead& next = last ? after : own;
+      if (first && last) add_quad<true, true>(n, q, scales, from, to, next, integers, y);
+      else if (first) add_quad<true, false>(n, q, scales, from, to, next, integers, y);
+      else if (last) add_quad<false, true>(n, q, scales, from, to, next, integers, y);
+      else add_quad<false, false>(n, q, scales, from, to, next, integers, y);
+    }
+  }
+}
+
+#else
+
+static void add_group(const NeededRows& n, const uint8_t* scales, int begin, int end, const Ahead& after, float* sum) {
+  for (int column = begin; column < end; column += kInt4Piece) {
+    fetch_piece(after, column / 2);
+    add_piece(n, column / 2, scales + 2 * column, sum + column - begin);
+  }
+}
+
+#endif
+
+// The groups of a block of neurons that a token needs, ascending.
+struct NeededGroups {
+  NeededRows rows[kLanes];
+  const uint8_t* scales[kLanes];
+  int count = 0;
+
+  // Group g of the block, whose record this is; returns its needed neurons.
+  int append(const ActivationBlock& x, int g, const uint8_t* record, size_t row_bytes) {
+    const int found = find_needed(x, g, record + 4 * row_bytes, row_bytes, &rows[count]);
+    scales[count] = record;
+    count += found > 0;
+    return found;
+  }
+  // What is read first of group k.
+  Ahead start(int k) const { return {rows[k].row, min_int(4, rows[k].count), rows[k].quads == 1 ? scales[k] : nullptr}; }
+  // Columns [begin, end): sum[0 ..) += all groups in turn. behind: what is read after the last.
+  void add(int begin, int end, const Ahead& behind, float* sum) const {
+    for (int k = 0; k < count; k++)
+      add_group(rows[k], scales[k], begin, end, k + 1 < count ? start(k + 1) : behind, sum);
   }
 };
 
-// Lines that memory delivers to a core while a piece is added, by the cycles of both: 5-6 bytes a cycle, about 20 cycles and 14 for
-// each four rows.
-constexpr int kLinesPerPiece = 1, kLinesPerQuad = 1;
+// ---- one token -----------------------------------------------------------------------------------------------------------
 
-// Up and down of one block of neurons, as one_block does. Memory never waits: a group's down rows are fetched while the next
-// one's up rows are multiplied, and up rows further on while down rows are.
+// Up and down of one block of neurons, as one_block does.
 static void int4_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
   const ActivationBlock* input[1] = {static_cast<const ActivationBlock*>(a.x)};
-  const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2, outputs = 2 * row_bytes;
+  const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2;
   const int first = block * kNeuronBlock, last = min_int(first + kNeuronBlock, a.neurons);
   ActivationBlock x;
-  NeededRows needed[2];
-  RowFetch fetch;
-  int waiting = 0;  // neurons that the group before this one needs
-  for (int n = first, g = 0; n < last + kGroup; n += kGroup, g++) {
+  NeededGroups needed;
+  for (int n = first, g = 0; n < last; n += kGroup, g++) {
     float squared[kGroup] = {};
-    const int lines = fetch.lines_per_row();
     for (int r = n; r < min_int(n + kGroup, last); r++) {
       float p;
       packed_row<Q4, 1>(a.up + r * a.up_bytes, a.blocks, input, &p);
       p = max1(p + a.bias[r], 0.0f);
       squared[r - n] = p * p;
-      fetch.fetch(lines);
+      const size_t at = 64 * static_cast<size_t>(r - n);
+      if (g == 1 && needed.count && at < row_bytes) fetch_piece(needed.start(0), at);
     }
-    if (waiting) {
-      fetch.fetch(1 << 30);
-      const uint8_t* scales = a.down + static_cast<size_t>(n / kGroup - 1) * a.down_bytes;
-      const uint8_t* stream = a.up + min_int(n, last) * a.up_bytes + kStreamAhead;
-      const int bytes = 64 * (kLinesPerPiece + needed[(g - 1) % 2].quads * kLinesPerQuad);
-      for (size_t column = 0; column < outputs; column += kInt4Piece, stream += bytes) {
-        prefetch(stream, bytes);
-        add_piece(needed[(g - 1) % 2], column / 2, scales + 2 * column, sum + column);
-      }
-    }
-    waiting = 0;
-    fetch = RowFetch();
-    if (n >= last) break;
     quantize_group(squared, g, &x);
     if (!(x.energy[g] < HUGE_VALF)) {
       sum[0] = HUGE_VALF, counts->active++;  // the norm behind it refuses that
       return;
     }
-    const uint8_t* record = a.down + static_cast<size_t>(n / kGroup) * a.down_bytes;
-    waiting = find_needed(x, g, record + 4 * row_bytes, row_bytes, &needed[g % 2]);
-    counts->active += waiting, counts->groups += waiting > 0;
-    fetch = RowFetch(needed[g % 2], waiting, record, row_bytes);
+    const int found = needed.append(x, g, a.down + static_cast<size_t>(n / kGroup) * a.down_bytes, row_bytes);
+    counts->active += found, counts->groups += found > 0;
   }
   counts->candidates += last - first;
+  const uint8_t* up = a.up + last * a.up_bytes;  // where a thread most likely goes on
+  const uint8_t* const row[4] = {up, up + a.up_bytes, up + 2 * a.up_bytes, up + 3 * a.up_bytes};
+  needed.add(0, static_cast<int>(2 * row_bytes), {row, 4, nullptr}, sum);
 }
 
 // ---- many tokens ---------------------------------------------------------------------------------------------------------
@@ -228,18 +275,6 @@ static void count_needed(const ActivationBlock* x, int tokens, uint32_t* needed,
   }
 }
 
-// Token t's share of fetching the columns of a group's rows that some token needs.
-INLINE void fetch_share(const Int4DownArgs& a, int group, int t, int begin, int columns) {
-  if (group >= a.groups || !a.needed[group]) return;
-  const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2;
-  const uint8_t* record = a.records + group * a.record_bytes;
-  if (t == 0) prefetch(record + 2 * begin, 2 * columns);
-  for (uint32_t left = a.needed[group]; left; left &= left - 1) {
-    const int n = __builtin_ctz(left);
-    if (n % a.tokens == t) prefetch(record + (4 + n) * row_bytes + begin / 2, columns / 2);
-  }
-}
-
 // Columns [begin, end), every token by itself with the rows that it needs.
 static void int4_columns(const Int4DownArgs& a, int begin, int end, float* scratch) {
   const int columns = end - begin;
@@ -250,14 +285,10 @@ static void int4_columns(const Int4DownArgs& a, int begin, int end, float* scrat
     for (int t = 0; t < a.tokens; t++) {
       const ActivationBlock& x = a.x[static_cast<size_t>(b) * a.tokens + t];
       memset(block_sum, 0, sizeof(float) * columns);
-      for (int g = 0; g < min_int(kLanes, a.groups - first); g++) {
-        fetch_share(a, first + kLanes + g, t, begin, columns);
-        const uint8_t* record = a.records + (first + g) * a.record_bytes;
-        NeededRows mine;
-        if (!find_needed(x, g, record + 4 * row_bytes, row_bytes, &mine)) continue;
-        for (int column = begin; column < end; column += kInt4Piece)
-          add_piece(mine, column / 2, record + 2 * column, block_sum + column - begin);
-      }
+      NeededGroups needed;
+      for (int g = 0; g < min_int(kLanes, a.groups - first); g++)
+        needed.append(x, g, a.records + (first + g) * a.record_bytes, row_bytes);
+      needed.add(begin, end, {nullptr, 0, nullptr}, block_sum);
       float* sum = total + static_cast<size_t>(t) * columns;
       for (int i = 0; i < columns; i += 16) store16(sum + i, add(load16(sum + i), load16(block_sum + i)));
     }

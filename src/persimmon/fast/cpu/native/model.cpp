@@ -16,6 +16,7 @@ constexpr int kNormInline = 4096;      // inputs that one thread normalises soon
 // a group cost about six eighths of what a group costs anyway. From kSharedWork on, rows are unpacked once for all tokens.
 constexpr double kRowWork = 6, kSharedWork = 24;
 constexpr int kMostInt4Columns = 1024;  // outputs of an int4 down projection that a thread takes at a time
+constexpr int kSumPiece = 16;          // outputs of a cache line
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
 size_t row_bytes(Format format, int blocks) {
@@ -434,7 +435,10 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
     std::fill(output + begin, output + end, 0.0f);
     for (int b = 0; b < neuron_blocks_; b++) {
       const float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
-      for (int i = begin; block_counts_[b].active && i < end; i++) output[i] += sum[i];
+      for (int from = begin; block_counts_[b].active && from < end; from += kSumPiece) {
+        __builtin_prefetch(sum + 2 * width_ + from);  // the weights have driven the sums out of the caches
+        for (int i = from; i < std::min(from + kSumPiece, end); i++) output[i] += sum[i];
+      }
     }
   });
   return total_counts();

@@ -11,10 +11,10 @@ namespace PERSIMMON_ISA {
 
 constexpr int kPiecePanels = kInt4Piece / kPanelRows;
 
-// Panels [16 outputs][group]. What is skipped keeps whatever codes it had: they meet codes of zero.
+// Panels [16 outputs][group] of signed weights. What is skipped keeps whatever codes it had: they meet codes of zero.
 static void unpack_piece(const Int4DownArgs& a, int block, int column, WeightGroup* out) {
   const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2, at = column / 2;
-  const __m512i mask = _mm512_set1_epi8(15), shift = _mm512_set1_epi8(static_cast<char>(Panel<Q4>::shift));
+  const __m512i mask = _mm512_set1_epi8(15), shift = _mm512_set1_epi8(8);
   for (int g = 0; g < kLanes; g++, out++) {
     const int group = block * kLanes + g;
     const uint32_t needed = group < a.groups ? a.needed[group] : 0;
@@ -41,35 +41,62 @@ static void unpack_piece(const Int4DownArgs& a, int block, int column, WeightGro
 // The pieces of a range of columns, in the order of work: fetched ahead while others are multiplied. A row's pieces come four
 // at a time, as memory likes neighbours, and every fourth row at once.
 struct PieceOrder {
-  const Int4DownArgs& a;
   int begin, pieces;  // of a block
   int now;            // counted through all blocks
 
-  static constexpr int kAhead = 4;
-  // The lines of one of the eight groups of a block.
-  void fetch(int g) const {
-    const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2;
-    for (int k = 1; k <= kAhead; k++) {
-      const int group = (now + k) / pieces * kLanes + g, column = begin + (now + k) % pieces * kInt4Piece;
-      if (group >= a.groups) return;
-      const uint8_t *record = a.records + group * a.record_bytes, *codes = record + 4 * row_bytes + column / 2;
-      if (k == 1 && a.needed[group]) prefetch(record + 2 * column, 2 * kInt4Piece);
-      for (uint32_t left = a.needed[group] & 0x11111111u << now % kAhead; left; left &= left - 1)
-        __builtin_prefetch(codes + __builtin_ctz(left) * row_bytes, 0, 2);
+};
+constexpr int kPiecesAhead = 4;
+
+// The lines of one of the eight groups of a block. Inline: GCC removes calls of functions that do nothing but prefetch.
+INLINE void fetch_ahead(const Int4DownArgs& a, const PieceOrder& order, int g) {
+  const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2;
+  for (int k = 1; k <= kPiecesAhead; k++) {
+    const int piece = order.now + k, group = piece / order.pieces * kLanes + g;
+    if (group >= a.groups) return;
+    const int column = order.begin + piece % order.pieces * kInt4Piece;
+    const uint8_t *record = a.records + group * a.record_bytes, *codes = record + 4 * row_bytes + column / 2;
+    if (k == 1 && a.needed[group]) prefetch(record + 2 * column, 2 * kInt4Piece);
+    for (uint32_t left = a.needed[group] & 0x11111111u << order.now % kPiecesAhead; left; left &= left - 1)
+      __builtin_prefetch(codes + __builtin_ctz(left) * row_bytes, 0, 2);
+  }
+}
+
+// Sums of a panel with N tokens from `first` of a tile, as lane_products has them. Inputs are squares, so they are the
+// operand of vpdpbusd that has no sign. Few tokens do not keep the tile unit of AMX busy: its results take too long.
+template <int N>
+INLINE void panel_sums(const WeightGroup* w, const TokenGroup* x, int first, f32x16* sum) {
+#if defined(__AMX_INT8__)
+  if (N == kTileTokens) return lane_products<Panel<Q4>, false, N>(w, x, first, kLanes, sum, nullptr);
+#endif
+  for (int g = 0; g < kLanes; g++) {
+    __m512i code[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) code[v] = _mm512_load_si512(w[g].code[v]);
+    const f32x16 scale = _mm512_load_ps(w[g].scale);
+#pragma GCC unroll 16
+    for (int t = 0; t < N; t++) {
+      const int8_t* input = x[g].code[first + t];
+      __m512i even = _mm512_setzero_si512(), odd = even;
+#pragma GCC unroll 4
+      for (int v = 0; v < 8; v += 2) {
+        even = _mm512_dpbusd_epi32(even, _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v)), code[v]);
+        odd = _mm512_dpbusd_epi32(odd, _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v + 4)), code[v + 1]);
+      }
+      sum[t] = fma(mul(scale, set16(x[g].scale[first + t])), _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), sum[t]);
     }
   }
-};
+}
 
 // total[t][0 .. 128) += the block's sums of N tokens of a tile, from `first` on.
 template <int N>
-static void piece_products(const WeightGroup* panels, const TokenGroup* x, int first, const PieceOrder* order, float* total,
+static void piece_products(const Int4DownArgs& a, const WeightGroup* panels, const TokenGroup* x, int first, const PieceOrder* order, float* total,
                            size_t stride) {
   for (int j = 0; j < kPiecePanels; j++) {
-    if (order) order->fetch(j);
+    if (order) fetch_ahead(a, *order, j);
     f32x16 sum[N];
 #pragma GCC unroll 16
     for (int t = 0; t < N; t++) sum[t] = zero16();
-    lane_products<Panel<Q4>, false, N>(panels + j * kLanes, x, first, kLanes, sum, nullptr);
+    panel_sums<N>(panels + j * kLanes, x, first, sum);
 #pragma GCC unroll 16
     for (int t = 0; t < N; t++) {
       float* y = total + t * stride + 16 * j;
@@ -83,14 +110,14 @@ static void all_products(const Int4DownArgs& a, const WeightGroup* panels, const
   const int full = a.tokens / kTileTokens * kTileTokens, rest = a.tokens - full;
   if (full) configure(kTileTokens);
   for (int t = 0; t < full; t += kTileTokens, x += kLanes)
-    piece_products<kTileTokens>(panels, x, 0, t == 0 ? &order : nullptr, total + t * stride, stride);
+    piece_products<kTileTokens>(a, panels, x, 0, t == 0 ? &order : nullptr, total + t * stride, stride);
   if (!rest) return;
   const PieceOrder* first = full ? nullptr : &order;
   const int padded = rest <= 4 ? 4 : rest <= 8 ? 8 : 16;
-  configure(padded);
-  if (padded == 4) piece_products<4>(panels, x, 0, first, total + full * stride, stride);
-  else if (padded == 8) piece_products<8>(panels, x, 0, first, total + full * stride, stride);
-  else piece_products<16>(panels, x, 0, first, total + full * stride, stride);
+  if (padded == 16) configure(padded);
+  if (padded == 4) piece_products<4>(a, panels, x, 0, first, total + full * stride, stride);
+  else if (padded == 8) piece_products<8>(a, panels, x, 0, first, total + full * stride, stride);
+  else piece_products<16>(a, panels, x, 0, first, total + full * stride, stride);
 }
 
 // Columns [begin, end) of all tokens; panels: kInt4PanelBytes, aligned to 64.
@@ -99,7 +126,7 @@ static void tiled_int4_columns(const Int4DownArgs& a, int begin, int end, float*
   static_assert(sizeof(WeightGroup) * kPiecePanels * kLanes == kInt4PanelBytes, "what the caller has");
   const size_t columns = end - begin, tiles = (a.tokens + kTileTokens - 1) / kTileTokens;
   memset(total, 0, sizeof(float) * columns * tiles * kTileTokens);
-  PieceOrder order = {a, begin, static_cast<int>(columns) / kInt4Piece, 0};
+  PieceOrder order = {begin, static_cast<int>(columns) / kInt4Piece, 0};
   for (int b = 0; b * kLanes < a.groups; b++)
     for (int column = begin; column < end; column += kInt4Piece, order.now++) {
       unpack_piece(a, b, column, unpacked);
