@@ -146,6 +146,8 @@ INLINE void fetch_piece(const Ahead& next, size_t at) {
 // Columns [begin, end) of a group: sum[0 ..) += its share. after: the first rows of the group that comes next.
 #if defined(__AVX512VNNI__)
 
+constexpr int kRowSoon = 256;  // bytes: from the second-level cache into the first
+
 // Four rows after four, each from end to end: memory delivers streams faster than pieces of thirty-two rows.
 template <bool kFirst, bool kLast>
 static void add_quad(const NeededRows& n, int q, const uint8_t* scales, int begin, int end, const Ahead& next, int32_t* integers,
@@ -153,6 +155,8 @@ static void add_quad(const NeededRows& n, int q, const uint8_t* scales, int begi
   const __m512i mask = _mm512_set1_epi8(15), code = _mm512_set1_epi32(read_unaligned<int32_t>(n.code + 4 * q));
   for (int column = begin; column < end; column += kInt4Piece, integers += kInt4Piece, sum += kInt4Piece) {
     fetch_piece(next, column / 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) __builtin_prefetch(n.row[4 * q + i] + column / 2 + kRowSoon, 0, 3);
     __m512i r[4], z[8];
     interleave_rows(n.row + 4 * q, column / 2, r);
 #pragma GCC unroll 8

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 namespace persimmon {
@@ -478,9 +477,8 @@ MlpCounts Model::mlp_many_int4(const Layer& layer, int tokens) {
   const Int4DownArgs args = {layer.neurons, layer.neuron_bytes, neuron_groups_, width_ / kSuperblock, packed_squared_.get(),
                        squared_tiles_.data(), needed_.data(), tokens, layer.down_bias, x_.data(), static_cast<size_t>(width_)};
   const MlpCounts total = total_counts();
-  static const double limit = std::getenv("PQ4") ? atof(getenv("PQ4")) : kSharedWork;
   const double work = kRowWork * total.active / shape_.intermediate + static_cast<double>(total.groups) / neuron_groups_;
-  const bool tiles = kernels_->tiled_int4_columns && work >= limit;
+  const bool tiles = kernels_->tiled_int4_columns && work >= kSharedWork;
   // Wide chunks, which are long pieces of rows, as long as there are some for every thread and their sums fit.
   const int sums = static_cast<int>(round_up(tokens, kTileTokens)) + 1, room = static_cast<int>(down_scratch_floats(tokens)) / sums;
   const int columns = std::clamp(std::min(width_ / (2 * pool_.threads()), room) / kInt4Piece * kInt4Piece, kInt4Piece, kMostInt4Columns);

@@ -50,14 +50,22 @@ constexpr int kPiecesAhead = 4;
 // The lines of one of the eight groups of a block. Inline: GCC removes calls of functions that do nothing but prefetch.
 INLINE void fetch_ahead(const Int4DownArgs& a, const PieceOrder& order, int g) {
   const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2;
-  for (int k = 1; k <= kPiecesAhead; k++) {
-    const int piece = order.now + k, group = piece / order.pieces * kLanes + g;
-    if (group >= a.groups) return;
+  const uint8_t* codes[kPiecesAhead];
+  uint32_t needed[kPiecesAhead], any = 0;
+  for (int k = 0; k < kPiecesAhead; k++) {
+    const int piece = order.now + 1 + k, group = piece / order.pieces * kLanes + g;
     const int column = order.begin + piece % order.pieces * kInt4Piece;
-    const uint8_t *record = a.records + group * a.record_bytes, *codes = record + 4 * row_bytes + column / 2;
-    if (k == 1 && a.needed[group]) prefetch(record + 2 * column, 2 * kInt4Piece);
-    for (uint32_t left = a.needed[group] & 0x11111111u << order.now % kPiecesAhead; left; left &= left - 1)
-      __builtin_prefetch(codes + __builtin_ctz(left) * row_bytes, 0, 2);
+    const uint8_t* record = a.records + group * a.record_bytes;
+    needed[k] = group < a.groups ? a.needed[group] : 0;
+    codes[k] = record + 4 * row_bytes + column / 2;
+    any |= needed[k];
+    if (k == 0 && needed[k]) prefetch(record + 2 * column, 2 * kInt4Piece);
+  }
+  for (uint32_t left = any & 0x11111111u << order.now % kPiecesAhead; left; left &= left - 1) {
+    const int n = __builtin_ctz(left);
+#pragma GCC unroll 4
+    for (int k = 0; k < kPiecesAhead; k++)
+      if (needed[k] >> n & 1) __builtin_prefetch(codes[k] + n * row_bytes, 0, 2);
   }
 }
 
