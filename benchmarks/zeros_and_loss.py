@@ -65,7 +65,7 @@ def run_pilot(data: Path, directory: Path, settings: list[str]) -> None:
         "loop.evaluate_every=0",
         *settings,
     ]
-    command = [sys.executable, "-m", "persimmon", "pretrain", str(ROOT / "configs/mini.yaml"), "--quiet"]
+    command = [sys.executable, "-m", "persimmon.cli.main", "pretrain", str(ROOT / "configs/mini.yaml"), "--quiet"]
     if (directory / "checkpoints").is_dir():
         command.append("--resume")
     subprocess.run([*command, *(part for change in changes for part in ("--set", change))], check=True)

@@ -8,7 +8,15 @@ from persimmon.fast.cpu import _native
 
 ISAS = _native.supported_isas()
 TILED_ISAS = [isa for isa in ISAS if _native.tiled_tokens(isa)]
+EIGHT_ISAS = [isa for isa in ISAS if _native.fewest_eights(isa)]
 """Instruction sets with kernels for many tokens at once."""
+
+
+def same_bits(kind: str) -> list[list[str]]:
+    """Instruction sets in groups that give the same bits: AMX sums bfloat16 rows in an order of its own."""
+    if kind != "bfloat16" or "amx" not in ISAS:
+        return [ISAS]
+    return [[isa for isa in ISAS if isa != "amx"], ["amx"]]
 
 
 def lane_order(codes: np.ndarray) -> np.ndarray:
@@ -133,8 +141,10 @@ class RowMatrix:
         else:
             self.packed, self.floats = padded(weights).view(np.uint8), weights
 
-    def times(self, x: np.ndarray, isa: str, tiled: bool = False, panels: bool = False) -> np.ndarray:
-        return _native.rows(self.kind, self.packed, self.low, x, isa, tiled, panels)
+    def times(
+        self, x: np.ndarray, isa: str, tiled: bool = False, panels: bool = False, eights: bool = False
+    ) -> np.ndarray:
+        return _native.rows(self.kind, self.packed, self.low, x, isa, tiled, panels, eights)
 
     def expected(self, x: np.ndarray) -> np.ndarray:
         """In float64, with the inputs as the kernel sees them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import threading
@@ -15,6 +14,7 @@ import httpx
 
 from persimmon.infer.block_cache import PagedReference
 from persimmon.infer.engine import Engine
+from persimmon.serve.event_loop import new_event_loop
 from persimmon.serve.server import DrainingServer, build_service
 from persimmon.serve.service import Service
 from persimmon.serve.settings import ServerSettings
@@ -42,7 +42,7 @@ class Server:
     ) -> None:
         self.service, self.url, self.log = service, url, log
         self._server = uvicorn_server
-        self.loop = asyncio.new_event_loop()
+        self.loop = new_event_loop()
         self.thread = threading.Thread(target=lambda: self.loop.run_until_complete(uvicorn_server.serve()), daemon=True)
         self.http = httpx.Client(base_url=url, timeout=120)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from persimmon.bench.load import Load, Outcome, _ask, address_of, run_load
+from persimmon.bench.load import Load, Outcome, _ask, _ChunkedBody, address_of, run_load
 from persimmon.bench.serve import Level, ServeWork, Target, measure_levels
 from persimmon.bench.servers import RssWatch, cache_share_held, free_port, is_ready, parse_cache_share, tree_rss_bytes
 from persimmon.errors import InputError, UnavailableError
@@ -82,6 +82,13 @@ def test_a_server_that_is_not_there_is_an_error() -> None:
     assert not is_ready(target.address)
     with pytest.raises(UnavailableError, match="nobody answered nothing to 1 clients: ConnectionRefusedError"):
         measure_levels(target, None, work)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+def test_a_chunked_body_does_not_depend_on_the_cut(size: int) -> None:
+    data, body = b"3\r\nabc\r\n10\r\n0123456789\r\n\r\n\r\n\r\n0\r\n\r\n", _ChunkedBody()
+    parts = [body.feed(data[start : start + size]) for start in range(0, len(data), size)]
+    assert b"".join(parts) == b"abc0123456789\r\n\r\n\r\n"[: 3 + 16] and body.ended
 
 
 def test_levels_take_turns(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

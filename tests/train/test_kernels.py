@@ -122,6 +122,58 @@ def test_scores_that_overflow_an_exponential() -> None:
         assert off_by(out, wanted) < 1e-4 and grad.isfinite().all()  # one unit in the last place of a score of 1e6
 
 
+def packed_attention(packed: Tensor, documents: list[int], grad: Tensor, isa: str) -> list[Tensor]:
+    """Output [M, N, D] and gradients [3, N, M, D] of packed queries, keys and values."""
+    out, normalizer, grads = torch.empty_like(grad), torch.empty(packed.shape[1:3]), torch.empty_like(packed)
+    NATIVE.attention_forward(packed, documents, out, normalizer, 2, isa)
+    NATIVE.attention_backward(packed, documents, out, normalizer, grad, grads, 2, isa)
+    return [out, *grads[..., : grad.shape[-1]]]
+
+
+def torch_attention(packed: Tensor, documents: list[int], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The same by PyTorch."""
+    inputs = [x[None, ..., : grad.shape[-1]].to(dtype).requires_grad_() for x in packed]
+    out = attend_documents(*inputs, documents)[0].transpose(0, 1)
+    return [out.detach(), *(x[0] for x in torch.autograd.grad(out, inputs, grad.to(dtype)))]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("dim", "queries", "grads"), [(32, 1, 1), (64, 1, 1), (48, 1, 1), (32, 20, 1), (32, 1, 1e-25), (32, 0, 1)]
+)
+def test_float32_attention_is_as_exact_as_pytorchs(dim: int, queries: float, grads: float, isa: str) -> None:
+    """Against float64, with scores of any size, tiny gradients and queries that are all zero.
+
+    Vectors add one term after the other, tiles and PyTorch by blocks: their error grows less with the number of terms.
+    """
+    more = 1 if isa == "amx" else 4
+    documents, generator = [0, 1, 2, 700, 765, 800], torch.Generator().manual_seed(dim)
+    packed = torch.randn(3, 2, 800, -(-dim // 16) * 16, generator=generator)
+    packed[..., dim:] = 0
+    packed[0] *= queries
+    grad = grads * torch.randn(800, 2, dim, generator=generator)
+    exact = torch_attention(packed, documents, grad, torch.float64)
+    plain = torch_attention(packed, documents, grad, torch.float32)
+    for name, a, b, c in zip("oqkv", packed_attention(packed, documents, grad, isa), plain, exact, strict=True):
+        scale = float(c.norm()) or 1.0
+        found, wanted = (float((x.double() - c).norm()) / scale for x in (a, b))
+        assert found <= 2 * more * wanted + 1e-7, (name, found, wanted)
+        largest, allowed = (float((x.double() - c).abs().max() / c.abs().max().clamp_min(1e-30)) for x in (a, b))
+        assert largest <= 3 * more * allowed + 3e-7, (name, largest, allowed)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_is_no_number_stays_none_and_in_its_document(isa: str, bad: float) -> None:
+    packed = torch.randn(3, 1, 300, 32, generator=torch.Generator().manual_seed(0))
+    clean = packed_attention(packed, [0, 100, 300], torch.ones(300, 1, 32), isa)
+    packed[2, 0, 150, 3] = bad
+    out, *grads = packed_attention(packed, [0, 100, 300], torch.ones(300, 1, 32), isa)
+    assert not out[150:, 0, 3].isfinite().any() and not grads[0][:, 150:].isfinite().all()
+    assert torch.equal(out[:100], clean[0][:100])
+    assert all(torch.equal(a[:, :100], b[:, :100]) for a, b in zip(grads, clean[1:], strict=True))
+
+
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 def test_results_do_not_depend_on_threads_or_other_documents(dtype: torch.dtype) -> None:
     tokens, heads, dim = 400, 2, 32

@@ -15,8 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from persimmon.errors import InputError
+from persimmon.serve.event_loop import new_event_loop
 
 _OPEN_SECONDS = 30.0  # most time for a connection
+_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Outcome:
 
 def run_load(address: Address, load: Load) -> Outcome:
     """Let the clients ask for `load.seconds`, then hang up."""
-    return asyncio.run(_run(address, load))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(_run(address, load))
 
 
 async def _run(address: Address, load: Load) -> Outcome:
@@ -157,15 +160,17 @@ async def stream(address: Address, path: str, body: dict[str, Any]) -> AsyncIter
         )
         await writer.drain()
         await _check_status(reader)
-        pending = b""
-        async for part in _chunks(reader):
-            *events, pending = (pending + part).split(b"\n\n")
+        chunked, pending = _ChunkedBody(), b""
+        while data := await reader.read(_READ_BYTES):
+            *events, pending = (pending + chunked.feed(data)).split(b"\n\n")
             for event in events:
                 text = event.removeprefix(b"data: ").strip()
                 if text == b"[DONE]":
                     return
                 if event.startswith(b"data: "):
                     yield json.loads(text)
+            if chunked.ended:
+                break
         raise ValueError("the stream ended without [DONE]")
     finally:
         writer.close()
@@ -181,7 +186,23 @@ async def _check_status(reader: asyncio.StreamReader) -> None:
         raise ValueError("the answer is not a stream")
 
 
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The parts of a chunked body."""
-    while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
-        yield (await reader.readexactly(size + 2))[:-2]
+class _ChunkedBody:
+    """Takes the frames off a chunked body as it comes: one turn of the event loop, however many chunks have come."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+        self.ended = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The content of the chunks that are complete now."""
+        data, start = self._pending + data, 0
+        parts: list[bytes] = []
+        while (head := data.find(b"\r\n", start)) >= 0:
+            end = head + 2 + int(data[start:head], 16)
+            self.ended = end == head + 2
+            if self.ended or len(data) < end + 2:
+                break
+            parts.append(data[head + 2 : end])
+            start = end + 2
+        self._pending = data[start:]
+        return b"".join(parts)

@@ -147,7 +147,7 @@ def _print_rest(stream: Stream, *, show: bool) -> None:
 def as_json(result: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
     """The result as JSON types, tokens of log-probabilities with their pieces."""
     document = dataclasses.asdict(result)
-    document["usage"]["total_tokens"] = result.usage.total_tokens
+    document["usage"] = {**result.usage._asdict(), "total_tokens": result.usage.total_tokens}
     if result.logprobs is not None:
         document["logprobs"] = [
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,7 @@ from persimmon.infer.stops import StopMatcher
 from persimmon.tokenizer import IncrementalDecoder, Tokenizer
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """New text of a stream, and the tokens that were picked since the piece before.
 
     The pieces of a stream together give exactly the text and the token ids of its Generation. Text may lag behind
@@ -34,8 +34,7 @@ class Piece:
         return sum(entry.logprob for entry in self.logprobs) if self.logprobs else None
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens of a request."""
 
     prompt_tokens: int

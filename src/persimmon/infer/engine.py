@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -63,8 +63,7 @@ class Failure:
     """The request was wrong, did not fit, or the engine broke."""
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What is new about a request."""
 
     request_id: str
@@ -83,8 +82,7 @@ ACTIVE_STEPS = 32
 """Steps between two looks at the shares of active values: a message goes out every step, and nobody reads as often."""
 
 
-@dataclass(frozen=True)
-class EngineState:
+class EngineState(NamedTuple):
     """What the engine is doing, for monitoring."""
 
     running: int = 0

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from persimmon.config import ModelConfig
 from persimmon.infer.decoder import CachedSequence, Chunk, Decoder, Logits
 
 
-@dataclass(frozen=True)
-class PagedChunk:
+class PagedChunk(NamedTuple):
     """New tokens behind the first `start` tokens of the sequence that is stored in `blocks`."""
 
     blocks: Sequence[int]

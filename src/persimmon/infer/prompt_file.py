@@ -37,6 +37,7 @@ _WHAT = {
     "weights": "with other weights",
     "rotary_precision": "with another rotary precision",
     "kv_dtype": "with keys and values of another type",
+    "sums": "with sums in another order, as bfloat16 weights have on AMX",
 }
 
 

@@ -96,6 +96,8 @@ class Sampler:
         if outside:
             raise InputError(f"logit_bias names token {outside[0]}; the vocabulary has {num_rows}")
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.exact_top = exact_top(params, len(banned))
+        """What to pass to `Decoder.forward`."""
         self._params, self._banned = params, banned
         self._position = len(generated_ids)
         self._counts = np.bincount(np.asarray(generated_ids, np.int64), minlength=num_rows)
@@ -107,11 +109,6 @@ class Sampler:
         self._plain = params.greedy and params.logprobs is None and not self._adjusts
         self._allowed = np.ones(num_rows, bool)
         self._allowed[banned] = False
-
-    @property
-    def exact_top(self) -> int | None:
-        """What to pass to `Decoder.forward`."""
-        return exact_top(self._params, len(self._banned))
 
     def sample(self, logits: Logits, allowed: Mask | None = None) -> tuple[int, TokenLogprob | None]:
         """The next token from logits [V], and its log-probabilities if they were asked for.

@@ -13,6 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from persimmon.errors import ContextLengthError
 from persimmon.infer.blocks import BlockAllocator, BlockTable, Copy, common_prefix
@@ -42,8 +43,7 @@ class ScheduledRequest:
         return len(self.token_ids) - self.num_computed
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Tokens [start, end) of a request."""
 
     request: ScheduledRequest
@@ -117,9 +117,11 @@ class Scheduler:
 
     def _make_room(self) -> bool:
         """A block for every running request that is about to need one; False when some had to go back."""
-        preempted = False
-        for request in list(self.running):
-            while request in self.running and not self._has_room(request):
+        preempted, checked = False, 0
+        while checked < len(self.running):
+            if self._has_room(self.running[checked]):
+                checked += 1
+            else:
                 preempted = True
                 self._preempt(self.running[-1])
         return not preempted
@@ -171,14 +173,12 @@ class Scheduler:
 
     def _share_budget(self, step: Step) -> None:
         """One token for each answering request; equal shares of the rest for prompts, short ones first."""
-        answering = [r for r in self.running if r.num_pending == 1]
-        reading = [r for r in self.running if r.num_pending > 1]
-        sizes = dict.fromkeys(answering, 1) | share(
-            self._step_tokens - len(answering), [(r, r.num_pending) for r in reading]
-        )
+        reading = [(r, pending) for r in self.running if (pending := r.num_pending) > 1]
+        budget = self._step_tokens - (len(self.running) - len(reading))
+        sizes = share(budget, reading) if reading else {}
         for request in self.running:
             start = request.num_computed
-            step.work.append(Work(request, start, start + sizes[request]))
+            step.work.append(Work(request, start, start + sizes.get(request, 1)))
 
 
 def share(budget: int, needs: Sequence[tuple[ScheduledRequest, int]]) -> dict[ScheduledRequest, int]:

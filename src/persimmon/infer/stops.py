@@ -22,6 +22,8 @@ class StopMatcher:
         """Take more text; returns what is now known not to belong to a stop string. Nothing after a match."""
         if self.matched is not None:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         found = first_stop(text, self._stops)
         if found is not None:

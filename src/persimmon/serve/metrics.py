@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from persimmon.infer.engine import Update
 from persimmon.serve.submission import Ticket, Worker
@@ -64,20 +67,49 @@ class _EngineCollector:
         yield active
 
 
+class _TokenCollector:
+    """What every token changes, in plain numbers: the library's own counters take several locks for each of them."""
+
+    def __init__(self, model: str) -> None:
+        self._model, self._created = model, time.time()
+        self._tokens, self._seconds = 0, 0.0
+        self._buckets = [0] * (len(_SECONDS) + 1)
+
+    def count(self, tokens: int, seconds: float | None) -> None:
+        """Tokens of a piece, which share the seconds since the piece before; None for the first piece."""
+        self._tokens += tokens
+        if seconds is not None:
+            self._seconds += seconds
+            self._buckets[bisect_left(_SECONDS, seconds / tokens)] += tokens
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics of this moment."""
+        tokens = CounterMetricFamily("persimmon_generation_tokens", "Tokens generated.", labels=["model_name"])
+        tokens.add_metric([self._model], self._tokens, self._created)
+        yield tokens
+        name = "persimmon_inter_token_latency_seconds"
+        between = HistogramMetricFamily(name, "Between tokens of one answer.", labels=["model_name"])
+        limits = [*map(floatToGoString, _SECONDS), "+Inf"]
+        sums = list(zip(limits, itertools.accumulate(self._buckets), strict=True))
+        between.add_metric([self._model], sums, self._seconds)
+        between.add_sample(f"{name}_created", {"model_name": self._model}, self._created)
+        yield between
+
+
 class Metrics:
     """Counts what the worker reports."""
 
     def __init__(self, worker: Worker, model: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(worker, model))
+        self._tokens = _TokenCollector(model)
+        self._registry.register(self._tokens)
         self._model = model
         self._times: dict[Ticket, _Times] = {}
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests.")
-        self._answer_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._finished = self._counter("request_success", "Requests that ended with an answer.", "finished_reason")
         self._failed = self._counter("request_failure", "Requests that ended with an error.", "kind")
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
-        self._between = self._histogram("inter_token_latency_seconds", "Between tokens of one answer.")
         self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end.")
         self._queued = self._histogram("request_queue_time_seconds", "From arrival to the first step.")
         self._reading = self._histogram("request_prefill_time_seconds", "From the first step to the first token.")
@@ -95,7 +127,9 @@ class Metrics:
     def observe(self, ticket: Ticket, update: Update) -> None:
         """Count one update of a request."""
         now = time.monotonic()
-        times = self._times.setdefault(ticket, _Times())
+        times = self._times.get(ticket)
+        if times is None:
+            times = self._times[ticket] = _Times()
         if times.started is None and update.prompt_done:
             times.started = now
             self._queued.observe(now - ticket.submitted_at)
@@ -112,14 +146,11 @@ class Metrics:
             self.forget(ticket)
 
     def _count_piece(self, ticket: Ticket, times: _Times, count: int, now: float) -> None:
-        self._answer_tokens.inc(count)
-        if times.first_token is None or times.last_token is None:
+        self._tokens.count(count, None if times.last_token is None else now - times.last_token)
+        if times.first_token is None:
             times.first_token = now
             self._first.observe(now - ticket.submitted_at)
             self._reading.observe(now - (times.started or now))
-        else:
-            for _ in range(count):  # tokens of one piece share the time since the last
-                self._between.observe((now - times.last_token) / count)
         times.last_token = now
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import to_json
 
 from persimmon.errors import InputError
 from persimmon.infer.constraint import Grammar, choice, json_schema
@@ -383,9 +384,6 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 def sse(document: Mapping[str, Any]) -> bytes:
     """One event of a stream; JSON never holds a raw newline, so one data line is enough."""
-    return b"data: " + _to_json(document).encode() + b"\n\n"
+    return b"data: " + to_json(document) + b"\n\n"

@@ -17,7 +17,6 @@ import contextvars
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +218,7 @@ def is_there(replica: str) -> bool:
 
 def combined(states: Sequence[EngineState]) -> EngineState:
     """Counts added up, the share of active values averaged over the engines that report it."""
-    names = [field.name for field in fields(EngineState) if field.name != "active_fraction"]
+    names = [name for name in EngineState._fields if name != "active_fraction"]
     counts = {name: sum(getattr(state, name) for state in states) for name in names}
     layers = [state.active_fraction for state in states if state.active_fraction]
     active = tuple(sum(shares) / len(layers) for shares in zip(*layers, strict=True))

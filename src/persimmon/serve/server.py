@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import uvicorn
 from persimmon.infer.engine import Engine
 from persimmon.serve.app import build_app
 from persimmon.serve.connections import ConnectionLimits, LimitedConnection, allowed_connections
+from persimmon.serve.event_loop import new_event_loop
 from persimmon.serve.guard import Guard, write_log
 from persimmon.serve.metrics import Metrics
 from persimmon.serve.service import Service
@@ -83,6 +85,7 @@ async def announce(service: Service, say: Callable[[str], None]) -> None:
         say(f"the model could not be loaded: {service.worker.failed}")
         signal.raise_signal(signal.SIGTERM)
         return
+    gc.freeze()  # modules and tokenizer stay: no collection looks at them again
     url = f"http://{service.settings.host}:{service.settings.port}"
     say(f"{service.model} on the {service.worker.engine_name} engine: chat page {url}/  API {url}/v1  (Ctrl-C stops)")
 
@@ -96,5 +99,6 @@ def serve(service: Service, say: Callable[[str], None], *, log: Callable[[Mappin
         await server.serve()
         speaking.cancel()
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main())
     return 1 if service.worker.failed is not None else 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from persimmon import chat
 from persimmon.infer.engine import Request
@@ -16,6 +18,9 @@ from persimmon.serve.protocol import ChatMessage, ChatRequest, CompletionRequest
 from persimmon.serve.settings import ServerSettings
 from persimmon.serve.submission import Submission, Worker
 from persimmon.tokenizer import Tokenizer
+
+_SHORT_TEXT = 4_096
+"""Characters that are encoded at once, which takes about a millisecond: a thread would wait longer for its turn."""
 
 
 class ApiError(Exception):
@@ -84,7 +89,8 @@ class Service:
 
     async def chat_requests(self, body: ChatRequest) -> list[Request]:
         """One request per choice of a chat."""
-        prompt = tuple(await asyncio.to_thread(self.encode_messages, body.messages))
+        length = sum(len(message.text) for message in body.messages)
+        prompt = tuple(await _aside(length, self.encode_messages, body.messages))
         wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = body.sampling_params(self._room(prompt, wanted), logprobs, body.seed)
@@ -95,7 +101,7 @@ class Service:
         """One request per prompt and choice, choices of a prompt together."""
         requests: list[Request] = []
         for prompt in body.prompts():
-            ids = tuple(await asyncio.to_thread(self._encode, prompt, body.add_special_tokens))
+            ids = tuple(prompt if isinstance(prompt, list) else await self._encode(prompt, body.add_special_tokens))
             if not ids:
                 raise invalid("the prompt holds no tokens", "prompt")
             wanted = max(body.max_tokens, 1) if body.max_tokens is not None else None
@@ -110,8 +116,8 @@ class Service:
         """The prompt of a conversation."""
         return chat.encode(self.tokenizer, [{"role": m.speaker, "content": m.text} for m in messages])
 
-    def _encode(self, prompt: str | list[int], bos: bool) -> list[int]:
-        return self.tokenizer.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt
+    async def _encode(self, prompt: str, bos: bool) -> list[int]:
+        return await _aside(len(prompt), functools.partial(self.tokenizer.encode, prompt, bos=bos))
 
     def _room(self, prompt: Sequence[int], wanted: int | None) -> int:
         """Tokens of the answer; 400 when prompt and answer do not fit into the context."""
@@ -128,6 +134,11 @@ class Service:
     def _retry_after(self) -> int:
         """Seconds until a place is likely to be free: a guess from the length of the queue."""
         return 1 + self.worker.in_flight // self.settings.max_concurrency
+
+
+async def _aside(length: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
+    """Encode a text of `length` characters: a long one in a thread, so that nobody waits for it."""
+    return encode(*args) if length <= _SHORT_TEXT else await asyncio.to_thread(encode, *args)
 
 
 def _choices(request: Request, body: Sampling) -> list[Request]:

@@ -1,4 +1,4 @@
-"""The engine in a process of its own, and the server's end of the pipe.
+"""The engine in a process of its own, and the server's side of it.
 
 A process rather than a thread: a step of the model never holds up the server's event loop, and if the process dies
 (killed, out of memory, a bug in native code) the server lives. Every request then goes on in the next process: the
@@ -12,17 +12,18 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import gc
 import multiprocessing
-import queue
 import signal
-import threading
+import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 from persimmon.errors import ContextLengthError, PersimmonError, UnavailableError
 from persimmon.infer.engine import Engine, EngineState, Failure, Request, Update
+from persimmon.serve.channel import EngineEnd, ServerEnd
 from persimmon.serve.submission import Ticket
 
 MAX_DEATHS = 2
@@ -55,8 +56,7 @@ class Broken:
     message: str
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """What a step, or the arrival of requests, brought."""
 
     updates: tuple[Update, ...]
@@ -68,31 +68,30 @@ Command = Request | str
 """A request to run, or the id of one to cancel."""
 
 
-def run_worker(build: Callable[[], Engine], commands: Connection, events: Connection) -> None:
+def run_worker(build: Callable[[], Engine], connection: socket.socket) -> None:
     """The process: load, then take commands and make steps until the other end is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # both go to the whole group; the server drains, then ends this one
         signal.signal(number, signal.SIG_IGN)
+    server = EngineEnd(connection)
     try:
         engine = build()
     except Exception as error:
-        events.send(Broken(f"{type(error).__name__}: {error}"))
+        server.send(Broken(f"{type(error).__name__}: {error}"))
         return
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        events.send(Ready(engine.name, engine.capacity))
+        gc.freeze()  # what loading left behind stays: no collection looks at it again
+        server.send(Ready(engine.name, engine.capacity))
         while True:
-            news = list(_take_commands(engine, commands))
+            news = _obey(engine, server.receive(wait=not engine.busy))
             if engine.busy:
                 news += engine.step()
-            events.send(Progress(tuple(news), engine.state))
+            server.send(Progress(tuple(news), engine.state))
 
 
-def _take_commands(engine: Engine, commands: Connection) -> list[Update]:
-    """All commands that wait; without work, wait for one."""
+def _obey(engine: Engine, commands: list[Command]) -> list[Update]:
+    """Carry out commands; an update for every request that was taken or refused."""
     answers: list[Update] = []
-    patience = 0 if engine.busy else None
-    while commands.poll(patience):
-        command: Command = commands.recv()
-        patience = 0  # whatever it was, its effect is reported before the next wait
+    for command in commands:
         if isinstance(command, str):
             engine.cancel(command)
             continue
@@ -107,33 +106,6 @@ def _take_commands(engine: Engine, commands: Connection) -> list[Update]:
     return answers
 
 
-class _Outbox:
-    """Commands on their way to a process.
-
-    A thread sends them: a pipe that a hung process lets fill up holds up this thread alone, never the event loop, and
-    the death of the process ends it.
-    """
-
-    def __init__(self, commands: Connection) -> None:
-        self._commands = commands
-        self._waiting: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        threading.Thread(target=self._send_all, name="persimmon-commands", daemon=True).start()
-
-    def put(self, command: Command) -> None:
-        """Send after all that was put before; what the process does not live to take is dropped."""
-        self._waiting.put(command)
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        self._waiting.put(None)
-
-    def _send_all(self) -> None:
-        # A process that just died is noticed by the reader of its events, which starts the next one.
-        with contextlib.suppress(OSError), contextlib.closing(self._commands):
-            while (command := self._waiting.get()) is not None:
-                self._commands.send(command)
-
-
 class EngineWorker:
     """Starts the engine's process, passes requests to it, and replaces it when it dies. One event loop."""
 
@@ -144,9 +116,8 @@ class EngineWorker:
         self._tickets: dict[str, Ticket] = {}
         self._context = multiprocessing.get_context("spawn")
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._outbox: _Outbox | None = None
+        self._channel: ServerEnd | None = None
         self._loading_deaths = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._heard_at = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -173,10 +144,9 @@ class EngineWorker:
 
     async def start(self) -> None:
         """Start the first process; `ready` is set when it has loaded."""
-        self._loop = asyncio.get_running_loop()
         # At exit, multiprocessing sends its children SIGTERM, which this one ignores, and waits for them.
         atexit.register(self._kill)
-        self._start_process()
+        await self._start_process()
         self._run_task(self._watch())
 
     async def stop(self) -> None:
@@ -188,6 +158,8 @@ class EngineWorker:
         self._kill()
         if process is not None:
             await asyncio.to_thread(process.join, 5)
+        if self._channel is not None:
+            self._channel.close()
         atexit.unregister(self._kill)
 
     def _kill(self) -> None:
@@ -224,32 +196,19 @@ class EngineWorker:
             self._send(ticket.rest())
 
     def _send(self, command: Command) -> None:
-        assert self._outbox is not None, "a ready process has a pipe"
-        self._outbox.put(command)
+        assert self._channel is not None, "a ready process has a channel"
+        self._channel.send(command)
 
-    def _start_process(self) -> None:
+    async def _start_process(self) -> None:
         self.ready.clear()
         self._heard_at = time.monotonic()
-        receive_commands, send_commands = self._context.Pipe(duplex=False)
-        events, send_events = self._context.Pipe(duplex=False)
+        ours, theirs = socket.socketpair()
         self._process = self._context.Process(
-            target=run_worker, args=(self._build, receive_commands, send_events), name="persimmon-engine", daemon=True
+            target=run_worker, args=(self._build, theirs), name="persimmon-engine", daemon=True
         )
         self._process.start()
-        receive_commands.close()
-        send_events.close()
-        self._outbox = _Outbox(send_commands)
-        threading.Thread(target=self._read, args=(events,), daemon=True).start()
-
-    def _read(self, events: Connection) -> None:
-        """In a thread: hand every message to the event loop, and the end too."""
-        assert self._loop is not None, "started"
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-            try:
-                while True:
-                    self._loop.call_soon_threadsafe(self._receive, events.recv())
-            except (EOFError, OSError):
-                self._loop.call_soon_threadsafe(self._died)
+        theirs.close()  # so that the end of the process closes the connection
+        self._channel = await ServerEnd.open(ours, self._receive, self._died)
 
     def _receive(self, message: Message) -> None:
         self._heard_at = time.monotonic()
@@ -281,8 +240,6 @@ class EngineWorker:
 
     def _died(self) -> None:
         """The process is gone: give up what it died of, and start the next."""
-        if self._outbox is not None:
-            self._outbox.close()
         if self._stopping:
             return
         if self.failed is None and not self.ready.is_set():
@@ -303,7 +260,7 @@ class EngineWorker:
 
     async def _restart(self) -> None:
         await asyncio.sleep(_RESTART_PAUSE_SECONDS)
-        self._start_process()
+        await self._start_process()
 
     async def _watch(self) -> None:
         """Kill a process that hangs; the reader then starts another."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from packed_layouts import ISAS, TILED_ISAS, RowMatrix
+from packed_layouts import EIGHT_ISAS, ISAS, TILED_ISAS, RowMatrix, same_bits
 from persimmon.fast.cpu import _native
 
 PACKED = ("q8", "q4", "planes")
@@ -21,15 +21,16 @@ def case(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[np.ndarra
 
 
 def check(matrix: RowMatrix, x: np.ndarray) -> None:
-    results = [matrix.times(x, isa) for isa in ISAS]
-    if matrix.kind in PACKED:
-        results += [matrix.times(x, isa, tiled=True) for isa in TILED_ISAS]
-    else:
-        results += [matrix.times(x, isa, panels=True) for isa in ISAS]
     scale = np.abs(x) @ np.abs(matrix.floats).T + 1e-30
-    assert np.max(np.abs(results[0] - matrix.expected(x)) / scale) < TOLERANCE
-    for result in results[1:]:
-        assert np.array_equal(result, results[0])
+    for isas in same_bits(matrix.kind):
+        results = [matrix.times(x, isa) for isa in isas]
+        if matrix.kind in PACKED:
+            results += [matrix.times(x, isa, tiled=True) for isa in isas if isa in TILED_ISAS]
+        else:
+            results += [matrix.times(x, isa, panels=True) for isa in isas]
+        assert np.max(np.abs(results[0] - matrix.expected(x)) / scale) < TOLERANCE
+        for result in results[1:]:
+            assert np.array_equal(result, results[0])
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -79,6 +80,90 @@ def test_many_tokens_have_the_bits_of_one(kind: str, isa: str, rows: int, column
     x[tokens // 2] *= 1e5
     matrix = RowMatrix(kind, w)
     assert np.array_equal(matrix.times(x, isa, tiled=True), matrix.times(x, ISAS[0]))
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("isa", EIGHT_ISAS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(1, 256, 1), (16, 31, 2), (33, 300, 3), (64, 1024, 4), (130, 600, 5), (15, 4096, 8), (97, 512, 7)],
+)
+def test_few_tokens_have_the_bits_of_one(kind: str, isa: str, rows: int, columns: int, tokens: int) -> None:
+    """Every remainder of a panel of 32 rows, one to eight tokens, extreme inputs among them."""
+    w, x = case(rows, columns, tokens, seed=rows + tokens)
+    x[0] = 0.0
+    x[tokens // 2] *= 1e5
+    matrix = RowMatrix(kind, w)
+    assert np.array_equal(matrix.times(x, isa, eights=True), matrix.times(x, ISAS[0]))
+
+
+@pytest.mark.parametrize("isa", EIGHT_ISAS)
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_the_heads_estimates_of_few_tokens(isa: str, tokens: int) -> None:
+    w, x = case(70, 1024, tokens, seed=tokens)
+    matrix = RowMatrix("planes", w)
+    expected = _native.head_rows(matrix.packed, matrix.low, x, 6.0, ISAS[0])
+    for first, other in zip(
+        expected, _native.head_rows(matrix.packed, matrix.low, x, 6.0, isa, eights=True), strict=True
+    ):
+        assert np.array_equal(first, other)
+
+
+def test_kernels_for_few_tokens_are_refused_where_there_are_none() -> None:
+    w, x = case(1, 256, 9)
+    for kind, isa in (("q8", "portable"), ("q8", ISAS[-1]), ("float32", ISAS[-1])):
+        with pytest.raises(ValueError, match="no kernels for few tokens"):
+            RowMatrix(kind, w).times(x, isa, eights=True)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [1, 15, 31, 129])
+@pytest.mark.parametrize("columns", [31, 256, 700, 1300])
+def test_every_number_of_tokens_has_the_bits_of_one(kind: str, isa: str, rows: int, columns: int) -> None:
+    """Every rest of a panel of 32 tokens, alone and behind full ones, and 300; rows cut by inputs too."""
+    w, x = case(rows, columns, 300, seed=rows + columns)
+    x[1] *= 1e20
+    x[2] *= 1e-20
+    matrix = RowMatrix(kind, w)
+    alone = np.concatenate([matrix.times(x[t : t + 1], isa) for t in range(300)])
+    error = np.abs(alone - matrix.expected(x)) / (np.abs(x) @ np.abs(matrix.floats).T)
+    assert error.max() < TOLERANCE
+    for tokens in (*range(1, 34), 43, 64, 70, 300):
+        assert np.array_equal(matrix.times(x[:tokens], isa, panels=True), alone[:tokens]), tokens
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_rows_keep_every_bit_of_float32_inputs(isa: str) -> None:
+    """One weight a row, a power of two: the products are exact, from the largest inputs to those near the smallest."""
+    rng = np.random.default_rng(5)
+    x = (rng.uniform(1, 2, (40, 256)) * 2.0 ** rng.integers(-90, 120, (40, 256))).astype(np.float32)
+    x *= rng.choice(np.float32([-1, 1]), x.shape)
+    matrix = RowMatrix("bfloat16", np.diag(2.0 ** rng.integers(-8, 8, 256)).astype(np.float32))
+    assert np.array_equal(matrix.times(x, isa), x * np.diag(matrix.floats))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_rows_err_no_more_than_float32_sums(isa: str) -> None:
+    """Against float64, in units of the last place of the sum of magnitudes; vectors of 16 lanes are the yardstick."""
+    w, x = case(96, 2048, 40, seed=7)
+    matrix = RowMatrix("bfloat16", w)
+    scale = np.abs(x) @ np.abs(matrix.floats).T
+    error, yardstick = (
+        np.sqrt(np.mean(((matrix.times(x, name) - matrix.expected(x)) / scale) ** 2)) for name in (isa, ISAS[0])
+    )
+    assert error < 1.2 * yardstick
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_bad_token_spoils_no_other(isa: str) -> None:
+    w, x = case(33, 300, 40)
+    clean = RowMatrix("bfloat16", w).times(x, isa)
+    x[3], x[20] = np.nan, np.inf
+    spoilt = RowMatrix("bfloat16", w).times(x, isa)
+    rest = np.delete(np.arange(40), [3, 20])
+    assert np.array_equal(spoilt[rest], clean[rest])
+    assert not np.isfinite(spoilt[[3, 20]]).any()
 
 
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(1, 256, 1), (33, 300, 5), (70, 1024, 17)])

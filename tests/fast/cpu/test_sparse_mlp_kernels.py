@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from packed_layouts import (
+    EIGHT_ISAS,
     ISAS,
     TILED_ISAS,
     bfloat16,
@@ -15,6 +16,7 @@ from packed_layouts import (
     pack_planes,
     pack_records,
     padded,
+    same_bits,
     unpack_neurons,
     unpack_planes,
     unpack_q4,
@@ -75,6 +77,7 @@ class Mlp:
         isa: str = "auto",
         tiled: bool = False,
         panels: bool = False,
+        eights: bool = False,
     ) -> tuple[np.ndarray, int, int]:
         outliers = np.zeros((len(x), 16), np.float32)
         if self.kind == "planes":
@@ -82,7 +85,19 @@ class Mlp:
             x = x.copy()
             x[:, self.columns] = 0.0
         y, candidates, active = _native.sparse_mlp(
-            self.kind, self.up, self.down, self.offset, self.bias, x, outliers, margin, together, isa, tiled, panels
+            self.kind,
+            self.up,
+            self.down,
+            self.offset,
+            self.bias,
+            x,
+            outliers,
+            margin,
+            together,
+            isa,
+            tiled,
+            panels,
+            eights,
         )
         return y[:, : self.hidden], candidates, active
 
@@ -109,23 +124,35 @@ def inputs(tokens: int, hidden: int, seed: int = 1) -> np.ndarray:
 
 
 def check(mlp: Mlp, x: np.ndarray) -> None:
-    """All instruction sets, one token at a time and together, give the same bits, and the right numbers."""
+    """Instruction sets, one token at a time and together, give the same bits, and the right numbers."""
     expected = mlp.expected(x)
-    first = mlp.run(x, isa=ISAS[0])[0]
-    assert np.max(np.abs(first - expected)) <= TOLERANCE * (np.abs(expected).max() + 1e-6)
-    for isa in ISAS:
-        for together in (False, True):
-            assert np.array_equal(mlp.run(x, together=together, isa=isa)[0], first), (isa, together)
-    for isa in TILED_ISAS if mlp.kind in ("q8", "q4", "planes") else ():
-        assert np.array_equal(mlp.run(x, together=True, isa=isa, tiled=True)[0], first), isa
-    for isa in ISAS if mlp.kind in ("float32", "bfloat16") else ():
-        assert np.array_equal(mlp.run(x, together=True, isa=isa, panels=True)[0], first), isa
+    for isas in same_bits(mlp.kind):
+        first = mlp.run(x, isa=isas[0])[0]
+        assert np.max(np.abs(first - expected)) <= TOLERANCE * (np.abs(expected).max() + 1e-6)
+        for isa in isas:
+            for together in (False, True):
+                assert np.array_equal(mlp.run(x, together=together, isa=isa)[0], first), (isa, together)
+            if mlp.kind in ("float32", "bfloat16"):
+                assert np.array_equal(mlp.run(x, together=True, isa=isa, panels=True)[0], first), isa
+            elif isa in TILED_ISAS:
+                assert np.array_equal(mlp.run(x, together=True, isa=isa, tiled=True)[0], first), isa
+            if isa in EIGHT_ISAS and mlp.kind in ("q8", "planes") and len(x) <= 8:
+                assert np.array_equal(mlp.run(x, together=True, isa=isa, eights=True)[0], first), isa
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(
     ("hidden", "neurons", "tokens"),
-    [(16, 1, 1), (300, 600, 5), (256, 257, 3), (64, 255, 9), (520, 1024, 4), (256, 300, 40)],
+    [
+        (16, 1, 1),
+        (300, 600, 5),
+        (256, 257, 3),
+        (64, 255, 9),
+        (520, 1024, 4),
+        (2304, 300, 8),
+        (256, 300, 40),
+        (4352, 40, 2),
+    ],
 )
 def test_equals_the_plain_mlp(kind: str, hidden: int, neurons: int, tokens: int) -> None:
     check(Mlp(kind, hidden, neurons), inputs(tokens, hidden))
@@ -216,6 +243,15 @@ def test_a_margin_misses_only_the_smallest(margin: float) -> None:
             assert missed < {0.0: 0.15, 1.0: 0.03, 2.0: 0.005, 3.0: 0.0005}[margin]
             assert error < {0.0: 0.05, 1.0: 0.01, 2.0: 0.001, 3.0: 0.0001}[margin]
             assert active <= candidates < 8 * 4096 * 0.4
+
+
+@pytest.mark.parametrize("isa", EIGHT_ISAS)
+@pytest.mark.parametrize(("neurons", "tokens"), [(300, 3), (97, 8), (512, 5)])
+@pytest.mark.parametrize("margin", [-3.0, 0.0, 2.0, np.inf])
+def test_few_tokens_skip_what_one_skips(isa: str, margin: float, neurons: int, tokens: int) -> None:
+    mlp, x = Mlp("planes", 512, neurons), inputs(tokens, 512)
+    one, together = mlp.run(x, margin, isa=ISAS[0]), mlp.run(x, margin, True, isa, eights=True)
+    assert np.array_equal(together[0], one[0]) and together[1:] == one[1:]
 
 
 @pytest.mark.parametrize("isa", TILED_ISAS)

@@ -78,8 +78,9 @@ Wanted = Literal["none", "last", "all"]
 class CpuDecoder:
     """Runs packed or plain weights with the native kernels.
 
-    The logits of a token are the same to the last bit for every number of threads, every instruction set, every cut of
-    the prompt into chunks and whatever else is in the call: all sums have one fixed order.
+    The logits of a token are the same to the last bit for every number of threads, every cut of the prompt into chunks
+    and whatever else is in the call: all sums have one fixed order. It is the same on every instruction set but for
+    bfloat16 weights on AMX.
     """
 
     name = "cpu"
@@ -170,7 +171,9 @@ class CpuDecoder:
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """See infer.prompt_file. Threads and instruction sets change no bit; the margin decides what an MLP adds."""
+        """See infer.prompt_file. Threads change no bit, AMX changes those of bfloat16 weights; the margin decides what
+        an MLP adds.
+        """  # noqa: D205
         weights = ((name, array.reshape(-1).view(np.uint8)) for name, array in sorted(self._arrays.items()))
         facts = {
             "engine": self.name,
@@ -179,6 +182,8 @@ class CpuDecoder:
             "rotary_precision": self._config.rotary_precision,
             "kv_dtype": self._kv_dtype,
         }
+        if self._form.attention == "bfloat16" and self.isa == "amx":
+            facts["sums"] = "amx"
         return facts | ({"sparsity_margin": repr(self._model.margin)} if self._form.mlp == "planes" else {})
 
     @property

@@ -224,6 +224,7 @@ FloatArray layer_norm(In<float, 1> x, In<float, 1> weight, In<float, 1> bias, fl
 
 // Inputs in the form that a format wants.
 struct Inputs {
+  Inputs() = default;
   Inputs(const Kernels* kernels, Format format, const In<float, 2>& x) {
     const int tokens = static_cast<int>(x.shape(0)), inputs = static_cast<int>(x.shape(1));
     if (format == Format::f32 || format == Format::bf16) floats = padded_inputs(x.data(), tokens, inputs);
@@ -250,18 +251,34 @@ struct Tiles {
 
 // Likewise for float rows.
 struct Panels {
-  Panels(const Kernels* kernels, const Inputs& inputs, int blocks, int tokens) {
+  Panels(const Kernels* table, Format format, const Inputs& inputs, int blocks, int tokens)
+      : kernels(format == Format::bf16 ? &table->bf16_panels : &table->float_panels) {
     require(!inputs.floats.empty(), "packed formats have no panels");
     const int count = (tokens + kPanelTokens - 1) / kPanelTokens, width = blocks * kSuperblock;
-    floats.resize(static_cast<size_t>(count) * kPanelTokens * width);
-    kernels->make_panels(inputs.floats.data(), width, tokens, 0, count, floats.data());
-    scratch.resize(kernels->panel_scratch_floats(width));
+    lines.resize(panel_lines(*kernels, width, tokens));
+    kernels->make(inputs.floats.data(), width, tokens, 0, count, lines.data()->halves);
+    memory.resize(kernels->scratch_floats(width, tokens) / 16 + 1);
   }
-  std::vector<float> floats, scratch;
+  // Whether the model takes them for any number of tokens.
+  static bool always(const Kernels* table, Format format) { return format == Format::bf16 && table->bf16_panels.fewest_tokens == 1; }
+  const uint16_t* data() const { return lines.data()->halves; }
+  float* scratch() { return reinterpret_cast<float*>(memory.data()); }
+  const PanelKernels* kernels;
+  std::vector<PanelLine> lines, memory;
+};
+
+// Inputs of few tokens for the kernels on AMX.
+struct Eights {
+  Eights(const Kernels* kernels, const Inputs& inputs, int blocks, int tokens) : inputs(blocks) {
+    require(kernels->fewest_eights && tokens <= kMostEights && !inputs.packed.empty(),
+            "this instruction set, format or number of tokens has no kernels for few tokens");
+    kernels->make_eights(static_cast<const ActivationBlock*>(inputs.data()), tokens, blocks, 0, blocks, this->inputs.data());
+  }
+  std::vector<EightTokens> inputs;
 };
 
 FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::optional<In<uint8_t, 2>> low, In<float, 2> x,
-                const std::string& isa, bool tiled, bool in_panels) {
+                const std::string& isa, bool tiled, bool in_panels, bool in_eights) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
@@ -269,15 +286,19 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
   Owned<float> out(tokens * count);
   RowsArgs args = {format, weights.data(), weights.shape(1), low ? low->data() : nullptr, low ? low->shape(1) : 0,
                          static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock), inputs.data(), static_cast<int>(tokens),
-                         nullptr, out.data, count, Epilogue::store, nullptr, nullptr};
+                         nullptr, out.data, count, Epilogue::store, nullptr, nullptr, nullptr};
   if (tiled) {
     const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
     args.tiles = tiles.groups.data();
     kernels->tiled_rows(args, 0, static_cast<int>(count), tiles.scratch());
-  } else if (in_panels) {
-    Panels panels(kernels, inputs, args.blocks, args.tokens);
-    args.panels = panels.floats.data();
-    kernels->panel_rows(args, 0, static_cast<int>(count), panels.scratch.data());
+  } else if (in_eights) {
+    const Eights eights(kernels, inputs, args.blocks, args.tokens);
+    args.eights = eights.inputs.data();
+    kernels->eight_rows(args, 0, static_cast<int>(count));
+  } else if (in_panels || Panels::always(kernels, format)) {
+    Panels panels(kernels, format, inputs, args.blocks, args.tokens);
+    args.panels = panels.data();
+    panels.kernels->rows(args, 0, static_cast<int>(count), panels.scratch());
   } else {
     kernels->rows(args, 0, static_cast<int>(count));
   }
@@ -286,7 +307,7 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
 
 // The vocabulary head's two passes over rows in planes: estimates, their bounds, and every row refined, [T, R] each.
 std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In<uint8_t, 2> low, In<float, 2> x, float sigmas,
-                                                         const std::string& isa, bool tiled) {
+                                                         const std::string& isa, bool tiled, bool in_eights) {
   const Kernels* kernels = find_kernels(isa);
   const Inputs inputs(kernels, Format::planes, x);
   const size_t tokens = x.shape(0), count = high.shape(0);
@@ -301,6 +322,10 @@ std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In
     const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
     args.tiles = tiles.groups.data();
     kernels->tiled_estimates(args, 0, rows, sigmas, estimate.data, bound.data, count, tiles.scratch());
+  } else if (in_eights) {
+    const Eights eights(kernels, inputs, args.blocks, args.tokens);
+    args.eights = eights.inputs.data();
+    kernels->eight_estimates(args, 0, rows, sigmas, estimate.data, bound.data, count);
   } else {
     kernels->estimate_rows(args, 0, rows, sigmas, estimate.data, bound.data, count);
   }
@@ -310,7 +335,7 @@ std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In
 }
 
 // The MLP of all tokens of a call together, as for batches and prompts; `tiles` is scratch memory of the tiled kernels or null.
-void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, float* panels, float* y, MlpCounts* counts) {
+void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, Panels* panels, float* y, MlpCounts* counts) {
   const int tokens = args.tokens, width = args.blocks * kSuperblock;
   const int blocks = (args.neurons + kNeuronBlock - 1) / kNeuronBlock;
   std::vector<ActiveBlock> active(static_cast<size_t>(blocks) * tokens);
@@ -321,8 +346,9 @@ void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, f
       out[t]->count = 0;
     }
     const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-    if (tiles) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), counts, tiles);
-    else if (panels) kernels->panel_activate(args, b * kNeuronBlock, last, out.data(), counts, panels);
+    if (args.eights) kernels->eight_activate(args, b * kNeuronBlock, last, out.data(), counts);
+    else if (tiles) kernels->tiled_activate(args, b * kNeuronBlock, last, out.data(), counts, tiles);
+    else if (panels) panels->kernels->activate(args, b * kNeuronBlock, last, out.data(), counts, panels->scratch());
     else kernels->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), counts);
   }
   const std::vector<float> no_bias(width, 0.0f);
@@ -336,7 +362,7 @@ void int4_together(const Kernels* kernels, const MlpArgs& args, bool tiled, floa
   const int blocks = (neurons + kNeuronBlock - 1) / kNeuronBlock, tiles = (tokens + kTileTokens - 1) / kTileTokens;
   std::vector<float> squared(static_cast<size_t>(tokens) * neurons), zeros(width, 0.0f);
   kernels->rows({args.format, args.up, args.up_bytes, nullptr, 0, args.blocks, args.x, tokens, args.bias, squared.data(),
-                 static_cast<size_t>(neurons), Epilogue::squared_relu, nullptr, nullptr}, 0, neurons);
+                 static_cast<size_t>(neurons), Epilogue::squared_relu, nullptr, nullptr, nullptr}, 0, neurons);
   std::vector<ActivationBlock> codes(static_cast<size_t>(blocks) * tokens);
   std::vector<TokenGroup> groups(tiled ? static_cast<size_t>(blocks) * tiles * kLanes : 0);
   std::vector<uint32_t> needed(blocks * kLanes);
@@ -357,7 +383,7 @@ void int4_together(const Kernels* kernels, const MlpArgs& args, bool tiled, floa
 }
 
 // The same token by token, as in decoding.
-void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, float* y, MlpCounts* counts) {
+void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float, 2>& x, float* y, MlpCounts* counts) {
   const bool packed = args.format != Format::f32 && args.format != Format::bf16;
   const size_t width = static_cast<size_t>(args.blocks) * kSuperblock;
   const size_t input_bytes = args.blocks * (packed ? sizeof(ActivationBlock) : kSuperblock * sizeof(float));
@@ -365,9 +391,16 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, float* y, MlpCo
   for (int t = 0; t < args.tokens; t++) {
     MlpArgs one = args;
     one.tokens = 1, one.x = static_cast<const uint8_t*>(args.x) + t * input_bytes, one.outliers = args.outliers + t * kOutliers;
+    std::optional<Panels> panels;
+    if (Panels::always(kernels, args.format)) {
+      Inputs input;
+      input.floats = padded_inputs(x.data() + t * x.shape(1), 1, static_cast<int>(x.shape(1)));
+      one.panels = panels.emplace(kernels, args.format, input, args.blocks, 1).data();
+    }
     for (int b = 0; b * kNeuronBlock < args.neurons; b++) {
       std::fill(sum.begin(), sum.end(), 0.0f);
-      (args.format == Format::q4 ? kernels->int4_block : kernels->one_block)(one, b, sum.data(), counts);
+      if (args.format == Format::q4) kernels->int4_block(one, b, sum.data(), counts);
+      else kernels->one_block(one, b, sum.data(), counts, panels ? panels->scratch() : nullptr);
       for (size_t i = 0; i < width; i++) y[t * width + i] += sum[i];
     }
   }
@@ -377,7 +410,7 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, float* y, MlpCo
 std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_name, In<uint8_t, 2> up, In<uint8_t, 2> down, int down_offset,
                                                     In<float, 1> bias, In<float, 2> x, In<float, 2> outliers,
                                                     float margin, bool together, const std::string& isa, bool tiled,
-                                                    bool in_panels) {
+                                                    bool in_panels, bool in_eights) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
@@ -385,18 +418,19 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   const size_t width = round_up(x.shape(1), kSuperblock);
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
-                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr};
+                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr, nullptr};
   std::optional<Tiles> tiles;
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
   std::optional<Panels> panels;
-  if (in_panels) args.panels = panels.emplace(kernels, inputs, args.blocks, tokens).floats.data();
+  if (in_panels || Panels::always(kernels, format)) args.panels = panels.emplace(kernels, format, inputs, args.blocks, tokens).data();
+  std::optional<Eights> eights;
+  if (in_eights) args.eights = eights.emplace(kernels, inputs, args.blocks, tokens).inputs.data();
   MlpCounts counts = {};
   Owned<float> y(tokens * width);
   std::fill_n(y.data, tokens * width, 0.0f);
-  float* scratch = panels ? panels->scratch.data() : nullptr;
   if (together && format == Format::q4) int4_together(kernels, args, tiled, y.data, &counts);
-  else if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, scratch, y.data, &counts);
-  else mlp_one_by_one(kernels, args, y.data, &counts);
+  else if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, panels ? &*panels : nullptr, y.data, &counts);
+  else mlp_one_by_one(kernels, args, x, y.data, &counts);
   return {y.array({static_cast<size_t>(tokens), width}), counts.candidates, counts.active};
 }
 
@@ -515,13 +549,16 @@ NB_MODULE(_native, m) {
   m.def("round_trip", &round_trip, "x"_a, "isa"_a = "auto", "Inputs rounded to int8 in groups of 32, as floats.");
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "isa"_a = "auto");
   m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false,
-        "x [T, K] . weights^T -> [T, R]; tiled, panels: by the kernels for many tokens of packed or float rows.");
+        "eights"_a = false, "x [T, K] . weights^T -> [T, R]; tiled, panels: by the kernels for many tokens of packed or float rows; "
+        "eights: by those for up to 8 tokens of packed rows.");
   m.def("head_rows", &head_rows, "high"_a, "low"_a, "x"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
-        "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
+        "eights"_a = false, "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
   m.def("tiled_tokens", [](const std::string& isa) { return find_kernels(isa)->tiled_tokens; }, "isa"_a = "auto",
         "Fewest tokens for which the tiled kernels are used; 0 where there are none.");
+  m.def("fewest_eights", [](const std::string& isa) { return find_kernels(isa)->fewest_eights; }, "isa"_a = "auto",
+        "Fewest tokens for which the kernels for few tokens are used, up to 8; 0 where there are none.");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
-        "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "MLP output without its bias, candidates, active.");
+        "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "eights"_a = false, "MLP output without its bias, candidates, active.");
   m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "table"_a, "block_size"_a, "int8"_a, "isa"_a = "auto");
   m.def("fingerprint", [](In<uint8_t, 1> data, const std::string& isa) {
           const Kernels* kernels = find_kernels(isa);

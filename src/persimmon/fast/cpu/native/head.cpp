@@ -47,6 +47,7 @@ void Model::head(const std::vector<int>& wanted, const Output& output) {
   for (int first = 0; first < count; first += kTokensAtOnce) {
     RowsArgs args = rows_args(lm_head_, packed_.get() + static_cast<size_t>(first) * lm_head_.blocks,
                               std::min(kTokensAtOnce, count - first), nullptr, shape_.vocab, Epilogue::store);
+    if (count > kTokensAtOnce) args.eights = nullptr;  // the tokens were packed into tiles
     args.tiles += static_cast<size_t>(first / kTileTokens) * kLanes * lm_head_.blocks;
     head_top(args, exact_top, logits + static_cast<size_t>(first) * shape_.vocab);
   }
@@ -88,7 +89,7 @@ void Model::score_pieces(const Group& group, int begin, int end, const Output& o
     args.weights += first * args.row_bytes;  // so that the logits of the piece begin at 0
     if (args.low) args.low += first * args.low_bytes;
     if (group.first) args.x = normed_.data() + static_cast<size_t>(group.first) * width_;
-    if (group.first) args.panels += static_cast<size_t>(group.first) * width_;
+    if (group.first) args.panels += panel_offset(group.first);
     multiply_range(args, 0, count, group.thread);
     for (int t = 0; t < group.count; t++) {
       const float* row = logits + static_cast<size_t>(t) * kScoreRows;
@@ -108,7 +109,9 @@ void Model::head_top(const RowsArgs& args, int top, float* logits) {
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     for (int c = begin; c < end; c++) {
       const int first = c * kHeadChunk, last = std::min(first + kHeadChunk, vocab);
-      if (in_tiles)
+      if (args.eights)
+        kernels_->eight_estimates(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride);
+      else if (in_tiles)
         kernels_->tiled_estimates(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride, tile_scratch(thread));
       else
         kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride);

@@ -41,7 +41,6 @@ INLINE int find_needed(const ActivationBlock& x, int g, const uint8_t* rows, siz
   return found;
 }
 
-// The group's integers for the 128 outputs whose nibbles lie `at` bytes into the rows: value[j] has outputs 16 j .. 16 j + 15.
 #if defined(__AVX512VNNI__)
 
 // Four rows' bytes side by side: r[j] has outputs 16 j .. and, in the high nibbles, 64 + 16 j ...
@@ -54,31 +53,13 @@ INLINE void interleave_rows(const uint8_t* const* row, size_t at, __m512i* r) {
   r[2] = _mm512_unpacklo_epi16(h01, h23), r[3] = _mm512_unpackhi_epi16(h01, h23);
 }
 
-INLINE void piece_values(const NeededRows& n, size_t at, f32x16* value) {
-  const __m512i mask = _mm512_set1_epi8(15);
-  __m512i sum[8];
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) sum[j] = _mm512_set1_epi32(n.offset);
-  for (int q = 0; q < n.quads; q++) {
-    const __m512i code = _mm512_set1_epi32(read_unaligned<int32_t>(n.code + 4 * q));
-    __m512i r[4];
-    interleave_rows(n.row + 4 * q, at, r);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      sum[j] = _mm512_dpbusd_epi32(sum[j], _mm512_and_si512(r[j], mask), code);
-      sum[4 + j] = _mm512_dpbusd_epi32(sum[4 + j], _mm512_and_si512(_mm512_srli_epi16(r[j], 4), mask), code);
-    }
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) value[j] = _mm512_cvtepi32_ps(sum[j]);
-}
-
 #elif defined(__AVX2__)
 
 INLINE f32x8 pair_sums(__m256i sum, int offset) {
   return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(offset)));
 }
 
+// The group's integers for the 128 outputs whose nibbles lie `at` bytes into the rows: value[j] has outputs 16 j .. 16 j + 15.
 INLINE void piece_values(const NeededRows& n, size_t at, f32x16* value) {
   const __m256i mask = _mm256_set1_epi8(15);
   for (int half = 0; half < 2; half++) {  // outputs 8 half .. 8 half + 7 of every sixteen
@@ -106,6 +87,7 @@ INLINE void piece_values(const NeededRows& n, size_t at, f32x16* value) {
 
 #else
 
+// The group's integers for the 128 outputs whose nibbles lie `at` bytes into the rows: value[j] has outputs 16 j .. 16 j + 15.
 INLINE void piece_values(const NeededRows& n, size_t at, f32x16* value) {
   int32_t sum[kInt4Piece];
   for (int c = 0; c < kInt4Piece; c++) sum[c] = n.offset;
@@ -122,15 +104,6 @@ INLINE void piece_values(const NeededRows& n, size_t at, f32x16* value) {
 }
 
 #endif
-
-// sum[0 .. 128) += what the group adds to those outputs. scales: of the first of them.
-INLINE void add_piece(const NeededRows& n, size_t at, const uint8_t* scales, float* sum) {
-  f32x16 value[8];
-  piece_values(n, at, value);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++)
-    store16(sum + 16 * j, fma(mul(load_half16(scales + 32 * j), set16(n.scale)), value[j], load16(sum + 16 * j)));
-}
 
 // What will be read next, fetched piece by piece beside what is read now.
 struct Ahead {
@@ -194,6 +167,15 @@ static void add_group(const NeededRows& n, const uint8_t* scales, int begin, int
 }
 
 #else
+
+// sum[0 .. 128) += what the group adds to those outputs. scales: of the first of them.
+INLINE void add_piece(const NeededRows& n, size_t at, const uint8_t* scales, float* sum) {
+  f32x16 value[8];
+  piece_values(n, at, value);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++)
+    store16(sum + 16 * j, fma(mul(load_half16(scales + 32 * j), set16(n.scale)), value[j], load16(sum + 16 * j)));
+}
 
 static void add_group(const NeededRows& n, const uint8_t* scales, int begin, int end, const Ahead& after, float* sum) {
   for (int column = begin; column < end; column += kInt4Piece) {

@@ -2,7 +2,9 @@
 #pragma once
 #include "activations.h"
 #include "attention.h"
+#include "eights.h"
 #include "fingerprint.h"
+#include "float_tile_rows.h"
 #include "int4_scale.h"
 #include "panels.h"
 #include "sparse_mlp.h"
@@ -19,10 +21,17 @@ static constexpr Kernels table(const char* name) {
 #define PERSIMMON_TILED 0, nullptr, nullptr, nullptr, nullptr, nullptr
 #define PERSIMMON_TILED_INT4 nullptr
 #endif
-  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED,
-          make_panels, panel_scratch_floats, panel_rows, panel_activate, estimate_rows, refine_row,
-          activate, one_block, down_columns, int4_block, count_needed, int4_columns, PERSIMMON_TILED_INT4, summarize,
-          attend_int8, attend_float, quantize_head, int4_scale, fingerprint};
+  constexpr PanelKernels panels = {kFewestPanelTokens, 2, make_panels, panel_scratch_floats, panel_rows, panel_activate};
+#if defined(__AMX_BF16__)
+  constexpr PanelKernels bf16 = {1, kFloatParts, make_float_tiles, float_tile_scratch, float_tile_rows, float_tile_activate};
+  constexpr auto block = float_tile_or_one_block;
+#else
+  constexpr PanelKernels bf16 = panels;
+  constexpr auto block = one_block;
+#endif
+  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, estimate_rows, refine_row,
+          activate, block, down_columns, int4_block, count_needed, int4_columns, PERSIMMON_TILED_INT4, summarize, attend_int8,
+          attend_float, quantize_head, int4_scale, fingerprint};
 }
 
 }  // namespace PERSIMMON_ISA

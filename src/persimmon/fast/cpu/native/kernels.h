@@ -25,7 +25,8 @@ struct RowsArgs {
   size_t y_stride;
   Epilogue epilogue;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
-  const float* panels;     // panel kernels: x by make_panels
+  const uint16_t* panels;  // panel kernels: x by PanelKernels::make
+  const EightTokens* eights;  // kernels for few tokens: x by make_eights
 };
 
 // The non-zero squared activations of one block of kNeuronBlock neurons, ascending.
@@ -50,7 +51,8 @@ struct MlpArgs {
   float margin;          // p44: a neuron is skipped when estimate <= -margin * spread; infinite never skips
   int tokens;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
-  const float* panels;     // panel kernels: x by make_panels
+  const uint16_t* panels;  // panel kernels: x by PanelKernels::make
+  const EightTokens* eights;  // kernels for few tokens: x by make_eights
 };
 
 struct MlpCounts {
@@ -110,6 +112,18 @@ struct AttentionArgs {
 };
 constexpr int kQueryTile = 32;
 
+// float32 or bfloat16 rows with many tokens, which lie in panels of kPanelTokens.
+struct PanelKernels {
+  int fewest_tokens;  // from this many tokens on they are taken; 1: always, as `rows` and `activate` sum in another order
+  int input_halves;   // 16-bit words of a panel for each of its inputs and tokens
+  // x [tokens][inputs] -> panels [begin, end); panels begin at a multiple of 64 bytes.
+  void (*make)(const float* x, int inputs, int tokens, int begin, int end, uint16_t* panels);
+  size_t (*scratch_floats)(int inputs, int tokens);
+  void (*rows)(const RowsArgs& args, int begin, int end, float* scratch);  // scratch: likewise aligned
+  // The active neurons among [begin, end) (inside one block) of all tokens, appended to out.
+  void (*activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts, float* scratch);
+};
+
 struct Kernels {
   const char* name;
   // int8 codes of n inputs (padded with zeros to 256 * blocks); false when an input is not finite.
@@ -128,13 +142,13 @@ struct Kernels {
                           size_t stride, uint8_t* scratch);
   void (*tiled_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts,
                          uint8_t* scratch);
-  // float32 and bfloat16 rows and many tokens (panels.h): pays from kFewestPanelTokens on. x [T][inputs] becomes panels
-  // [begin, end) of kPanelTokens tokens; scratch holds panel_scratch_floats.
-  void (*make_panels)(const float* x, int inputs, int tokens, int begin, int end, float* panels);
-  size_t (*panel_scratch_floats)(int inputs);
-  void (*panel_rows)(const RowsArgs& args, int begin, int end, float* scratch);
-  void (*panel_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts,
-                         float* scratch);
+  // Packed rows and few tokens (eights.h): from `fewest_eights` to kMostEights; never (and the functions are null) when 0.
+  int fewest_eights;
+  void (*make_eights)(const ActivationBlock* x, int tokens, int blocks, int begin, int end, EightTokens* eights);
+  void (*eight_rows)(const RowsArgs& args, int begin, int end);
+  void (*eight_estimates)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound, size_t stride);
+  void (*eight_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts);
+  PanelKernels float_panels, bf16_panels;  // panels.h, float_tiles.h
   // Planes: estimate[t * stride + r] from the high plane, and bound = estimate + sigmas standard deviations of its error.
   void (*estimate_rows)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
                         size_t stride);
@@ -144,7 +158,8 @@ struct Kernels {
   void (*activate)(const MlpArgs& args, int begin, int end, int token, int count, ActiveBlock* const* out,
                    MlpCounts* counts);
   // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute. Not for q4, which has int4_block.
-  void (*one_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts);
+  // Scratch: of PanelKernels, for float rows.
+  void (*one_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts, float* panel_scratch);
   // y[t, c] += (sum over blocks of their neurons' contributions) + bias[c] for columns [begin, end), multiples of 64.
   // active[block * tokens + t]; scratch holds down_scratch_floats.
   void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,
@@ -167,10 +182,21 @@ struct Kernels {
 };
 
 constexpr int kPanelTokens = 32;
-constexpr int kFewestPanelTokens = 13;
+struct alignas(64) PanelLine {  // of the memory of panels and their scratch
+  uint16_t halves[32];
+};
+// Words before the panel of token `token`, a multiple of kPanelTokens.
+constexpr size_t panel_offset(const PanelKernels& kernels, int inputs, int token) {
+  return static_cast<size_t>(token) * inputs * kernels.input_halves;
+}
+constexpr size_t panel_lines(const PanelKernels& kernels, int inputs, int tokens) {
+  return panel_offset(kernels, inputs, static_cast<int>(round_up(tokens, kPanelTokens))) / 32;
+}
 
 constexpr int kDownColumns = 64;
 constexpr int kMostDownColumns = 256;  // columns that a kernel may take at a time: a whole superblock
+constexpr int kFewestShared = 9;      // tokens from which the rows they share are unpacked once for all of them
+constexpr int kMostFewColumns = 2048; // columns that a kernel takes at a time for fewer tokens
 // down_columns: rows as floats [256][256], scales [256][8], totals [T][256].
 constexpr size_t down_scratch_floats(int tokens) {
   return static_cast<size_t>(kNeuronBlock) * (kMostDownColumns + kMostDownColumns / kGroup) +

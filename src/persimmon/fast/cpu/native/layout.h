@@ -60,6 +60,16 @@ static_assert(sizeof(TokenGroup) == 704, "eleven cache lines");
 
 constexpr size_t int4_record_bytes(int blocks) { return static_cast<size_t>(blocks) * kSuperblock * (2 + kGroup / 2); }
 
+constexpr int kMostEights = 8;      // tokens of an EightTokens
+constexpr int kPairs = 4;           // of groups of a superblock
+
+// 256 inputs of up to eight tokens, for products with few tokens on AMX (eights.h): a column is a token of one group of a pair.
+struct alignas(64) EightTokens {
+  int8_t code[kPairs][16][16][4];   // [pair][four inputs][column]; zero where inputs and column are of different groups
+  float scale[kPairs][16], sum[kPairs][16], energy[kPairs][16];
+};
+static_assert(sizeof(EightTokens) == 4864, "76 cache lines");
+
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace persimmon

@@ -10,11 +10,9 @@ namespace {
 constexpr int kStepTokens = 256;       // tokens run through all layers together; bounds the scratch memory
 constexpr int kChunkBytes = 64 << 10;  // weights a thread takes at a time
 constexpr int kTiledRows = 64;         // rows a thread takes at a time when tokens lie in tiles: four panels (tiles.h)
+constexpr int kPanelGrain = 128;       // ... when they lie in panels: what float_tiles.h reads together
+constexpr int kMostHeads = 4;          // whose rows a thread multiplies before it attends
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
-// Work of an int4 down projection in which every token gathers its rows, in groups of neurons added for a token; four rows of
-// a group cost about six eighths of what a group costs anyway. From kSharedWork on, rows are unpacked once for all tokens.
-constexpr double kRowWork = 6, kSharedWork = 24;
-constexpr int kMostInt4Columns = 1024;  // outputs of an int4 down projection that a thread takes at a time
 constexpr int kSumPiece = 16;          // outputs of a cache line
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
@@ -37,10 +35,14 @@ bool is_packed(Format format) { return format != Format::f32 && format != Format
 
 Model::Model(const Shape& shape, const Formats& formats, const std::map<std::string, Bytes>& tensors, const float* cos,
              const float* sin, const Kernels* kernels, int threads)
-    : counts(shape.layers), shape_(shape), formats_(formats), kernels_(kernels), cos_(cos), sin_(sin),
+    : counts(shape.layers), shape_(shape), formats_(formats), kernels_(kernels),
+      panel_kernels_(formats.attention == Format::bf16 ? &kernels->bf16_panels : &kernels->float_panels), cos_(cos), sin_(sin),
       width_(static_cast<int>(round_up(shape.hidden, kSuperblock))),
       neuron_blocks_(static_cast<int>(round_up(shape.intermediate, kNeuronBlock) / kNeuronBlock)),
-      neuron_groups_(static_cast<int>(round_up(shape.intermediate, kGroup) / kGroup)), packed_inputs_(is_packed(formats.attention)), pool_(threads) {
+      neuron_groups_(static_cast<int>(round_up(shape.intermediate, kGroup) / kGroup)), 
+      packed_inputs_(is_packed(formats.attention)), pool_(threads) {
+  if (!packed_inputs_ && (formats.mlp != formats.attention || formats.head != formats.attention))
+    throw std::invalid_argument("float32 and bfloat16 matrices in one model");
   const Resolver resolver(tensors);
   const size_t element = formats.embedding_bf16 ? 2 : 4;
   embedding_ = resolver.bytes("embed_tokens.weight", element * shape.vocab * shape.hidden);
@@ -252,17 +254,16 @@ void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_
 }
 
 void Model::reserve_panels(int tokens) {
-  panels_.resize(std::max(panels_.size(), round_up(tokens, kPanelTokens) * width_));
-  panel_scratch_stride_ = round_up(kernels_->panel_scratch_floats(width_), 16);
+  panels_.resize(std::max(panels_.size(), panel_lines(*panel_kernels_, width_, tokens)));
+  panel_scratch_stride_ = std::max(panel_scratch_stride_, panel_kernels_->scratch_floats(width_, tokens) / 16 + 1);
   panel_scratch_.resize(panel_scratch_stride_ * pool_.threads());
 }
 
 void Model::make_panels(const float* x, int tokens) {
   if (!in_panels(tokens)) return;
-  const int panels = (tokens + kPanelTokens - 1) / kPanelTokens;
   reserve_panels(tokens);
-  pool_.parallel_for(panels, 1, [&](int begin, int end, int) {
-    kernels_->make_panels(x, width_, tokens, begin, end, panels_.data());
+  pool_.parallel_for((tokens + kPanelTokens - 1) / kPanelTokens, 1, [&](int begin, int end, int) {
+    panel_kernels_->make(x, width_, tokens, begin, end, panels());
   });
 }
 
@@ -275,6 +276,12 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
         finite_ = false;
     }
   });
+  if (in_eights(tokens)) {
+    eights_.resize(std::max<size_t>(eights_.size(), blocks));
+    pool_.parallel_for(blocks, std::max(1, blocks / pool_.threads()), [&](int begin, int end, int) {
+      kernels_->make_eights(out, tokens, blocks, begin, end, eights_.data());
+    });
+  }
   if (!tiled(tokens)) return;
   const int tiles = (tokens + kTileTokens - 1) / kTileTokens;
   tiles_.resize(static_cast<size_t>(tiles) * kLanes * blocks);
@@ -290,11 +297,12 @@ void Model::reserve_tiles(size_t bytes) {
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
                           Epilogue epilogue) const {
   return {linear.format, linear.weights, linear.row_bytes, linear.low, linear.low_bytes, linear.blocks,
-          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels_.data()};
+          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels(),
+          in_eights(tokens) ? eights_.data() : nullptr};
 }
 
 int Model::grain(const Linear& linear, int tokens) const {
-  if (is_packed(linear.format) ? tiled(tokens) : in_panels(tokens)) return kTiledRows;
+  if (is_packed(linear.format) ? tiled(tokens) || in_eights(tokens) : in_panels(tokens)) return is_packed(linear.format) ? kTiledRows : kPanelGrain;
   const int rows = static_cast<int>(kChunkBytes / linear.row_bytes);
   if (is_packed(linear.format)) return std::max(1, rows);
   const int share = (linear.rows + 4 * pool_.threads() - 1) / (4 * pool_.threads());  // small matrices: some for everybody
@@ -304,8 +312,9 @@ int Model::grain(const Linear& linear, int tokens) const {
 // Rows [begin, end) by the kernel for that many tokens.
 void Model::multiply_range(const RowsArgs& args, int begin, int end, int thread) {
   const bool packed = is_packed(args.format);
-  if (packed && tiled(args.tokens)) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
-  else if (!packed && in_panels(args.tokens)) kernels_->panel_rows(args, begin, end, panel_scratch(thread));
+  if (packed && args.eights) kernels_->eight_rows(args, begin, end);
+  else if (packed && tiled(args.tokens)) kernels_->tiled_rows(args, begin, end, tile_scratch(thread));
+  else if (!packed && in_panels(args.tokens)) panel_kernels_->rows(args, begin, end, panel_scratch(thread));
   else kernels_->rows(args, begin, end);
 }
 
@@ -321,9 +330,10 @@ void Model::multiply(const Linear& linear, const void* x, int tokens, float* y, 
 void Model::attention_one(const Layer& layer, int index, const std::vector<Token>& tokens) {
   const RowsArgs args = rows_args(layer.qkv, input(), 1, qkv_.data(), 3 * shape_.hidden, Epilogue::store);
   const int rows = 3 * shape_.head_dim;
-  pool_.parallel_for(shape_.heads, 1, [&](int begin, int end, int) {
+  const int grain = std::clamp(shape_.heads / (2 * pool_.threads()), 1, kMostHeads);
+  pool_.parallel_for(shape_.heads, grain, [&](int begin, int end, int thread) {
+    multiply_range(args, begin * rows, end * rows, thread);
     for (int h = begin; h < end; h++) {
-      kernels_->rows(args, h * rows, (h + 1) * rows);
       prepare_head(layer, index, tokens[0], 0, h);
       attend_heads(index, tokens, queries_[0], h, 1);
     }
@@ -400,7 +410,8 @@ void Model::attend_heads(int index, const std::vector<Token>& tokens, const Quer
 MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
   return {formats_.mlp,        layer.up.weights, layer.up.row_bytes,  layer.neurons,        layer.neuron_bytes,
           layer.neuron_offset, layer.up_bias,    shape_.intermediate, width_ / kSuperblock, input(),
-          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels_.data()};
+          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels(),
+          in_eights(tokens) ? eights_.data() : nullptr};
 }
 
 void Model::mlp(const Layer& layer, int index, int tokens) {
@@ -421,12 +432,13 @@ void Model::mlp(const Layer& layer, int index, int tokens) {
 
 // One token: up and down in one region, block by block. output[0 .. width) = sum of the neurons' contributions.
 MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
-  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int) {
+  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int thread) {
     for (int b = begin; b < end; b++) {
       float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
       std::fill(sum, sum + width_, 0.0f);
       MlpCounts found = {};
-      (args.format == Format::q4 ? kernels_->int4_block : kernels_->one_block)(args, b, sum, &found);
+      if (args.format == Format::q4) kernels_->int4_block(args, b, sum, &found);
+      else kernels_->one_block(args, b, sum, &found, panel_scratch(thread));
       block_counts_[b] = found;
     }
   });
@@ -456,64 +468,23 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
       }
       MlpCounts found = {};
       const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-      if (panels) kernels_->panel_activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(thread));
+      if (is_packed(args.format) && args.eights) kernels_->eight_activate(args, b * kNeuronBlock, last, out.data(), &found);
+      else if (panels) panel_kernels_->activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(thread));
       else if (in_tiles) kernels_->tiled_activate(args, b * kNeuronBlock, last, out.data(), &found, tile_scratch(thread));
       else kernels_->activate(args, b * kNeuronBlock, last, 0, tokens, out.data(), &found);
       block_counts_[b] = found;
     }
   });
-  // Wide chunks as long as there are some for every thread.
-  const int columns = width_ >= 4 * kMostDownColumns * pool_.threads() ? kMostDownColumns : kDownColumns;
+  // Few tokens: long pieces of rows. Else wide chunks as long as there are some for every thread.
+  const int share = width_ / pool_.threads();
+  int columns = share >= 4 * kMostDownColumns ? kMostDownColumns : kDownColumns;
+  if (tokens < kFewestShared && share >= kMostDownColumns)
+    columns = std::min(kMostFewColumns, static_cast<int>(round_up(share, kMostDownColumns)));
   pool_.parallel_for(width_, columns, [&](int begin, int end, int thread) {
     kernels_->down_columns(args, active_.data(), begin, end, bias, x_.data(), width_,
                            scratch_.data() + thread * down_scratch_floats(reserved_tokens_));
   });
   return total_counts();
-}
-
-// q4: the same sums from squared activations that are rounded to int8, block by block of neurons.
-MlpCounts Model::mlp_many_int4(const Layer& layer, int tokens) {
-  square_blocks(layer, tokens);
-  const Int4DownArgs args = {layer.neurons, layer.neuron_bytes, neuron_groups_, width_ / kSuperblock, packed_squared_.get(),
-                       squared_tiles_.data(), needed_.data(), tokens, layer.down_bias, x_.data(), static_cast<size_t>(width_)};
-  const MlpCounts total = total_counts();
-  const double work = kRowWork * total.active / shape_.intermediate + static_cast<double>(total.groups) / neuron_groups_;
-  const bool tiles = kernels_->tiled_int4_columns && work >= kSharedWork;
-  // Wide chunks, which are long pieces of rows, as long as there are some for every thread and their sums fit.
-  const int sums = static_cast<int>(round_up(tokens, kTileTokens)) + 1, room = static_cast<int>(down_scratch_floats(tokens)) / sums;
-  const int columns = std::clamp(std::min(width_ / (2 * pool_.threads()), room) / kInt4Piece * kInt4Piece, kInt4Piece, kMostInt4Columns);
-  pool_.parallel_for(width_, columns, [&](int begin, int end, int thread) {
-    float* scratch = scratch_.data() + thread * down_scratch_floats(reserved_tokens_);
-    for (int from = begin; from < end; from += columns) {  // a single thread gets all at once
-      const int to = std::min(from + columns, end);
-      if (tiles) kernels_->tiled_int4_columns(args, from, to, scratch, tile_scratch(thread));
-      else kernels_->int4_columns(args, from, to, scratch);
-    }
-  });
-  return total;
-}
-
-// Up projection, squares, and their codes, in tiles where the kernels want them.
-void Model::square_blocks(const Layer& layer, int tokens) {
-  const size_t tiles = kernels_->tiled_int4_columns ? (tokens + kTileTokens - 1) / kTileTokens * kLanes : 0;
-  const RowsArgs whole = rows_args(layer.up, input(), tokens, nullptr, kNeuronBlock, Epilogue::squared_relu);
-  std::vector<TokenGroup>& out = squared_tiles_;
-  if (out.size() < tiles * neuron_blocks_) out.resize(tiles * neuron_blocks_);
-  pool_.parallel_for(neuron_blocks_, 1, [&](int begin, int end, int thread) {
-    for (int b = begin; b < end; b++) {
-      const int first = b * kNeuronBlock, count = std::min(kNeuronBlock, shape_.intermediate - first);
-      RowsArgs args = whole;
-      args.weights += first * args.row_bytes, args.bias += first;
-      args.y = squared_.data() + static_cast<size_t>(thread) * tokens * kNeuronBlock;
-      multiply_range(args, 0, count, thread);
-      ActivationBlock* codes = packed_squared_.get() + static_cast<size_t>(b) * tokens;
-      for (int t = 0; t < tokens; t++)
-        if (!kernels_->quantize(args.y + static_cast<size_t>(t) * kNeuronBlock, count, 1, codes + t)) finite_ = false;
-      block_counts_[b] = {static_cast<int64_t>(count) * tokens, 0, 0};
-      kernels_->count_needed(codes, tokens, needed_.data() + b * kLanes, &block_counts_[b]);
-      if (tiles) kernels_->make_tiles(codes, tokens, 1, 0, static_cast<int>(tiles / kLanes), out.data() + b * tiles);
-    }
-  });
 }
 
 MlpCounts Model::total_counts() const {

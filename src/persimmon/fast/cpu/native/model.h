@@ -122,6 +122,8 @@ class Model {
   void begin_layer(const Layer& layer, int index, const std::vector<Token>& tokens, const Group& group);
   MlpCounts finish_layer(const Layer& layer, int index, const std::vector<Token>& tokens, const Group& group);
   void normalize_group(const Norm& norm, const Group& group);
+  uint16_t* panels() { return reinterpret_cast<uint16_t*>(panels_.data()); }
+  const uint16_t* panels() const { return reinterpret_cast<const uint16_t*>(panels_.data()); }
   void panels_of_group(const float* x, const Group& group);
   void multiply_group(const Linear& linear, const float* x, const Group& group, float* y, size_t stride, Epilogue epilogue);
   MlpCounts mlp_group(const Layer& layer, const Group& group);
@@ -132,11 +134,13 @@ class Model {
   const void* input() const;
   int grain(const Linear& linear, int tokens) const;
   uint8_t* tile_scratch(int thread) { return reinterpret_cast<uint8_t*>(tile_scratch_.data() + thread * tile_scratch_stride_); }
-  float* panel_scratch(int thread) { return panel_scratch_.data() + thread * panel_scratch_stride_; }
-  bool in_panels(int tokens) const { return tokens >= kFewestPanelTokens; }
+  float* panel_scratch(int thread) { return reinterpret_cast<float*>(panel_scratch_.data() + thread * panel_scratch_stride_); }
+  bool in_panels(int tokens) const { return tokens >= panel_kernels_->fewest_tokens; }
+  size_t panel_offset(int token) const { return persimmon::panel_offset(*panel_kernels_, width_, token); }
   void reserve_panels(int tokens);
   void reserve_tiles(size_t bytes);
   void make_panels(const float* x, int tokens);
+  bool in_eights(int tokens) const { return kernels_->fewest_eights && tokens >= kernels_->fewest_eights && tokens <= kMostEights; }
   bool tiled(int tokens) const { return kernels_->tiled_tokens && tokens >= kernels_->tiled_tokens; }
   void multiply(const Linear& linear, const void* x, int tokens, float* y, size_t y_stride, Epilogue epilogue);
   void multiply_range(const RowsArgs& args, int begin, int end, int thread);
@@ -161,6 +165,7 @@ class Model {
   Shape shape_;
   Formats formats_;
   const Kernels* kernels_;
+  const PanelKernels* panel_kernels_;  // of float weights
   const float *cos_, *sin_;
   const uint8_t* embedding_;
   std::vector<Layer> layers_;
@@ -198,11 +203,12 @@ class Model {
   std::vector<uint32_t> needed_;           // q4: [groups of neurons], Int4DownArgs
   std::vector<TokenGroup> squared_tiles_;  // q4: packed_squared_ in tiles
   std::vector<TokenGroup> tiles_;          // of the inputs packed last, when the kernels want them
+  std::vector<EightTokens> eights_;        // likewise, of few tokens
   std::vector<TokenGroup> tile_scratch_;   // per thread; any type that is aligned
   size_t tile_scratch_stride_ = 0;         // elements
-  std::vector<float> panels_;              // of float inputs, when there are many tokens
-  std::vector<float> panel_scratch_;       // per thread
-  size_t panel_scratch_stride_ = 0;        // floats
+  std::vector<PanelLine> panels_;          // of float inputs, when the kernels want them
+  std::vector<PanelLine> panel_scratch_;   // per thread
+  size_t panel_scratch_stride_ = 0;        // lines
   int reserved_tokens_ = 0;
 };
 

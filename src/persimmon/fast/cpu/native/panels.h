@@ -9,13 +9,14 @@
 //
 // A row's weights become floats once per call of up to 256 tokens. Per 16 products of a vector: half a load. Bound by the
 // multipliers from 16 tokens on; below, the padding to 16 costs what it saves.
-// Not supported: packed formats, which have tiles.h.
+// Not supported: packed formats, which have tiles.h. bfloat16 rows on AMX have float_tiles.h.
 #pragma once
 #include "sparse_mlp.h"
 
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
+constexpr int kFewestPanelTokens = 13;
 constexpr int kPanelVectors = kPanelTokens / 16;
 constexpr int kRowBlock = 16;  // rows that are finished together: a cache line of every token's output
 #if defined(__AVX512F__)
@@ -60,7 +61,8 @@ INLINE void transpose(const float* in, size_t stride, f32x16* out) {
 #endif
 }
 
-static void make_panels(const float* x, int inputs, int tokens, int begin, int end, float* panels) {
+static void make_panels(const float* x, int inputs, int tokens, int begin, int end, uint16_t* out) {
+  float* panels = reinterpret_cast<float*>(out);
   for (int p = begin; p < end; p++) {
     float* panel = panels + static_cast<size_t>(p) * kPanelTokens * inputs;
     const int first = p * kPanelTokens, count = min_int(kPanelTokens, tokens - first);
@@ -155,13 +157,14 @@ INLINE const float* float_rows(const uint8_t* weights, size_t row_bytes, bool wi
   return scratch;
 }
 
-static size_t panel_scratch_floats(int inputs) { return static_cast<size_t>(kRowBlock) * inputs; }
+static size_t panel_scratch_floats(int inputs, int) { return static_cast<size_t>(kRowBlock) * inputs; }
 
 // finish(row, token, products of kRowBlock rows from `row`), for whole blocks of rows from `begin`.
 // Returns the first row that is left.
 template <class Finish>
-INLINE int for_panels(Format format, const uint8_t* weights, size_t row_bytes, const float* panels, int tokens, int inputs,
+INLINE int for_panels(Format format, const uint8_t* weights, size_t row_bytes, const uint16_t* x, int tokens, int inputs,
                       int begin, int end, float* scratch, Finish&& finish) {
+  const float* panels = reinterpret_cast<const float*>(x);
   int row = begin;
   for (; row + kRowBlock <= end; row += kRowBlock) {
     const float* rows = float_rows(weights, row_bytes, format == Format::f32, row, inputs, scratch);

@@ -117,7 +117,17 @@ struct Int8Down {
   INLINE f32x16 load(const uint8_t* row, int column, int i) {
     return load_int8x16(reinterpret_cast<const int8_t*>(row + at(column)) + i);
   }
-  INLINE void fetch(const uint8_t* row, int column, int count) { prefetch(row + at(column), count + kScaleBytes); }
+  INLINE void fetch(const uint8_t* row, int column, int count) {
+    prefetch(row + at(column), static_cast<int>(at(column + count) - at(column)) + kScaleBytes);
+  }
+  // value * scale of N groups of one superblock.
+  template <int N>
+  INLINE void factors(const uint8_t* row, int column, float value, float* out) {
+    const uint8_t* scales = row + static_cast<size_t>(column / kSuperblock) * kInt8Bytes + kSuperblock;
+    if (N == kLanes) return store8(out, mul(set8(value), load_half8(scales)));
+    for (int g = 0; g < N; g++)
+      out[g] = value * half_to_float(read_unaligned<uint16_t>(scales + (column % kSuperblock / kGroup + g) * 2));
+  }
   INLINE float scale(const uint8_t* row, int column) {
     const uint8_t* scales = row + static_cast<size_t>(column / kSuperblock) * kInt8Bytes + kSuperblock;
     return half_to_float(read_unaligned<uint16_t>(scales + column % kSuperblock / kGroup * 2));
@@ -133,6 +143,10 @@ struct FloatDown {
     prefetch(reinterpret_cast<const T*>(row) + column, count * static_cast<int>(sizeof(T)));
   }
   INLINE float scale(const uint8_t*, int) { return 1.0f; }
+  template <int N>
+  INLINE void factors(const uint8_t*, int, float value, float* out) {
+    for (int g = 0; g < N; g++) out[g] = value;
+  }
 };
 
 constexpr int kRowsAtOnce = 4;  // neurons added in one pass over the output, which so stays in registers between them
@@ -217,7 +231,7 @@ static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* cou
 constexpr int kNeuronsAtOnce = 64;  // rows of the up projection between two looks at the down projection
 
 // One token and one block of neurons, up and down: sum[0 .. H) += their contributions.
-static void one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
+static void one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, float*) {
   if (a.format == Format::planes) return planes_block(a, block, sum, counts);
   ActiveBlock active;
   active.count = 0;
@@ -302,6 +316,54 @@ static void down_chunk(const MlpArgs& a, const ActiveBlock* active, int column, 
     for (int i = 0; i < C; i++) y[t * y_stride + column + i] += total[t * C + i] + bias[column + i];
 }
 
+// Few tokens: hardly a row is wanted by two of them, so every token reads its rows as they are, C columns of them at a time,
+// its sums in registers. The pieces that the next block of neurons wants are fetched meanwhile, each as long as the range.
+// Sums of one token's neurons of a block, C columns of one superblock.
+template <class D, int C>
+INLINE void add_own_columns(const uint8_t* base, size_t row_bytes, const ActiveBlock& mine, int column, float* total) {
+  constexpr int groups = C / kGroup;
+  f32x16 y[C / 16];
+#pragma GCC unroll 16
+  for (int k = 0; k < C / 16; k++) y[k] = zero16();
+  for (int i = 0; i < mine.count; i++) {
+    const uint8_t* row = base + mine.index[i] * row_bytes;
+    float factor[groups];
+    D::template factors<groups>(row, column, mine.value[i], factor);
+#pragma GCC unroll 8
+    for (int g = 0; g < groups; g++) {
+      const f32x16 p = set16(factor[g]);
+      y[2 * g] = fma(p, D::load(row, column + g * kGroup, 0), y[2 * g]);
+      y[2 * g + 1] = fma(p, D::load(row, column + g * kGroup, 16), y[2 * g + 1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < C / 16; k++) store16(total + 16 * k, add(load16(total + 16 * k), y[k]));
+}
+
+template <class D, int C>
+static void down_few(const MlpArgs& a, const ActiveBlock* active, int begin, int end, const float* bias, float* y, size_t y_stride,
+                     float* total) {
+  const int num_blocks = (a.neurons + kNeuronBlock - 1) / kNeuronBlock, columns = end - begin;
+  for (int i = 0; i < a.tokens * columns; i += 16) store16(total + i, zero16());
+  uint8_t list[kNeuronBlock];
+  const auto base = [&](int b) { return a.down + a.down_offset + static_cast<size_t>(b) * kNeuronBlock * a.down_bytes; };
+  int count = needed_neurons(a, 0, active, list);
+  for (int k = 0; k < count; k++) D::fetch(base(0) + list[k] * a.down_bytes, begin, columns);
+  for (int b = 0; b < num_blocks; b++) {
+    const ActiveBlock* mine = active + static_cast<size_t>(b) * a.tokens;
+    count = b + 1 < num_blocks ? needed_neurons(a, b + 1, mine + a.tokens, list) : 0;
+    const int steps = columns / C * a.tokens;
+    int fetched = 0, step = 0;
+    for (int column = begin; column < end; column += C)
+      for (int t = 0; t < a.tokens; t++) {
+        for (step++; fetched < count * step / steps; fetched++) D::fetch(base(b + 1) + list[fetched] * a.down_bytes, begin, columns);
+        if (mine[t].count) add_own_columns<D, C>(base(b), a.down_bytes, mine[t], column, total + t * columns + (column - begin));
+      }
+  }
+  for (int t = 0; t < a.tokens; t++)
+    for (int i = 0; i < columns; i++) y[t * y_stride + begin + i] += total[t * columns + i] + bias[begin + i];
+}
+
 // Wide chunks read the lists of active neurons less often; they want thirty-two wide registers.
 #if defined(__AVX512F__)
 constexpr int kWideColumns = kMostDownColumns;
@@ -312,6 +374,11 @@ constexpr int kWideColumns = kDownColumns;
 template <class D>
 static void down_columns_of(const MlpArgs& a, const ActiveBlock* active, int begin, int end, const float* bias, float* y,
                             size_t y_stride, float* scratch) {
+  for (; a.tokens < kFewestShared && begin < end; begin += kMostFewColumns) {
+    const int last = min_int(begin + kMostFewColumns, end);
+    if ((begin | last) % kWideColumns == 0) down_few<D, kWideColumns>(a, active, begin, last, bias, y, y_stride, scratch);
+    else down_few<D, kDownColumns>(a, active, begin, last, bias, y, y_stride, scratch);
+  }
   int column = begin;
   for (; column + kWideColumns <= end; column += kWideColumns)
     down_chunk<D, kWideColumns>(a, active, column, bias, y, y_stride, scratch);

@@ -12,8 +12,9 @@ INLINE f32x16 maximum(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
 INLINE float max_lanes(f32x16 a) {
   return max_lanes(maximum(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
 }
-INLINE f32x16 round_even(f32x16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE f32x16 scale_by_power(f32x16 a, f32x16 n) { return _mm512_scalef_ps(a, n); }
+INLINE f32x16 add_to_exponent(f32x16 a, f32x16 n) {  // a 2^n, with n in the lowest bits of a float
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+}
 INLINE f32x16 keep_positive(f32x16 test, f32x16 a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_GT_OQ), a);
 }
@@ -32,10 +33,16 @@ INLINE void count_positive(const f32x16 a, int32_t* counts) {
 INLINE f32x16 sub(f32x16 a, f32x16 b) { return {sub(a.lo, b.lo), sub(a.hi, b.hi)}; }
 INLINE f32x16 maximum(f32x16 a, f32x16 b) { return {maximum(a.lo, b.lo), maximum(a.hi, b.hi)}; }
 INLINE float max_lanes(f32x16 a) { return max_lanes(maximum(a.lo, a.hi)); }
-INLINE f32x16 round_even(f32x16 a) { return {round_even(a.lo), round_even(a.hi)}; }
-INLINE f32x16 scale_by_power(f32x16 a, f32x16 n) {
-  return {mul(a.lo, exp2_integer(n.lo)), mul(a.hi, exp2_integer(n.hi))};
+INLINE f32x8 add_to_exponent(f32x8 a, f32x8 n) {  // a 2^n, with n in the lowest bits of a float
+#if defined(__AVX2__)
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+#else
+  return each8(a, n, [](float x, float y) {
+    return from_bits(read_unaligned<uint32_t>(&x) + (read_unaligned<uint32_t>(&y) << 23));
+  });
+#endif
 }
+INLINE f32x16 add_to_exponent(f32x16 a, f32x16 n) { return {add_to_exponent(a.lo, n.lo), add_to_exponent(a.hi, n.hi)}; }
 template <class F>
 INLINE f32x16 each16(f32x16 a, f32x16 b, F f) {
   float x[16], y[16];
@@ -61,18 +68,39 @@ INLINE void count_positive(const f32x16 a, int32_t* counts) {
 }
 #endif
 
-// 2^x for x <= 0 (a little above is fine): 2^n e^(r ln 2), |r| <= 1/2, by Taylor's terms: degree 6 leaves 2e-7 relative, 4 leaves 4e-5.
-// Below kLeastPower the result is 2^kLeastPower, of no weight in a sum that holds a one, and far enough from the smallest normal
-// number that its products are normal too: arithmetic with others is many times slower.
+// 2^x for x <= 0 (a little above is fine): 2^n 2^r, |r| <= 1/2, by the polynomial that is exact at 0 and else nearest: degree 6 leaves
+// 2e-9 relative, less than float32 rounds, 3 leaves 1e-4. Below kLeastPower the result is 2^kLeastPower, of no weight in a
+// sum that holds a one, and far enough from the smallest normal number that its products are normal too: arithmetic with
+// others is many times slower. NaN stays NaN.
 constexpr float kLeastPower = -80;
-constexpr float kTaylor[] = {1.0f, 6.9314718056e-1f, 2.4022650696e-1f, 5.5504108665e-2f, 9.6181291076e-3f, 1.3333558146e-3f, 1.5403530393e-4f};
+constexpr float kRounding = 12582912;  // 1.5 2^23: numbers of this size are whole, and the integer lies in their lowest bits
+constexpr float kPowers6[] = {1.0f, 6.9314718e-1f, 2.40226477e-1f, 5.55033237e-2f, 9.61843692e-3f, 1.33988751e-3f, 1.5353362e-4f};
+constexpr float kPowers3[] = {1.0f, 6.93282902e-1f, 2.42210969e-1f, 5.50089292e-2f};
+template <int kDegree = 6, int kCount>
+INLINE void exp2_nonpositive(f32x16 (&x)[kCount]) {  // step by step for all, so that none waits for its own step before
+  constexpr const float* powers = kDegree == 6 ? kPowers6 : kPowers3;
+  static_assert(kDegree == 6 || kDegree == 3);
+  f32x16 shifted[kCount], p[kCount];
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) x[v] = maximum(set16(kLeastPower), x[v]);
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) shifted[v] = add(x[v], set16(kRounding));
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) x[v] = sub(x[v], sub(shifted[v], set16(kRounding)));
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) p[v] = set16(powers[kDegree]);
+#pragma GCC unroll 6
+  for (int i = kDegree - 1; i >= 0; i--)
+#pragma GCC unroll 8
+    for (int v = 0; v < kCount; v++) p[v] = fma(p[v], x[v], set16(powers[i]));
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; v++) x[v] = add_to_exponent(p[v], shifted[v]);
+}
 template <int kDegree = 6>
 INLINE f32x16 exp2_nonpositive(f32x16 x) {
-  x = maximum(x, set16(kLeastPower));
-  const f32x16 n = round_even(x), r = sub(x, n);
-  f32x16 p = set16(kTaylor[kDegree]);
-  for (int i = kDegree - 1; i >= 0; i--) p = fma(p, r, set16(kTaylor[i]));
-  return scale_by_power(p, n);
+  f32x16 one[1] = {x};
+  exp2_nonpositive<kDegree>(one);
+  return one[0];
 }
 
 // ---- outer tensors: float32 or bfloat16 ----------------------------------------------------------------------------------

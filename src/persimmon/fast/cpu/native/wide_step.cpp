@@ -75,22 +75,22 @@ void Model::normalize_group(const Norm& norm, const Group& group) {
 
 void Model::panels_of_group(const float* x, const Group& group) {
   const int first = group.first / kPanelTokens, end = (group.first + group.count + kPanelTokens - 1) / kPanelTokens;
-  kernels_->make_panels(x, width_, group.first + group.count, first, end, panels_.data());
+  panel_kernels_->make(x, width_, group.first + group.count, first, end, panels());
 }
 
 // `x`: what panels_of_group was last given; rows that fill no block of a panel are read from there.
 void Model::multiply_group(const Linear& linear, const float* x, const Group& group, float* y, size_t stride, Epilogue epilogue) {
   const size_t at = static_cast<size_t>(group.first) * width_;
   RowsArgs args = rows_args(linear, x + at, group.count, y + group.first * stride, stride, epilogue);
-  args.panels += at;
-  kernels_->panel_rows(args, 0, linear.rows, panel_scratch(group.thread));
+  args.panels += panel_offset(group.first);
+  panel_kernels_->rows(args, 0, linear.rows, panel_scratch(group.thread));
 }
 
 MlpCounts Model::mlp_group(const Layer& layer, const Group& group) {
   const size_t at = static_cast<size_t>(group.first) * width_;
   MlpArgs args = mlp_args(layer, group.count);
   args.x = normed_.data() + at;
-  args.panels += at;
+  args.panels += panel_offset(group.first);
   ActiveBlock* lists = active_.data() + static_cast<size_t>(group.first) * neuron_blocks_;
   MlpCounts found = {};
   std::vector<ActiveBlock*> out(group.count);
@@ -100,7 +100,7 @@ MlpCounts Model::mlp_group(const Layer& layer, const Group& group) {
       out[t]->count = 0;
     }
     const int last = std::min((b + 1) * kNeuronBlock, args.neurons);
-    kernels_->panel_activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(group.thread));
+    panel_kernels_->activate(args, b * kNeuronBlock, last, out.data(), &found, panel_scratch(group.thread));
   }
   kernels_->down_columns(args, lists, 0, width_, layer.down_bias, x_.data() + at, width_,
                          scratch_.data() + group.thread * down_scratch_floats(reserved_tokens_));
