@@ -378,7 +378,8 @@ void int4_together(const Kernels* kernels, const MlpArgs& args, bool tiled, floa
                              needed.data(), tokens, zeros.data(), y, static_cast<size_t>(width)};
   std::vector<float> sums(static_cast<size_t>(tiles * kTileTokens + 1) * width);
   std::vector<TokenGroup> panels(kInt4PanelBytes / sizeof(TokenGroup) + 1);
-  if (tiled) kernels->tiled_int4_columns(down, 0, width, sums.data(), reinterpret_cast<uint8_t*>(panels.data()));
+  if (args.eights) kernels->eight_int4_columns(down, 0, width, sums.data(), reinterpret_cast<uint8_t*>(panels.data()));
+  else if (tiled) kernels->tiled_int4_columns(down, 0, width, sums.data(), reinterpret_cast<uint8_t*>(panels.data()));
   else kernels->int4_columns(down, 0, width, sums.data());
 }
 

@@ -53,6 +53,22 @@ INLINE void interleave_rows(const uint8_t* const* row, size_t at, __m512i* r) {
   r[2] = _mm512_unpacklo_epi16(h01, h23), r[3] = _mm512_unpackhi_epi16(h01, h23);
 }
 
+// The signed weights of low or high nibbles, which are stored + 8: an affine map of bits, as -8 is the upper bits all alike.
+INLINE __m512i low_nibbles(__m512i r) {
+#if defined(__GFNI__)
+  return _mm512_gf2p8affine_epi64_epi8(r, _mm512_set1_epi64(0x0102040808080808), 0xF8);
+#else
+  return _mm512_sub_epi8(_mm512_and_si512(r, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+#endif
+}
+INLINE __m512i high_nibbles(__m512i r) {
+#if defined(__GFNI__)
+  return _mm512_gf2p8affine_epi64_epi8(r, _mm512_set1_epi64(0x1020408080808080u), 0xF8);
+#else
+  return low_nibbles(_mm512_srli_epi16(r, 4));
+#endif
+}
+
 #elif defined(__AVX2__)
 
 INLINE f32x8 pair_sums(__m256i sum, int offset) {

@@ -12,7 +12,18 @@ namespace {
 constexpr double kRowWork = 6, kSharedWork = 24;
 constexpr int kMostColumns = 1024;  // outputs that a thread takes at a time
 
+// Outputs in whole pieces, the sums of which fit into the scratch memory.
+int most_outputs(int tokens) {
+  const size_t sums = round_up(tokens, kTileTokens) + 1, room = down_scratch_floats(tokens) / sums;
+  return std::clamp(static_cast<int>(room) / kInt4Piece * kInt4Piece, kInt4Piece, kMostColumns);
+}
+
 }  // namespace
+
+// Outputs in whole pieces, so that every thread has some `chunks` times.
+int Model::share_of_outputs(int chunks) const {
+  return static_cast<int>(round_up((width_ + chunks * pool_.threads() - 1) / (chunks * pool_.threads()), kInt4Piece));
+}
 
 // q4: the same sums from squared activations that are rounded to int8, block by block of neurons.
 MlpCounts Model::mlp_many_int4(const Layer& layer, int tokens) {
@@ -21,15 +32,14 @@ MlpCounts Model::mlp_many_int4(const Layer& layer, int tokens) {
                        squared_tiles_.data(), needed_.data(), tokens, layer.down_bias, x_.data(), static_cast<size_t>(width_)};
   const MlpCounts total = total_counts();
   const double work = kRowWork * total.active / shape_.intermediate + static_cast<double>(total.groups) / neuron_groups_;
-  const bool tiles = kernels_->tiled_int4_columns && work >= kSharedWork;
-  // Wide chunks, which are long pieces of rows, as long as there are some for every thread and their sums fit.
-  const int sums = static_cast<int>(round_up(tokens, kTileTokens)) + 1, room = static_cast<int>(down_scratch_floats(tokens)) / sums;
-  const int columns = std::clamp(std::min(width_ / (2 * pool_.threads()), room) / kInt4Piece * kInt4Piece, kInt4Piece, kMostColumns);
+  const bool eights = in_eights(tokens), tiles = kernels_->tiled_int4_columns && work >= kSharedWork;
+  const int columns = eights ? std::min(kMostFewColumns, share_of_outputs(1)) : std::min(most_outputs(tokens), share_of_outputs(2));
   pool_.parallel_for(width_, columns, [&](int begin, int end, int thread) {
     float* scratch = scratch_.data() + thread * down_scratch_floats(reserved_tokens_);
     for (int from = begin; from < end; from += columns) {  // a single thread gets all at once
       const int to = std::min(from + columns, end);
-      if (tiles) kernels_->tiled_int4_columns(args, from, to, scratch, tile_scratch(thread));
+      if (eights) kernels_->eight_int4_columns(args, from, to, scratch, tile_scratch(thread));
+      else if (tiles) kernels_->tiled_int4_columns(args, from, to, scratch, tile_scratch(thread));
       else kernels_->int4_columns(args, from, to, scratch);
     }
   });
@@ -38,7 +48,7 @@ MlpCounts Model::mlp_many_int4(const Layer& layer, int tokens) {
 
 // Up projection, squares, and their codes, in tiles where the kernels want them.
 void Model::square_blocks(const Layer& layer, int tokens) {
-  const size_t tiles = kernels_->tiled_int4_columns ? (tokens + kTileTokens - 1) / kTileTokens * kLanes : 0;
+  const size_t tiles = kernels_->tiled_int4_columns && !in_eights(tokens) ? (tokens + kTileTokens - 1) / kTileTokens * kLanes : 0;
   const RowsArgs whole = rows_args(layer.up, input(), tokens, nullptr, kNeuronBlock, Epilogue::squared_relu);
   std::vector<TokenGroup>& out = squared_tiles_;
   if (out.size() < tiles * neuron_blocks_) out.resize(tiles * neuron_blocks_);

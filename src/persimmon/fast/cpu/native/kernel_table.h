@@ -2,6 +2,7 @@
 #pragma once
 #include "activations.h"
 #include "attention.h"
+#include "eight_int4.h"
 #include "eights.h"
 #include "fingerprint.h"
 #include "float_tile_rows.h"
@@ -30,7 +31,7 @@ static constexpr Kernels table(const char* name) {
   constexpr auto block = one_block;
 #endif
   return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, estimate_rows, refine_row,
-          activate, block, down_columns, int4_block, count_needed, int4_columns, PERSIMMON_TILED_INT4, summarize, attend_int8,
+          activate, block, down_columns, int4_block, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8,
           attend_float, quantize_head, int4_scale, fingerprint};
 }
 

@@ -170,6 +170,7 @@ struct Kernels {
   // Columns [begin, end), multiples of kInt4Piece, of all tokens; scratch holds (T rounded up to tiles + 1) * (end - begin).
   void (*int4_columns)(const Int4DownArgs& args, int begin, int end, float* scratch);
   void (*tiled_int4_columns)(const Int4DownArgs& args, int begin, int end, float* scratch, uint8_t* panels);  // or null
+  void (*eight_int4_columns)(const Int4DownArgs& args, int begin, int end, float* scratch, uint8_t* panels);  // up to kMostEights; or null
   RowSummary (*summarize)(const float* logits, int count);
   void (*attend_int8)(const AttentionArgs& args);
   void (*attend_float)(const AttentionArgs& args);

@@ -154,6 +154,7 @@ class Model {
   MlpCounts mlp_many(const MlpArgs& args, const float* bias);
   MlpCounts mlp_many_int4(const Layer& layer, int tokens);
   void square_blocks(const Layer& layer, int tokens);
+  int share_of_outputs(int chunks) const;
   MlpCounts total_counts() const;
   void audit(const MlpArgs& args, const MlpCounts& found, LayerCounts* counts);
   void head(const std::vector<int>& wanted, const Output& output);

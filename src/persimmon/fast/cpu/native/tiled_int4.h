@@ -14,7 +14,6 @@ constexpr int kPiecePanels = kInt4Piece / kPanelRows;
 // Panels [16 outputs][group] of signed weights. What is skipped keeps whatever codes it had: they meet codes of zero.
 static void unpack_piece(const Int4DownArgs& a, int block, int column, WeightGroup* out) {
   const size_t row_bytes = static_cast<size_t>(a.blocks) * kSuperblock / 2, at = column / 2;
-  const __m512i mask = _mm512_set1_epi8(15), shift = _mm512_set1_epi8(8);
   for (int g = 0; g < kLanes; g++, out++) {
     const int group = block * kLanes + g;
     const uint32_t needed = group < a.groups ? a.needed[group] : 0;
@@ -30,9 +29,8 @@ static void unpack_piece(const Int4DownArgs& a, int block, int column, WeightGro
       interleave_rows(row, at, r);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        const __m512i low = _mm512_and_si512(r[j], mask), high = _mm512_and_si512(_mm512_srli_epi16(r[j], 4), mask);
-        _mm512_store_si512(out[j * kLanes].code[v], _mm512_sub_epi8(low, shift));
-        _mm512_store_si512(out[(4 + j) * kLanes].code[v], _mm512_sub_epi8(high, shift));
+        _mm512_store_si512(out[j * kLanes].code[v], low_nibbles(r[j]));
+        _mm512_store_si512(out[(4 + j) * kLanes].code[v], high_nibbles(r[j]));
       }
     }
   }
