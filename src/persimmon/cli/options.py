@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "mini"
 
 WEIGHTS_HELP = (
-    "quantized weights mapped (shared with other processes), resident (copied into large pages, faster) or auto: "
+    "weights mapped (shared with other processes), resident (copied into large pages, faster) or auto: "
     "resident where the memory is free (cpu engine)"
 )
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from persimmon.checkpoints.directory import open_directory
 from persimmon.errors import CheckpointError, InputError, UnavailableError
 from persimmon.fast.cpu import resident
 from persimmon.fast.cpu.load import load_decoder
 from persimmon.fast.cpu.memory import MemoryPlan
 from persimmon.fast.cpu.packed import open_packed
+from persimmon.fast.cpu.weights import float_arrays, float_format
 from persimmon.infer.decoder import Chunk
 
 GIB = 1 << 30
@@ -74,7 +76,7 @@ def test_progress_counts_every_byte_once(packed: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("weights", "free", "offered", "expected"),
     [(8 * GIB, 20 * GIB, True, True), (8 * GIB, 20 * GIB, False, False), (8 * GIB, 8 * GIB, True, False),
-     (GIB >> 6, 20 * GIB, True, False), (8 * GIB, None, True, False)],
+     (GIB >> 6, 20 * GIB, True, True), (8 * GIB, None, True, False)],
 )  # fmt: skip
 def test_auto_takes_large_pages_where_they_pay(
     weights: int, free: int | None, offered: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
@@ -105,6 +107,25 @@ def test_memory_that_is_not_given(packed: dict[str, Path], monkeypatch: pytest.M
     assert load_decoder(packed["q4"]).weights == "mapped"  # auto, and nothing is said
 
 
-def test_unquantized_directories_are_always_mapped(checkpoint: Path) -> None:
-    with pytest.raises(UnavailableError, match="is not quantized"):
+def test_unquantized_arrays_are_copied_to_cache_lines(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, places = [], []
+    for weights in ("mapped", "resident"):
+        decoder = load_decoder(checkpoint, weights=weights)
+        assert decoder.weights == weights
+        (row,) = decoder.forward([Chunk(decoder.new_sequence(8), [1, 2, 3])])
+        logits.append(row)
+    assert np.array_equal(*logits)
+    opened = open_directory(checkpoint)
+    arrays = float_arrays(opened, float_format(opened, "float32"))
+    before = dict(arrays)
+    copies = resident.copy_resident(arrays)
+    assert not arrays and copies.keys() == before.keys()
+    for name, array in before.items():
+        assert copies[name].dtype == array.dtype and np.array_equal(copies[name], array), name
+        places.append(copies[name].ctypes.data % 64 if name != "embed_tokens.weight" else 0)
+    assert not any(places)
+    monkeypatch.setattr(resident, "_arena", lambda size: (_ for _ in ()).throw(UnavailableError("no")))
+    with pytest.raises(UnavailableError, match="no"):
         load_decoder(checkpoint, weights="resident")
+    monkeypatch.setattr("persimmon.fast.cpu.load.choose_weights", lambda wanted, plan: True)
+    assert load_decoder(checkpoint).weights == "mapped"

@@ -13,7 +13,7 @@ from persimmon.errors import InputError, UnavailableError
 from persimmon.fast.cpu.decoder import CpuDecoder
 from persimmon.fast.cpu.memory import MemoryPlan, check_memory, plan_memory
 from persimmon.fast.cpu.packed import PackedDirectory, is_packed, open_packed
-from persimmon.fast.cpu.resident import WEIGHTS, choose_weights, load_resident
+from persimmon.fast.cpu.resident import WEIGHTS, choose_weights, copy_resident, load_resident
 from persimmon.fast.cpu.weights import Arrays, float_arrays, float_format
 from persimmon.machine import cpu_threads
 
@@ -36,8 +36,8 @@ def load_decoder(
     config: replaces the directory's own, for another rotary precision. dtype: bfloat16 rounds float32 weights to it.
     adapter: directory of a LoRA adapter, merged into the weights in memory.
     verify: compare the fingerprints of packed files.
-    weights: of a packed directory: mapped (shared with other processes, given back when memory is short), resident
-        (copied into large pages: faster), or auto: resident where Linux has large pages and the memory is free.
+    weights: mapped (shared with other processes, given back when memory is short), resident (copied into large pages:
+        faster), or auto: resident where Linux has large pages and the memory is free.
     options: those of CpuDecoder.
     Raises CheckpointError for damaged files, UnavailableError when the memory cannot hold the model.
     """
@@ -55,13 +55,11 @@ def load_decoder(
     planned_kv = kv_dtype if kv_dtype != "auto" else ("int8" if form.packed else "float32")
     plan = plan_memory(own, form, planned_kv, min(_LEAST_CONTEXT, own.max_positions))
     check_memory(plan)
-    where = "mapped"
     if packed is not None:
         arrays, where = _packed_arrays(packed, plan, weights, options.get("threads") or cpu_threads(), verify, progress)
-    elif weights == "resident":
-        raise UnavailableError(f"{directory} is not quantized: its weights are always mapped")
     else:
         arrays = float_arrays(opened, form, None if adapter is None else open_adapter(adapter, own))
+        arrays, where = _placed(arrays, plan, weights)
     return CpuDecoder(config or own, form, arrays, weights=where, **options)
 
 
@@ -78,3 +76,14 @@ def _packed_arrays(
     if verify:
         packed.verify(threads, progress)
     return packed.map(), "mapped"
+
+
+def _placed(arrays: Arrays, plan: MemoryPlan, weights: str) -> tuple[Arrays, str]:
+    """Unquantized arrays where they shall be, and whether that is mapped or resident."""
+    if choose_weights(weights, plan):
+        try:
+            return copy_resident(arrays), "resident"
+        except UnavailableError:
+            if weights == "resident":
+                raise
+    return arrays, "mapped"

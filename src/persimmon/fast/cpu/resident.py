@@ -1,10 +1,11 @@
-"""Packed weights in memory of their own, in large pages, instead of in mapped files.
+"""Weights in memory of their own, in large pages, instead of in mapped files.
 
 A mapped file is read through pages of 4 KiB, and a core that streams gigabytes a second waits for their addresses:
 large pages (2 MiB, Linux's transparent huge pages) are worth 10 to 15% of the speed of decoding (docs/LOG.md,
-2026-11-26). Copying and checking are one pass, which takes 3 s longer for the 8B than the check alone. The files are
-read and not mapped, so the model is in this process once; what the system keeps of them besides is its page cache,
-which it drops when needed.
+2026-11-26), and about as much for a model of 18 MB. Copying and checking packed files are one pass, which takes 3 s
+longer for the 8B than the check alone. The files are read and not mapped, so the model is in this process once; what
+the system keeps of them besides is its page cache, which it drops when needed. Unquantized tensors are mapped, copied
+one by one and let go.
 
 What resident weights are not: shared with other processes that run the same model, and given back when memory is
 short. The embedding stays mapped, as only the rows in use are ever read.
@@ -32,8 +33,6 @@ WEIGHTS = ("auto", "mapped", "resident")
 
 _LARGE_PAGE = 2 << 20  # x86-64 and, with pages of 4 KiB, ARM
 _LINE = 64  # bytes of a cache line: tensors start on one
-_LEAST_BYTES = 64 << 20
-"""Weights below this are left mapped: they fit into caches, and then pages do not matter."""
 _SHARE_OF_MEMORY = 0.9
 """Of the free memory that `auto` lets a model take: what is resident cannot be given back under pressure."""
 
@@ -46,7 +45,7 @@ def choose_weights(wanted: str, plan: MemoryPlan) -> bool:
         return wanted == "resident"
     free = memory_available()
     fits = free is not None and plan.total <= _SHARE_OF_MEMORY * free
-    return large_pages_offered() and fits and plan.weights >= _LEAST_BYTES
+    return large_pages_offered() and fits
 
 
 def load_resident(
@@ -65,6 +64,23 @@ def load_resident(
     for file in files:
         arrays |= {tensor.name: _view(tensor, into[file]) for tensor in packed.tensors_of(file)}
     return arrays
+
+
+def copy_resident(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Arrays of an unquantized model, each copied to a cache line and taken out of `arrays`; the embedding as it is.
+
+    Raises UnavailableError, before anything is taken, when the system does not give the memory.
+    """
+    sizes = {name: -(-array.nbytes // _LINE) * _LINE for name, array in arrays.items() if name != _MAPPED_TENSOR}
+    arena, start = _arena(sum(sizes.values())), 0
+    copies = {_MAPPED_TENSOR: arrays.pop(_MAPPED_TENSOR)}
+    for name, size in sizes.items():
+        array = arrays.pop(name)
+        copies[name] = arena[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        copies[name][...] = array
+        copies[name].flags.writeable = False
+        start += size
+    return copies
 
 
 def _places(packed: PackedDirectory, files: Sequence[str]) -> tuple[dict[str, int], int]:
