@@ -62,6 +62,18 @@ def unpack_neurons(rows: np.ndarray) -> np.ndarray:
     return b[..., :256].view(np.int8).reshape(rows.shape[0], -1) * scales(b[..., 256:])
 
 
+def unpack_records(records: np.ndarray) -> np.ndarray:
+    """[R, bytes] -> [32 R neurons, outputs], byte by byte as layout.h says."""
+    width = records.shape[1] // 18
+    halves = np.ascontiguousarray(records[:, : 2 * width]).view(np.float16).astype(np.float32)
+    rows = records[:, 2 * width :].reshape(-1, width // 2)
+    output = np.arange(width)
+    low = output % 64
+    byte = rows[:, output // 128 * 64 + low % 16 // 4 * 16 + low // 16 * 4 + low % 4]
+    codes = np.where(output % 128 < 64, byte & 15, byte >> 4).astype(np.float32) - 8
+    return codes * np.repeat(halves, 32, axis=0)
+
+
 def superblocks(size: int) -> int:
     return -(-size // 256)
 
@@ -83,6 +95,18 @@ def pack_neurons(weights: np.ndarray) -> np.ndarray:
     out = np.empty((weights.shape[0], superblocks(weights.shape[1]) * 272), np.uint8)
     _native.pack_neurons(weights, out, 0, 1)
     return out
+
+
+def pack_records(weights: np.ndarray, slices: int = 1) -> np.ndarray:
+    """A down projection [outputs, neurons], in so many calls."""
+    outputs, neurons = weights.shape
+    width = superblocks(outputs) * 256
+    records = np.zeros((-(-neurons // 32), 18 * width), np.uint8)
+    start = 0
+    for part in np.array_split(weights, slices):
+        _native.pack_int4_records(np.ascontiguousarray(part), start, width, records, 2)
+        start += len(part)
+    return records
 
 
 def padded(matrix: np.ndarray) -> np.ndarray:

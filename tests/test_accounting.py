@@ -57,6 +57,14 @@ def test_sparsity_ceilings_of_the_8b(zeros: float, down: float, both: float) -> 
         assert dense / read == pytest.approx(ceiling, abs=0.005)
 
 
+def test_q4_reads_the_scales_of_groups_with_an_active_neuron() -> None:
+    """A tenth of the down rows' codes, and all but 0.9^32 of the scales: 7.4 MB of 37.7 a layer."""
+    read = accounting.weight_bytes_per_token(EIGHT_B, "q4", active=0.1, skip="down")
+    layer = 0.1 * 16384 * 2048 + (1 - 0.9**32) * 512 * 8192
+    dense = accounting.weight_bytes_per_token(EIGHT_B, "q4")
+    assert dense - read == pytest.approx(36 * (4096 * 16384 * 4.5 / 8 - layer), rel=1e-9)
+
+
 def test_skipping_nothing_reads_everything() -> None:
     for skip in ("none", "down", "both"):
         full = accounting.weight_bytes_per_token(EIGHT_B, "q4", active=1.0, skip=skip)

@@ -15,6 +15,9 @@ from persimmon.errors import InputError
 WEIGHT_BITS = {"float32": 32.0, "bfloat16": 16.0, "q8": 8.5, "q4": 4.5}
 """Bits per weight of a matrix. Quantized formats spend one 16-bit scale on every 32 weights."""
 
+_SHARED_SCALE = {"q4": (32, 0.5)}
+"""Neurons whose down weights share scales, and the bits per weight of those: read when one of the neurons is active."""
+
 _VECTOR_BITS = {"float32": 32.0}  # biases and norms; 16 bits in every other format
 
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -88,7 +91,8 @@ def weight_bytes_per_token(config: ModelConfig, weight_format: str, *, active: f
     """Bytes of weights that one decoded token reads at batch size 1.
 
     active: share of the MLP's neurons that are not zero. skip: `none`, `down` (only the second projection's inactive
-    rows are skipped, which is exact) or `both` (the first one's too, which needs a predictor).
+    rows are skipped, which is exact) or `both` (the first one's too, which needs a predictor). Neurons are taken as
+    independent where several share scales.
     """
     if not 0.0 <= active <= 1.0:
         raise InputError(f"active must be a share from 0 to 1, got {active}")
@@ -99,7 +103,11 @@ def weight_bytes_per_token(config: ModelConfig, weight_format: str, *, active: f
     matrix = config.num_layers * config.hidden_size * config.intermediate_size
     skipped = round(skipped_matrices[skip] * matrix * (1.0 - active))
     row = config.hidden_size  # of the embedding
-    return _stored_bytes(count.read_per_token + row - skipped, count.vectors, weight_format)
+    read = _stored_bytes(count.read_per_token + row - skipped, count.vectors, weight_format)
+    if skip != "none" and weight_format in _SHARED_SCALE:
+        neurons, bits = _SHARED_SCALE[weight_format]
+        read += round(matrix * bits / 8 * ((1.0 - active) - (1.0 - active) ** neurons))
+    return read
 
 
 def _stored_bytes(parameters: int, vectors: int, weight_format: str) -> int:

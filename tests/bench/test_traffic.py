@@ -23,7 +23,8 @@ FULL = preset("8b")
 
 
 def counts_of(config: object, candidates: int, active: int, tokens: int = 10) -> list[dict[str, float]]:
-    layer = {"tokens": tokens, "candidates": candidates * tokens, "active": active * tokens}
+    groups = min(-(-config.intermediate_size // 32), active)
+    layer = {"tokens": tokens, "candidates": candidates * tokens, "active": active * tokens, "groups": groups * tokens}
     return [layer] * config.num_layers
 
 
@@ -43,10 +44,10 @@ def test_a_dense_token_reads_every_tensor_but_the_embedding(form: str) -> None:
 
 def test_p44_reads_hot_rows_always_and_cold_ones_by_need() -> None:
     """Row of 4096 inputs: high 16 * 144 + 32, low 16 * 128, down 16 * 272."""
-    use = MlpUse(candidates=2000, active=1500)
+    use = MlpUse(candidates=2000, active=1500, groups=400)
     assert mlp_bytes(FULL, FORMATS["p44"], use) == 16384 * 2336 + 2000 * 2048 + 1500 * 4352
     assert mlp_bytes(FULL, FORMATS["q8"], use) == 16384 * 4352 + 1500 * 4352
-    assert mlp_bytes(FULL, FORMATS["q4"], use) == 16384 * 2304 + 4096 * 9216  # dense: the counts do not matter
+    assert mlp_bytes(FULL, FORMATS["q4"], use) == 16384 * 2304 + 1500 * 2048 + 400 * 8192
     assert mlp_bytes(FULL, FORMATS["bfloat16"], use) == (16384 + 1500) * 8192
 
 
@@ -60,10 +61,10 @@ def test_skipped_neurons_and_head_rows_are_taken_off() -> None:
 
 
 def test_a_batch_shares_weights_and_adds_up_neurons_at_most_to_all() -> None:
-    uses = in_batch([MlpUse(2000, 1500)], 8, FULL)
-    assert uses == [MlpUse(16000, 12000)] and in_batch(uses, 8, FULL) == [MlpUse(16384, 16384)]
-    alone = token_traffic(FULL, "q4", "int8", attended=0, counts=counts_of(FULL, 0, 0))
-    eight = token_traffic(FULL, "q4", "int8", attended=0, batch=8, counts=counts_of(FULL, 0, 0))
+    uses = in_batch([MlpUse(2000, 1500, 40)], 8, FULL)
+    assert uses == [MlpUse(16000, 12000, 320)] and in_batch(uses, 8, FULL) == [MlpUse(16384, 16384, 512)]
+    alone = token_traffic(FULL, "q4", "int8", attended=0, counts=counts_of(FULL, 16384, 16384))
+    eight = token_traffic(FULL, "q4", "int8", attended=0, batch=8, counts=counts_of(FULL, 16384, 16384))
     assert eight.read == alone.read / 8
 
 
@@ -84,11 +85,11 @@ def test_an_engine_without_counts_reads_everything() -> None:
     assert 16.6e9 < traffic.read < 16.8e9  # 8.323 G weights of two bytes
 
 
-def test_counts_are_means_and_a_format_that_counts_nothing_is_dense() -> None:
+def test_counts_are_means_and_before_the_first_token_all_neurons_count() -> None:
     config = preset("test")
     layer = {"tokens": 4, "candidates": 40, "active": 20}
     assert counted_neurons([layer], config) == [MlpUse(10, 5)]
-    assert counted_neurons([{**layer, "candidates": 0, "active": 0}], config) == all_neurons(config)[:1]
+    assert counted_neurons([{**layer, "groups": 8}], config) == [MlpUse(10, 5, 2)]
     assert counted_neurons([{**layer, "tokens": 0}], config) == all_neurons(config)[:1]
 
 

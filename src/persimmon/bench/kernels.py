@@ -146,19 +146,19 @@ def attention_matrices(setting: Setting, form: Format) -> tuple[Part, float]:
 
 
 def _small_use(config: ModelConfig) -> MlpUse:
-    return MlpUse(config.intermediate_size / 2, config.intermediate_size / 2)
+    half = config.intermediate_size / 2  # of random neurons, and then hardly a group is silent
+    return MlpUse(half, half, all_neurons(config)[0].groups)
 
 
 def mlp_parts(setting: Setting, form: Format, rest: float) -> Iterator[tuple[float, Part]]:
-    """(share of active neurons as counted, the MLP of a layer) for every share; once where nothing is skipped."""
+    """(share of active neurons as counted, the MLP of a layer) for every share."""
     model = Arrays(setting, form, setting.config.intermediate_size, _SMALL_MLP)
-    dense = form.mlp == "q4"
-    for share in (0.5,) if dense else setting.shares:
+    for share in setting.shares:
         model.set_active(share)
         decoder = model.decoder(setting.threads)
         seconds = token_seconds(decoder, setting.runs) / model.config.num_layers - rest
-        uses = all_neurons(model.config) if dense else counted_neurons(decoder.layer_counts(), model.config)
-        use = MlpUse(_mean([u.candidates for u in uses]), _mean([u.active for u in uses]))
+        uses = counted_neurons(decoder.layer_counts(), model.config)
+        use = MlpUse(*(_mean([getattr(u, field) for u in uses]) for field in ("candidates", "active", "groups")))
         active = use.active / model.config.intermediate_size
         yield active, Part(f"MLP, {form.name}", seconds, mlp_bytes(model.config, form, use))
 
@@ -202,7 +202,7 @@ def kernels_row(setting: Setting, formats: Sequence[str], ceiling: Ceiling) -> R
         for active, mlp in mlp_parts(setting, form, rest):
             table.append(_entry(mlp) | {"active_share": active})
             if form.mlp == "q4":
-                dense_q4 = mlp.seconds
+                dense_q4 = mlp.seconds  # the last is that of nearly all neurons
             else:
                 sparse.setdefault(name, []).append((active, mlp.seconds))
     packed = next((FORMATS[name] for name in formats if FORMATS[name].packed), None)

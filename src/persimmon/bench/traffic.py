@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from persimmon import accounting
 from persimmon.config import ModelConfig
-from persimmon.fast.cpu.formats import FORMATS, Format, hot_bytes, layer_tensors, row_bytes
+from persimmon.fast.cpu.formats import (
+    FORMATS,
+    GROUP,
+    SUPERBLOCK,
+    Format,
+    hot_bytes,
+    layer_tensors,
+    row_bytes,
+    superblocks,
+)
 from persimmon.fast.cpu.memory import kv_bytes_per_token
 
 _FLOAT_BYTES = 4
@@ -25,29 +34,38 @@ class MlpUse:
     """Whose exact pre-activation was computed."""
     active: float
     """Of them positive: whose down row was read."""
+    groups: float = 0.0
+    """q4: groups of 32 with an active neuron, whose scales were read."""
 
 
 def all_neurons(config: ModelConfig) -> list[MlpUse]:
     """What a dense engine uses."""
-    return [MlpUse(config.intermediate_size, config.intermediate_size)] * config.num_layers
+    neurons = config.intermediate_size
+    return [MlpUse(neurons, neurons, -(-neurons // GROUP))] * config.num_layers
 
 
 def counted_neurons(counts: Sequence[Mapping[str, float]], config: ModelConfig) -> list[MlpUse]:
-    """Means per token of the engine's counters; all neurons where it counts nothing, as q4 does."""
+    """Means per token of the engine's counters; all neurons before the first token."""
+    dense = all_neurons(config)[0]
     uses = []
     for layer in counts:
-        tokens, active = layer["tokens"], layer["active"]
-        if not tokens or not layer["candidates"]:
-            uses.append(MlpUse(config.intermediate_size, config.intermediate_size))
-        else:
-            uses.append(MlpUse(layer["candidates"] / tokens, active / tokens))
+        tokens = layer["tokens"]
+        counted = (layer["candidates"], layer["active"], layer.get("groups", 0))
+        uses.append(MlpUse(*(count / tokens for count in counted)) if tokens else dense)
     return uses
 
 
 def in_batch(uses: Sequence[MlpUse], batch: int, config: ModelConfig) -> list[MlpUse]:
     """Most neurons that `batch` tokens of one step can need together: no two alike, or all there are."""
-    limit = config.intermediate_size
-    return [MlpUse(min(limit, batch * use.candidates), min(limit, batch * use.active)) for use in uses]
+    most = all_neurons(config)[0]
+    return [
+        MlpUse(
+            min(most.candidates, batch * use.candidates),
+            min(most.active, batch * use.active),
+            min(most.groups, batch * use.groups),
+        )
+        for use in uses
+    ]
 
 
 def step_weight_bytes(config: ModelConfig, form: Format, uses: Sequence[MlpUse], *, head_rows: float) -> float:
@@ -67,7 +85,8 @@ def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
         return neurons * hot_bytes(config) + use.candidates * low + use.active * down
     up = neurons * row_bytes(form.mlp, hidden)
     if form.mlp == "q4":
-        return up + hidden * row_bytes("q4", neurons)
+        codes, scales = superblocks(hidden) * SUPERBLOCK // 2, superblocks(hidden) * SUPERBLOCK * 2
+        return up + use.active * codes + use.groups * scales
     return up + use.active * row_bytes("int8" if form.mlp == "q8" else form.mlp, hidden)
 
 

@@ -75,6 +75,16 @@ def unpack_int8(rows: Tensor) -> Tensor:
     return _scaled(codes.view(*codes.shape[:2], SUPERBLOCK // GROUP, GROUP), blocks[..., 256:])
 
 
+def unpack_records(records: Tensor) -> Tensor:
+    """Records of 32 neurons' int4 rows [R, bytes] -> float32 [32 R, outputs]."""
+    count, width = len(records), records.shape[1] // (2 + GROUP // 2)
+    halves = records[:, : 2 * width].contiguous().view(torch.float16).float()
+    rows = records[:, 2 * width :].reshape(count, GROUP, -1, 4, 4, 4)
+    nibbles = torch.stack((rows & 15, rows >> 4), 3).transpose(4, 5)  # record, neuron, piece, half, then plain order
+    codes = nibbles.reshape(count, GROUP, width).to(torch.int8) - 8
+    return (codes.float() * halves[:, None]).flatten(0, 1)
+
+
 def unpack_planes(high: Tensor, low: Tensor) -> Tensor:
     """Rows of the two 4-bit planes of int8 weights -> float32 [R, 256 S]."""
     blocks = _superblocks(high, 144)
@@ -87,6 +97,7 @@ _READERS: dict[str, Callable[..., Tensor]] = {
     "q4": unpack_q4,
     "int8": unpack_int8,
     "planes": unpack_planes,
+    "records": unpack_records,
 }
 
 
@@ -97,29 +108,31 @@ class PackedLinear(nn.Module):
     """y = x W^T + b with a packed, frozen W."""
 
     def __init__(
-        self, kind: str, planes: tuple[Tensor, ...], columns: int, bias: Tensor | None, *, by_inputs: bool = False
+        self, kind: str, planes: tuple[Tensor, ...], columns: int, bias: Tensor | None, *, neurons: int | None = None
     ) -> None:
         """`planes`: bytes [rows, ..] that `kind` reads together, `columns` floats a row; the rest is padding.
 
-        by_inputs: the rows are W's columns, as the down projection of q8 is stored.
+        neurons: given where the rows are W's columns, as down projections are stored; so many that are no padding.
         """
         super().__init__()
-        self.kind, self.by_inputs = kind, by_inputs
+        self.kind, self.by_inputs = kind, neurons is not None
         for number, plane in enumerate(planes):
             self.register_buffer(f"plane{number}", plane, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self._planes, self._columns = len(planes), columns
-        rows = len(planes[0])
-        self.in_features, self.out_features = (rows, columns) if by_inputs else (columns, rows)
+        self._together = GROUP if kind == "records" else 1  # rows of the matrix in a row of a plane
+        rows = neurons or len(planes[0])
+        self.in_features, self.out_features = (rows, columns) if self.by_inputs else (columns, rows)
 
     def slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """(rows, their floats [rows, columns]) of the stored matrix, a few rows at a time."""
         planes: list[Tensor] = [getattr(self, f"plane{number}") for number in range(self._planes)]
-        step = max(1, SLICE_BYTES // (4 * self._columns))
+        total = self.in_features if self.by_inputs else self.out_features
+        step = max(1, SLICE_BYTES // (4 * self._columns * self._together))
         for start in range(0, len(planes[0]), step):
-            rows = slice(start, min(start + step, len(planes[0])))
-            floats = _READERS[self.kind](*(plane[rows] for plane in planes))
-            yield rows, floats[:, : self._columns].to(dtype)
+            floats = _READERS[self.kind](*(plane[start : start + step] for plane in planes))
+            rows = slice(start * self._together, min((start + step) * self._together, total))
+            yield rows, floats[: rows.stop - rows.start, : self._columns].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [.., in] to [.., out], in autocast's type where it is on."""
@@ -210,11 +223,12 @@ def _packed(name: str, opened: PackedDirectory, read: Any) -> PackedLinear:
     if name == "lm_head":
         return PackedLinear("planes", (read("lm_head.high"), read("lm_head.low")), config.hidden_size, None)
     bias = read(f"{name}.bias")
-    if f"{name}.neurons" in opened.tensors:
-        return PackedLinear("int8", (read(f"{name}.neurons"),), config.hidden_size, bias, by_inputs=True)
+    for kind, ending in (("int8", "neurons"), ("records", "records")):
+        if f"{name}.{ending}" in opened.tensors:
+            rows = (read(f"{name}.{ending}"),)
+            return PackedLinear(kind, rows, config.hidden_size, bias, neurons=config.intermediate_size)
     kind = form.attention if ".self_attn." in name else form.mlp
-    columns = config.intermediate_size if name.endswith("dense_4h_to_h") else config.hidden_size
-    return PackedLinear(kind, (read(f"{name}.weight"),), columns, bias)
+    return PackedLinear(kind, (read(f"{name}.weight"),), config.hidden_size, bias)
 
 
 def packed_bytes(model: PersimmonModel) -> int:

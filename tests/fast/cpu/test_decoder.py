@@ -10,9 +10,12 @@ import torch
 
 from packed_layouts import ISAS, same_bits
 from persimmon.checkpoints import hub
+from persimmon.config import preset
 from persimmon.errors import CheckpointError, InputError, UnavailableError
 from persimmon.fast.cpu.decoder import CpuDecoder
 from persimmon.fast.cpu.load import load_decoder
+from persimmon.fast.cpu.quantize import quantize
+from persimmon.fast.cpu.synthesize import synthesize
 from persimmon.infer.decoder import Chunk
 
 FORMATS = ("bfloat16", "q8", "q4", "p44")
@@ -211,6 +214,33 @@ def test_counts_and_audit(packed: dict[str, Path]) -> None:
     assert decoder.layer_counts()[0]["tokens"] == 0
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_q4_counts_the_same_in_a_prompt_and_token_by_token(isa: str, packed: dict[str, Path]) -> None:
+    """And skipping loses nothing, says the audit."""
+    decoder = load_decoder(packed["q4"], isa=isa, audit_every=2)
+    prompt, single = decoder.new_sequence(48), decoder.new_sequence(48)
+    decoder.forward([Chunk(prompt, IDS)])
+    together = decoder.layer_counts()
+    decoder.reset_counts()
+    for token in IDS:
+        decoder.forward([Chunk(single, [token])])
+    for layer, expected in zip(decoder.layer_counts(), together, strict=True):
+        assert all(layer[name] == expected[name] for name in ("tokens", "candidates", "active", "groups"))
+        assert 0 < layer["groups"] <= layer["active"] < layer["candidates"] == len(IDS) * 600
+        assert layer["audited"] == len(IDS) // 2 and layer["audited_missed"] == layer["audited_error"] == 0
+
+
+def test_q4_of_wide_models_in_long_steps(tmp_path: Path) -> None:
+    """Scratch memory holds some of the columns: one thread, which gets all of them, takes them in pieces."""
+    shape = {"hidden_size": 1_024, "intermediate_size": 300, "num_layers": 1, "num_heads": 16}
+    config = preset("test", **shape)
+    synthesize(config, tmp_path / "wide", "q4", active=0.5)
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, 256).tolist()
+    first, *others = (all_logits(load_decoder(tmp_path / "wide", threads=threads), ids) for threads in (1, 2, 3))
+    for other in others:
+        assert np.array_equal(first, other)
+
+
 def test_auditing_changes_no_result(packed: dict[str, Path]) -> None:
     def run(audit_every: int) -> list[np.ndarray]:
         decoder = load_decoder(packed["p44"], audit_every=audit_every)
@@ -230,6 +260,22 @@ def test_weights_that_overflow_are_refused_and_the_sequence_keeps_its_length(che
     with pytest.raises(CheckpointError, match="not finite"):
         decoder.forward([Chunk(sequence, [1, 2, 3])])
     assert sequence.length == 0
+
+
+def test_squares_too_large_for_rounding_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """One token and many: infinite squares have no int8 codes, which must not pass for zeros."""
+    model = hub.load_model(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        model.layers[0].post_attention_layernorm.weight.fill_(1e8)
+        weight = model.layers[0].mlp.dense_h_to_4h.weight.fill_(4e5)
+        weight[:, 0] *= -1  # as normed inputs add up to zero
+        weight[::2] *= -1
+    hub.save_model(model, None, tmp_path / "wild")
+    quantize(tmp_path / "wild", tmp_path / "q4", "q4")
+    decoder = load_decoder(tmp_path / "q4")
+    for ids in ([1], [1, 2, 3], IDS):
+        with pytest.raises(CheckpointError, match="not finite"):
+            decoder.forward([Chunk(decoder.new_sequence(48), ids)])
 
 
 @pytest.mark.parametrize(

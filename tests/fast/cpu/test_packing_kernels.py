@@ -9,10 +9,12 @@ from packed_layouts import (
     pack,
     pack_neurons,
     pack_planes,
+    pack_records,
     unpack_neurons,
     unpack_planes,
     unpack_q4,
     unpack_q8,
+    unpack_records,
 )
 
 RNG = np.random.default_rng(0)
@@ -63,6 +65,17 @@ def test_int4_importance_lowers_the_weighted_error() -> None:
     assert (importance * (weighted - w) ** 2).sum() < (importance * (plain - w) ** 2).sum()
 
 
+@pytest.mark.parametrize(("outputs", "neurons"), [(1, 1), (70, 40), (256, 32), (300, 300), (640, 97)])
+def test_records_hold_the_numbers_of_rows(outputs: int, neurons: int) -> None:
+    """A q4 down projection, neuron-major: the same codes and scales, however its outputs are cut into calls."""
+    w = weights(outputs, neurons)
+    records = pack_records(w)
+    read = unpack_records(records)
+    assert np.array_equal(read[:neurons, :outputs].T, unpack_q4(pack("q4", w))[:, :neurons])
+    assert not read[neurons:].any() and not read[:, outputs:].any()
+    assert np.array_equal(pack_records(w, slices=3), records)
+
+
 @pytest.mark.parametrize("kind", ["q8", "q4"])
 def test_zeros_and_tiny_weights_become_zeros(kind: str) -> None:
     w = np.zeros((2, 256), np.float32)
@@ -81,6 +94,7 @@ def test_extreme_outlier_keeps_its_value() -> None:
 def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     w = weights(2, 64)
     w[1, 3] = bad
-    for make in (lambda: pack("q8", w), lambda: pack("q4", w), lambda: pack_planes(w), lambda: pack_neurons(w)):
+    makers = (lambda: pack("q8", w), lambda: pack("q4", w), lambda: pack_records(w))
+    for make in (*makers, lambda: pack_planes(w), lambda: pack_neurons(w)):
         with pytest.raises(ValueError, match="not finite"):
             make()

@@ -160,7 +160,7 @@ def test_missing_files_and_foreign_descriptions_are_named(copy: Path) -> None:
     description = copy / "quantization.json"
     document = json.loads(description.read_text())
     for change, message in (
-        ({"version": 2}, "layout version 2; this program reads version 1"),
+        ({"version": 2}, "layout version 2 of p44; this program reads version 1: quantize the model again"),
         ({"format": "p55"}, "unknown format 'p55'"),
         ({"files": {}}, "lists 0 files, 4 expected"),
         ({"files": None}, "malformed"),
@@ -172,6 +172,19 @@ def test_missing_files_and_foreign_descriptions_are_named(copy: Path) -> None:
     (copy / "packed-00002-of-00004.safetensors").unlink()
     with pytest.raises(NotFoundError, match=r"packed-00002-of-00004\.safetensors is missing"):
         load_decoder(copy)
+
+
+def test_q4_of_the_first_layout_is_to_be_made_anew(packed: dict[str, Path], tmp_path: Path) -> None:
+    """Its down projection was dense."""
+    shutil.copytree(packed["q4"], tmp_path / "old")
+    description = tmp_path / "old" / "quantization.json"
+    document = json.loads(description.read_text())
+    assert document["version"] == 2
+    description.write_text(json.dumps({**document, "version": 1}))
+    with pytest.raises(
+        CheckpointError, match="layout version 1 of q4; this program reads version 2: quantize the model"
+    ):
+        load_decoder(tmp_path / "old")
 
 
 def test_a_configuration_of_another_shape_is_refused(copy: Path) -> None:

@@ -14,15 +14,18 @@ from packed_layouts import (
     pack,
     pack_neurons,
     pack_planes,
+    pack_records,
     padded,
     same_bits,
     unpack_neurons,
     unpack_planes,
+    unpack_q4,
     unpack_q8,
+    unpack_records,
 )
 from persimmon.fast.cpu import _native
 
-FORMATS = ("float32", "bfloat16", "q8", "planes")
+FORMATS = ("float32", "bfloat16", "q8", "q4", "planes")
 TOLERANCE = 1e-5  # of the largest output
 
 
@@ -42,6 +45,9 @@ class Mlp:
         elif kind == "q8":
             self.up, self.down = pack("q8", up), pack_neurons(down)
             self.up_floats, self.down_floats = unpack_q8(self.up), unpack_neurons(self.down)
+        elif kind == "q4":
+            self.up, self.down = pack("q4", up), pack_records(np.ascontiguousarray(down.T))
+            self.up_floats, self.down_floats = unpack_q4(self.up), unpack_records(self.down)[:neurons]
         elif kind == "bfloat16":
             self.up, self.down = bfloat16(padded(up)).view(np.uint8), bfloat16(padded(down)).view(np.uint8)
             self.up_floats, self.down_floats = (
@@ -97,7 +103,7 @@ class Mlp:
 
     def pre_activations(self, x: np.ndarray) -> np.ndarray:
         seen = x.copy()
-        if self.kind in ("q8", "planes"):
+        if self.kind in ("q8", "q4", "planes"):
             if self.kind == "planes":
                 seen[:, self.columns] = 0.0
             seen = _native.round_trip(seen)
@@ -106,7 +112,11 @@ class Mlp:
         return seen.astype(np.float64) @ self.up_floats[:, : self.hidden].T.astype(np.float64) + self.bias
 
     def expected(self, x: np.ndarray) -> np.ndarray:
-        return np.maximum(self.pre_activations(x), 0) ** 2 @ self.down_floats[:, : self.hidden].astype(np.float64)
+        squared = np.maximum(self.pre_activations(x), 0) ** 2
+        if self.kind == "q4":  # rounds them as well, which takes the very same numbers: ties must fall alike
+            pre = _native.rows("q4", self.up, None, x) + self.bias
+            squared = _native.round_trip(np.maximum(pre, 0) ** 2).astype(np.float64)
+        return squared @ self.down_floats[:, : self.hidden].astype(np.float64)
 
 
 def inputs(tokens: int, hidden: int, seed: int = 1) -> np.ndarray:
@@ -133,7 +143,16 @@ def check(mlp: Mlp, x: np.ndarray) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(
     ("hidden", "neurons", "tokens"),
-    [(16, 1, 1), (300, 600, 5), (256, 257, 3), (64, 255, 9), (520, 1024, 4), (2304, 300, 8), (256, 300, 40)],
+    [
+        (16, 1, 1),
+        (300, 600, 5),
+        (256, 257, 3),
+        (64, 255, 9),
+        (520, 1024, 4),
+        (2304, 300, 8),
+        (256, 300, 40),
+        (4352, 40, 2),
+    ],
 )
 def test_equals_the_plain_mlp(kind: str, hidden: int, neurons: int, tokens: int) -> None:
     check(Mlp(kind, hidden, neurons), inputs(tokens, hidden))
@@ -175,6 +194,33 @@ def test_extreme_inputs(kind: str) -> None:
     x[2, 7] = -1e4
     x[3] *= 1e-20
     check(mlp, x)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_q4_counts_what_it_reads(isa: str) -> None:
+    """Neurons that are not zero once rounded, and the groups of 32 that hold them; the same alone and together."""
+    mlp, x = Mlp("q4", 256, 600), inputs(5, 256)
+    mlp.bias[320:352] = -1e6  # a whole group is silent
+    squared = np.maximum(_native.rows("q4", mlp.up, None, x) + mlp.bias, 0) ** 2
+    active = np.count_nonzero(_native.round_trip(squared))
+    assert 0 < active < np.count_nonzero(squared)  # small ones are rounded to zero beside large ones
+    for together in (False, True):
+        assert mlp.run(x, together=together, isa=isa)[1:] == (5 * 600, active)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_q4_takes_the_largest_sums(isa: str) -> None:
+    """Codes of 127 against nibbles of 0 and 15 in all 32 neurons of a group: 16 bits hold them, but not much more."""
+    weights = np.full((256, 64), 7.0, np.float32)
+    weights[:, ::32] = weights[::2] = -8.0  # which makes the scale 1
+    mlp, x = Mlp("q4", 256, 64), np.zeros((1, 256), np.float32)
+    mlp.bias[:] = 3.0
+    mlp.down = pack_records(weights)
+    mlp.down_floats = unpack_records(mlp.down)[:64]
+    np.testing.assert_allclose(mlp.down_floats, weights.T, rtol=1e-3)
+    for together in (False, True):
+        np.testing.assert_allclose(mlp.run(x, together=together, isa=isa)[0], mlp.expected(x), rtol=1e-6)
+    check(mlp, inputs(3, 256))
 
 
 def test_no_margin_gives_the_exact_mlp_and_reads_everything() -> None:

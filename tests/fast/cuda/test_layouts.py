@@ -56,6 +56,15 @@ def test_neurons_stay_rows(shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(numbers(matrix), packed.unpack_neurons(rows)[:, : shape[1]])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_records_become_rows(shape: tuple[int, int]) -> None:
+    outputs, neurons = shape
+    records = packed.pack_records(random_weights(shape))
+    matrix = layouts.from_records(torch.from_numpy(records), outputs, neurons)
+    assert not matrix.neuron_major and (matrix.outputs, matrix.inputs) == shape
+    np.testing.assert_array_equal(numbers(matrix), packed.unpack_records(records)[:neurons, :outputs].T)
+
+
 @pytest.mark.parametrize("hidden", [48, 256, 320])
 def test_p44_records_come_apart(hidden: int) -> None:
     neurons, columns = 9, np.array([0, 3, 17, *[-1] * 13], np.int32)

@@ -149,8 +149,8 @@ class CpuDecoder:
         return str(self._model.isa)
 
     def layer_counts(self) -> list[dict[str, float]]:
-        """Per layer since the last reset: tokens, candidates, active; audited tokens, their active and missed
-        neurons, and squared norms of the output's error and of the output.
+        """Per layer since the last reset: tokens, candidates, active, and in q4 groups with an active neuron; audited
+        tokens, their active and missed neurons, and squared norms of the output's error and of the output.
         """  # noqa: D205
         return list(self._model.counts())
 

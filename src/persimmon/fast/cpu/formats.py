@@ -1,7 +1,7 @@
 """The packed formats: which tensors a model has in each, their names, types and shapes. No torch.
 
     q8    every matrix int8 in groups of 32; the down projection neuron-major, so that zeros skip its rows
-    q4    every matrix int4 in groups of 32, dense
+    q4    every matrix int4 in groups of 32; the down projection neuron-major, so that zeros skip its rows
     p44   the MLP int8 in two 4-bit planes with 16 outlier columns exact, attention int4
     all   head int8 in two planes, so that the largest logits need only one of them; the embedding as it was
 
@@ -40,6 +40,8 @@ class Format:
     attention: str
     mlp: str
     head: str
+    layout: int = 1
+    """Version of the packed layout; a directory of another one is refused."""
 
     @property
     def packed(self) -> bool:
@@ -49,7 +51,7 @@ class Format:
 
 FORMATS = {
     "q8": Format("q8", "q8", "q8", "planes"),
-    "q4": Format("q4", "q4", "q4", "planes"),
+    "q4": Format("q4", "q4", "q4", "planes", layout=2),  # 1 had a dense down projection
     "p44": Format("p44", "q4", "planes", "planes"),
     "bfloat16": Format("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
     "float32": Format("float32", "float32", "float32", "float32"),
@@ -94,6 +96,11 @@ def superblocks(inputs: int) -> int:
 def row_bytes(kind: str, inputs: int) -> int:
     """Bytes of a row of a kind of superblock."""
     return superblocks(inputs) * _SUPERBLOCK_BYTES[kind]
+
+
+def record_bytes(outputs: int) -> int:
+    """Bytes of a q4 down record: GROUP neurons' rows of outputs, and a float16 scale per output."""
+    return superblocks(outputs) * SUPERBLOCK * (2 + GROUP // 2)
 
 
 def hot_bytes(config: ModelConfig) -> int:
@@ -153,7 +160,7 @@ def _mlp_tensors(config: ModelConfig, form: Format, prefix: str) -> list[PackedT
         ]
     up = PackedTensor(prefix + "dense_h_to_4h.weight", "U8", (neurons, row_bytes(form.mlp, hidden)))
     if form.mlp == "q4":
-        return [up, PackedTensor(prefix + "dense_4h_to_h.weight", "U8", (hidden, row_bytes("q4", neurons)))]
+        return [up, PackedTensor(prefix + "dense_4h_to_h.records", "U8", (-(-neurons // GROUP), record_bytes(hidden)))]
     kind = "int8" if form.mlp == "q8" else form.mlp
     return [up, PackedTensor(prefix + "dense_4h_to_h.neurons", "U8", (neurons, row_bytes(kind, hidden)))]
 

@@ -39,8 +39,6 @@ from persimmon.fast.cpu.formats import (
 )
 from persimmon.fast.cpu.sources import map_array
 
-LAYOUT_VERSION = 1
-
 
 def file_name(number: int, config: ModelConfig) -> str:
     """Name of file `number`, counted from 0."""
@@ -138,10 +136,13 @@ def _read_description(file: Path) -> tuple[Format, str, dict[str, tuple[int, str
         listed = {str(key): (int(f["bytes"]), str(f["fingerprint"])) for key, f in document["files"].items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: version, format, embedding or files is missing or malformed: {error}") from None
-    if version != LAYOUT_VERSION:
-        raise CheckpointError(f"{file}: layout version {version!r}; this program reads version {LAYOUT_VERSION}")
     if name not in PACKED_FORMATS or embedding not in ("BF16", "F32"):
         raise CheckpointError(f"{file}: unknown format {name!r} or embedding type {embedding!r}")
+    if version != FORMATS[name].layout:
+        raise CheckpointError(
+            f"{file}: layout version {version!r} of {name}; this program reads version {FORMATS[name].layout}: "
+            "quantize the model again (persimmon quantize)"
+        )
     return FORMATS[name], embedding, listed
 
 

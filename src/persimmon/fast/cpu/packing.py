@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persimmon.config import ModelConfig
-from persimmon.fast.cpu.formats import OUTLIERS, Format, PackedTensor, head_tensors, layer_tensors, row_bytes
+from persimmon.fast.cpu.formats import (
+    OUTLIERS,
+    SUPERBLOCK,
+    Format,
+    PackedTensor,
+    head_tensors,
+    layer_tensors,
+    row_bytes,
+    superblocks,
+)
 from persimmon.fast.cpu.native_module import native
 from persimmon.fast.cpu.sources import Floats, Source
 
@@ -57,7 +66,7 @@ class Packer:
             return
         self._rows(arrays, up, self._form.mlp, norm)
         if self._form.mlp == "q4":
-            self._rows(arrays, down, "q4", None)
+            self._records(arrays[down + ".records"], down)
             return
         for start, rows in self._source.columns(down + ".weight"):
             out = arrays[down + ".neurons"][start : start + len(rows)]
@@ -68,6 +77,13 @@ class Packer:
         for start, rows in self._source.rows(name + ".weight"):
             out = arrays[name + ".weight"][start : start + len(rows)]
             self._native.pack_rows(kind, rows, out, importance, self._threads)
+
+    def _records(self, out: Array, name: str) -> None:
+        """A q4 down projection: int4 in groups of 32 neurons."""
+        out[:] = 0
+        width = superblocks(self._config.hidden_size) * SUPERBLOCK
+        for start, rows in self._source.rows(name + ".weight"):
+            self._native.pack_int4_records(rows, start, width, out, self._threads)
 
     def _planes(self, arrays: Arrays, prefix: str, index: int) -> None:
         hot, cold = arrays[prefix + "mlp.hot"], arrays[prefix + "mlp.cold"]

@@ -38,12 +38,9 @@ class PagedCpu:
 
     @property
     def active_fraction(self) -> list[float]:
-        """Per layer, the share of MLP values that were not zero, over all tokens so far; empty where none are counted.
-
-        `q4` computes every value and counts nothing.
-        """
+        """Per layer, the share of MLP values that were not zero, over all tokens so far; empty before the first."""
         counts, neurons = self._decoder.layer_counts(), self.config.intermediate_size
-        if not counts[0]["tokens"] or self._decoder.form.mlp == "q4":
+        if not counts[0]["tokens"]:
             return []
         return [layer["active"] / (layer["tokens"] * neurons) for layer in counts]
 

@@ -27,7 +27,7 @@ from persimmon.config import ModelConfig
 from persimmon.errors import InputError
 from persimmon.fast.cpu.fingerprints import fingerprint_file
 from persimmon.fast.cpu.formats import GROUP, OUTLIERS, SUPERBLOCK, Format, packed_format
-from persimmon.fast.cpu.packed import LAYOUT_VERSION, file_name, planned_bytes
+from persimmon.fast.cpu.packed import file_name, planned_bytes
 from persimmon.fast.cpu.packing import Arrays, Packer
 from persimmon.fast.cpu.sources import FloatSource
 from persimmon.machine import cpu_threads
@@ -119,7 +119,7 @@ class PackedWriter:
             raise InputError(f"{target} already exists; remove it or choose another directory")
         self._config, self._threads, self._progress = config, threads, progress
         self._description = {
-            "version": LAYOUT_VERSION,
+            "version": form.layout,
             "format": form.name,
             "group": GROUP,
             "superblock": SUPERBLOCK,

@@ -6,7 +6,7 @@ order and scales in an array of their own; the numbers are the same to the last 
 FP8, whose weights come from plain ones.
 
     q8 row          INT8: int8 codes, a float16 scale per 32
-    q4 row          INT4: two codes a byte, 32 columns apart (kernels/matmul.py)
+    q4 row          INT4: two codes a byte, 32 columns apart (kernels/matmul.py); down records become such rows again
     head planes     INT8: 16 high + low - 128 is the int8 code
     p44 hot, cold   PLANES for the up projection, INT8 neuron-major for the down projection
     plain           PLAIN: as it is; the down projection neuron-major
@@ -117,6 +117,19 @@ def from_q4(rows: Tensor, inputs: int) -> Matrix:
     width = _padded(inputs, 2 * GROUP)
     codes = _nibble_pairs(_unpacked_nibbles(blocks[..., :128])[:, :width])
     return Matrix(INT4, rows.shape[0], inputs, False, codes, _scales(blocks[..., 128:], width))
+
+
+def from_records(records: Tensor, outputs: int, neurons: int) -> Matrix:
+    """A packed q4 down projection, uint8 [records of 32 neurons, bytes], a row per output."""
+    count, padded = records.shape[0], records.shape[1] // (2 + GROUP // 2)
+    rows = records[:, 2 * padded :].reshape(count, GROUP, -1, 4, 4, 4)
+    plain = torch.stack((rows & 15, rows >> 4), dim=3).transpose(4, 5)  # record, neuron, piece, half, then plain order
+    width = _padded(neurons, 2 * GROUP)
+    codes = torch.full((outputs, width), 8, dtype=torch.uint8, device=records.device)
+    codes[:, : count * GROUP] = plain.reshape(count * GROUP, padded)[:, :outputs].T
+    scales = torch.zeros(outputs, width // GROUP, dtype=torch.float16, device=records.device)
+    scales[:, :count] = records[:, : 2 * padded].contiguous().view(torch.float16)[:, :outputs].T
+    return Matrix(INT4, outputs, neurons, False, _nibble_pairs(codes), scales)
 
 
 def from_head_planes(high: Tensor, low: Tensor, inputs: int) -> Matrix:

@@ -167,8 +167,8 @@ def from_packed(
                 read(prefix + "hot"), read(prefix + "cold"), read(prefix + "outlier_columns"), hidden
             )
         if form.mlp == "q4":
-            rows_of_up, rows_of_down = (read(f"{prefix}dense_{which}.weight") for which in ("h_to_4h", "4h_to_h"))
-            return layouts.from_q4(rows_of_up, hidden), layouts.from_q4(rows_of_down, neurons)
+            up = layouts.from_q4(read(prefix + "dense_h_to_4h.weight"), hidden)
+            return up, layouts.from_records(read(prefix + "dense_4h_to_h.records"), hidden, neurons)
         up = layouts.from_q8(read(prefix + "dense_h_to_4h.weight"), hidden)
         return up, layouts.from_neurons(read(prefix + "dense_4h_to_h.neurons"), hidden)
 

@@ -130,7 +130,7 @@ class PyModel {
     nb::list result;
     for (const LayerCounts& c : model_.counts) {
       nb::dict row;
-      row["tokens"] = c.tokens, row["candidates"] = c.candidates, row["active"] = c.active;
+      row["tokens"] = c.tokens, row["candidates"] = c.candidates, row["active"] = c.active, row["groups"] = c.groups;
       row["audited"] = c.audited, row["audited_active"] = c.audited_active, row["audited_missed"] = c.audited_missed;
       row["audited_error"] = c.audited_error, row["audited_norm"] = c.audited_norm;
       result.append(row);
@@ -356,6 +356,33 @@ void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, P
   kernels->down_columns(args, active.data(), 0, width, no_bias.data(), y, width, scratch.data());
 }
 
+// Likewise for q4, whose up projection is a product of rows like any other.
+void int4_together(const Kernels* kernels, const MlpArgs& args, bool tiled, float* y, MlpCounts* counts) {
+  const int tokens = args.tokens, width = args.blocks * kSuperblock, neurons = args.neurons;
+  const int blocks = (neurons + kNeuronBlock - 1) / kNeuronBlock, tiles = (tokens + kTileTokens - 1) / kTileTokens;
+  std::vector<float> squared(static_cast<size_t>(tokens) * neurons), zeros(width, 0.0f);
+  kernels->rows({args.format, args.up, args.up_bytes, nullptr, 0, args.blocks, args.x, tokens, args.bias, squared.data(),
+                 static_cast<size_t>(neurons), Epilogue::squared_relu, nullptr, nullptr, nullptr}, 0, neurons);
+  std::vector<ActivationBlock> codes(static_cast<size_t>(blocks) * tokens);
+  std::vector<TokenGroup> groups(tiled ? static_cast<size_t>(blocks) * tiles * kLanes : 0);
+  std::vector<uint32_t> needed(blocks * kLanes);
+  for (int b = 0; b < blocks; b++) {
+    ActivationBlock* x = codes.data() + static_cast<size_t>(b) * tokens;
+    for (int t = 0; t < tokens; t++)
+      kernels->quantize(squared.data() + static_cast<size_t>(t) * neurons + b * kNeuronBlock, std::min(kNeuronBlock, neurons - b * kNeuronBlock), 1, x + t);
+    kernels->count_needed(x, tokens, needed.data() + b * kLanes, counts);
+    if (tiled) kernels->make_tiles(x, tokens, 1, 0, tiles, groups.data() + static_cast<size_t>(b) * tiles * kLanes);
+  }
+  counts->candidates += static_cast<int64_t>(tokens) * neurons;
+  const Int4DownArgs down = {args.down, args.down_bytes, (neurons + kGroup - 1) / kGroup, args.blocks, codes.data(), groups.data(),
+                             needed.data(), tokens, zeros.data(), y, static_cast<size_t>(width)};
+  std::vector<float> sums(static_cast<size_t>(tiles * kTileTokens + 1) * width);
+  std::vector<TokenGroup> panels(kInt4PanelBytes / sizeof(TokenGroup) + 1);
+  if (args.eights) kernels->eight_int4_columns(down, 0, width, sums.data(), reinterpret_cast<uint8_t*>(panels.data()));
+  else if (tiled) kernels->tiled_int4_columns(down, 0, width, sums.data(), reinterpret_cast<uint8_t*>(panels.data()));
+  else kernels->int4_columns(down, 0, width, sums.data());
+}
+
 // The same token by token, as in decoding.
 void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float, 2>& x, float* y, MlpCounts* counts) {
   const bool packed = args.format != Format::f32 && args.format != Format::bf16;
@@ -373,7 +400,8 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float,
     }
     for (int b = 0; b * kNeuronBlock < args.neurons; b++) {
       std::fill(sum.begin(), sum.end(), 0.0f);
-      kernels->one_block(one, b, sum.data(), counts, panels ? panels->scratch() : nullptr);
+      if (args.format == Format::q4) kernels->int4_block(one, b, sum.data(), counts);
+      else kernels->one_block(one, b, sum.data(), counts, panels ? panels->scratch() : nullptr);
       for (size_t i = 0; i < width; i++) y[t * width + i] += sum[i];
     }
   }
@@ -389,7 +417,6 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   const Inputs inputs(kernels, format, x);
   const int tokens = static_cast<int>(x.shape(0)), neurons = static_cast<int>(up.shape(0));
   const size_t width = round_up(x.shape(1), kSuperblock);
-  require(format != Format::q4, "q4 has a dense down projection");
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
                   static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr, nullptr};
@@ -402,7 +429,8 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   MlpCounts counts = {};
   Owned<float> y(tokens * width);
   std::fill_n(y.data, tokens * width, 0.0f);
-  if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, panels ? &*panels : nullptr, y.data, &counts);
+  if (together && format == Format::q4) int4_together(kernels, args, tiled, y.data, &counts);
+  else if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, panels ? &*panels : nullptr, y.data, &counts);
   else mlp_one_by_one(kernels, args, x, y.data, &counts);
   return {y.array({static_cast<size_t>(tokens), width}), counts.candidates, counts.active};
 }
@@ -462,6 +490,14 @@ void py_pack_neurons(In<float, 2> w, Out<uint8_t, 2> out, int offset, int thread
   const PackArgs args = pack_args(w, std::nullopt, threads);
   nb::gil_scoped_release release;
   pack_neurons(args, out.data() + offset, out.shape(1));
+}
+
+void py_pack_int4_records(In<float, 2> w, int first, int width, Out<uint8_t, 2> out, int threads) {
+  require(width % kSuperblock == 0 && first >= 0 && first + static_cast<int>(w.shape(0)) <= width, "outputs outside the records");
+  require(out.shape(0) * kGroup >= w.shape(1) && out.shape(1) >= int4_record_bytes(width / kSuperblock), "output has the wrong shape");
+  const PackArgs args = pack_args(w, std::nullopt, threads);
+  nb::gil_scoped_release release;
+  pack_int4_records(args, first, width, out.data(), out.shape(1));
 }
 
 }  // namespace
@@ -534,6 +570,9 @@ NB_MODULE(_native, m) {
   m.def("pack_rows", &py_pack_rows, "format"_a, "weights"_a, "out"_a.noconvert(), "importance"_a.none(), "threads"_a);
   m.def("pack_planes", &py_pack_planes, "weights"_a, "high"_a.noconvert(), "low"_a.noconvert(), "threads"_a);
   m.def("pack_neurons", &py_pack_neurons, "weights"_a, "out"_a.noconvert(), "offset"_a, "threads"_a);
+
+  m.def("pack_int4_records", &py_pack_int4_records, "weights"_a, "first"_a, "width"_a, "out"_a.noconvert(), "threads"_a,
+        "Rows of a down projection from output `first` on into records that were zero.");
 
   bind_training(m);
 }

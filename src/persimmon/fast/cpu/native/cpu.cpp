@@ -14,11 +14,11 @@ namespace persimmon {
 namespace {
 
 #if defined(PERSIMMON_AMX)
-// CPUID leaf 7: AMX-BF16, AMX-TILE and AMX-INT8; all processors have had all three. The compiler's own check knows these names only in later versions.
+// CPUID leaf 7: AMX-BF16, AMX-TILE, AMX-INT8 and GFNI; all processors with AMX have had all four. The compiler's own check knows these names only in later versions.
 bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  return (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+  return (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1) && (c >> 8 & 1);
 }
 
 // Tile registers make a thread's saved state 8 KiB larger, so Linux wants to be asked once before their first use. It refuses

@@ -2,13 +2,14 @@
 #pragma once
 #include "activations.h"
 #include "attention.h"
+#include "eight_int4.h"
 #include "eights.h"
 #include "fingerprint.h"
 #include "float_tile_rows.h"
 #include "int4_scale.h"
 #include "panels.h"
 #include "sparse_mlp.h"
-#include "tiled_rows.h"
+#include "tiled_int4.h"
 
 namespace persimmon {
 namespace PERSIMMON_ISA {
@@ -16,8 +17,10 @@ namespace PERSIMMON_ISA {
 static constexpr Kernels table(const char* name) {
 #if defined(__AVX512VNNI__)
 #define PERSIMMON_TILED kTiledTokens, make_tiles, tile_scratch_bytes, tiled_rows, tiled_estimates, tiled_activate
+#define PERSIMMON_TILED_INT4 tiled_int4_columns
 #else
 #define PERSIMMON_TILED 0, nullptr, nullptr, nullptr, nullptr, nullptr
+#define PERSIMMON_TILED_INT4 nullptr
 #endif
   constexpr PanelKernels panels = {kFewestPanelTokens, 2, make_panels, panel_scratch_floats, panel_rows, panel_activate};
 #if defined(__AMX_BF16__)
@@ -28,8 +31,8 @@ static constexpr Kernels table(const char* name) {
   constexpr auto block = one_block;
 #endif
   return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, estimate_rows, refine_row,
-          activate, block, down_columns, summarize, attend_int8, attend_float, quantize_head,
-          int4_scale, fingerprint};
+          activate, block, down_columns, int4_block, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8,
+          attend_float, quantize_head, int4_scale, fingerprint};
 }
 
 }  // namespace PERSIMMON_ISA

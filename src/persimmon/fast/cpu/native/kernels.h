@@ -37,10 +37,10 @@ struct ActiveBlock {
 };
 
 struct MlpArgs {
-  Format format;         // f32, bf16, q8, or planes for p44
+  Format format;         // f32, bf16, q8, q4, or planes for p44
   const uint8_t* up;     // rows of the up projection; p44: hot rows
   size_t up_bytes;
-  const uint8_t* down;   // neuron-major rows of the down projection; p44: cold rows
+  const uint8_t* down;   // neuron-major rows of the down projection; p44: cold rows; q4: int4 records of 32 neurons
   size_t down_bytes;
   int down_offset;       // of the int8 superblocks inside a cold row
   const float* bias;     // [F] of the up projection
@@ -57,8 +57,25 @@ struct MlpArgs {
 
 struct MlpCounts {
   int64_t candidates;  // neurons whose exact pre-activation was computed
-  int64_t active;      // of them positive
+  int64_t active;      // of them positive; q4: not zero once rounded to int8
+  int64_t groups;      // q4: groups of 32 neurons that have an active one
 };
+
+// The q4 down projection of many tokens (int4_down.h): y[t, c] += (sum over neurons) + bias[c].
+struct Int4DownArgs {
+  const uint8_t* records;    // of 32 neurons each (layout.h)
+  size_t record_bytes;
+  int groups;                // records
+  int blocks;                // H / 256, outputs
+  const ActivationBlock* x;  // [blocks of kNeuronBlock neurons][T], the squared activations
+  const TokenGroup* tiles;   // tiled kernel: [blocks of neurons][tiles of tokens][kLanes]
+  const uint32_t* needed;    // [groups], bit i: neuron i of the group is not zero for some token
+  int tokens;
+  const float* bias;         // [256 * blocks]
+  float* y;
+  size_t y_stride;
+};
+constexpr size_t kInt4PanelBytes = 36864;  // scratch of the tiled kernel: 128 outputs of a block of neurons, unpacked
 
 // Logits of some rows, for a softmax over all of them.
 struct RowSummary {
@@ -140,13 +157,20 @@ struct Kernels {
   // Append the active neurons among [begin, end) (inside one block) of tokens [token, token + count) to out[0 .. count).
   void (*activate)(const MlpArgs& args, int begin, int end, int token, int count, ActiveBlock* const* out,
                    MlpCounts* counts);
-  // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute. Not for q4. Scratch: of PanelKernels,
-  // for float rows.
+  // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute. Not for q4, which has int4_block.
+  // Scratch: of PanelKernels, for float rows.
   void (*one_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts, float* panel_scratch);
   // y[t, c] += (sum over blocks of their neurons' contributions) + bias[c] for columns [begin, end), multiples of 64.
   // active[block * tokens + t]; scratch holds down_scratch_floats.
   void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,
                        size_t y_stride, float* scratch);
+  void (*int4_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts);
+  // Fill in what the tokens x[T] of a block of neurons need together, needed[kLanes], and add up their active neurons and groups.
+  void (*count_needed)(const ActivationBlock* x, int tokens, uint32_t* needed, MlpCounts* counts);
+  // Columns [begin, end), multiples of kInt4Piece, of all tokens; scratch holds (T rounded up to tiles + 1) * (end - begin).
+  void (*int4_columns)(const Int4DownArgs& args, int begin, int end, float* scratch);
+  void (*tiled_int4_columns)(const Int4DownArgs& args, int begin, int end, float* scratch, uint8_t* panels);  // or null
+  void (*eight_int4_columns)(const Int4DownArgs& args, int begin, int end, float* scratch, uint8_t* panels);  // up to kMostEights; or null
   RowSummary (*summarize)(const float* logits, int count);
   void (*attend_int8)(const AttentionArgs& args);
   void (*attend_float)(const AttentionArgs& args);

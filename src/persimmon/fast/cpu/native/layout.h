@@ -11,6 +11,9 @@
 //   high superblock   like q4, nibbles = (w + 128) >> 4 of an int8 weight w, scales of the int8 weight    144 bytes
 //   low  superblock   [128 bytes], nibbles = (w + 128) & 15, no scales of its own                         128 bytes
 //   int8 superblock   [256 int8 in plain order][8 float16 scales], of a row that is added to an output    272 bytes
+//   int4 record   32 neurons of a q4 down projection with W outputs, padded to 256: [W float16 scales][32 rows of W / 2 bytes]; a
+//                 scale is shared by an output's 32 weights. Byte 16 l + 4 j + i of 64 is output 16 j + 4 l + i of 128 (low nibble,
+//                 stored + 8) and output 64 + 16 j + 4 l + i (high nibble, stored + 8)                 18 W bytes
 //
 // A q8 or q4 row is its superblocks one after the other; a row is padded with zero weights to a multiple of 256.
 // p44, one neuron: hot row  [high superblocks of its up row][16 float16 weights of the outlier columns]
@@ -30,6 +33,7 @@ constexpr int kQ8Bytes = 272;
 constexpr int kQ4Bytes = 144;
 constexpr int kLowBytes = 128;
 constexpr int kInt8Bytes = 272;
+constexpr int kInt4Piece = 128;      // outputs of 64 bytes of a row of an int4 record
 constexpr int kOutliers = 16;       // input columns of an up projection kept in float16
 constexpr int kOutlierBytes = 2 * kOutliers;
 constexpr int kNeuronBlock = 256;   // neurons whose contributions are summed on their own before they join the output
@@ -53,6 +57,8 @@ struct alignas(64) TokenGroup {
   float scale[kTileTokens], sum[kTileTokens], energy[kTileTokens];
 };
 static_assert(sizeof(TokenGroup) == 704, "eleven cache lines");
+
+constexpr size_t int4_record_bytes(int blocks) { return static_cast<size_t>(blocks) * kSuperblock * (2 + kGroup / 2); }
 
 constexpr int kMostEights = 8;      // tokens of an EightTokens
 constexpr int kPairs = 4;           // of groups of a superblock

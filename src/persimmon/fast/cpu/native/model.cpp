@@ -13,6 +13,7 @@ constexpr int kTiledRows = 64;         // rows a thread takes at a time when tok
 constexpr int kPanelGrain = 128;       // ... when they lie in panels: what float_tiles.h reads together
 constexpr int kMostHeads = 4;          // whose rows a thread multiplies before it attends
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
+constexpr int kSumPiece = 16;          // outputs of a cache line
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
 size_t row_bytes(Format format, int blocks) {
@@ -37,8 +38,9 @@ Model::Model(const Shape& shape, const Formats& formats, const std::map<std::str
     : counts(shape.layers), shape_(shape), formats_(formats), kernels_(kernels),
       panel_kernels_(formats.attention == Format::bf16 ? &kernels->bf16_panels : &kernels->float_panels), cos_(cos), sin_(sin),
       width_(static_cast<int>(round_up(shape.hidden, kSuperblock))),
-      neuron_width_(static_cast<int>(round_up(shape.intermediate, kSuperblock))),
-      neuron_blocks_(neuron_width_ / kNeuronBlock), packed_inputs_(is_packed(formats.attention)), pool_(threads) {
+      neuron_blocks_(static_cast<int>(round_up(shape.intermediate, kNeuronBlock) / kNeuronBlock)),
+      neuron_groups_(static_cast<int>(round_up(shape.intermediate, kGroup) / kGroup)), 
+      packed_inputs_(is_packed(formats.attention)), pool_(threads) {
   if (!packed_inputs_ && (formats.mlp != formats.attention || formats.head != formats.attention))
     throw std::invalid_argument("float32 and bfloat16 matrices in one model");
   const Resolver resolver(tensors);
@@ -111,8 +113,9 @@ void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, 
   }
   layer->up = resolve_linear(tensors, prefix + "dense_h_to_4h", formats_.mlp, neurons, hidden);
   if (formats_.mlp == Format::q4) {
-    layer->down = resolve_linear(tensors, prefix + "dense_4h_to_h", formats_.mlp, hidden, neurons);
-    layer->down.bias = layer->down_bias;
+    layer->up.bias = layer->up_bias;
+    layer->neuron_bytes = int4_record_bytes(blocks);
+    layer->neurons = tensors.bytes(prefix + "dense_4h_to_h.records", layer->neuron_bytes * neuron_groups_);
     return;
   }
   layer->neuron_bytes = formats_.mlp == Format::q8 ? static_cast<size_t>(blocks) * kInt8Bytes : row_bytes(formats_.mlp, blocks);
@@ -154,16 +157,18 @@ void Model::forward(const std::vector<Chunk>& chunks, Output output) {
 }
 
 void Model::reserve(int tokens) {
-  const size_t blocks = width_ / kSuperblock, hidden_blocks = neuron_width_ / kSuperblock;
+  const size_t blocks = width_ / kSuperblock;
   if (tokens > reserved_tokens_) {
     reserved_tokens_ = tokens;
     const size_t n = tokens;
     x_.assign(n * width_, 0.0f), normed_.assign(n * width_, 0.0f), attended_.assign(n * width_, 0.0f);
     qkv_.resize(n * 3 * shape_.hidden), outliers_.resize(n * kOutliers);
     if (packed_inputs_) packed_ = std::make_unique<ActivationBlock[]>(n * blocks);
-    if (formats_.mlp == Format::q4) {
-      hidden_.assign(n * neuron_width_, 0.0f);
-      packed_hidden_ = std::make_unique<ActivationBlock[]>(n * hidden_blocks);
+    if (formats_.mlp == Format::q4 && tokens > 1) {
+      squared_.resize(n * kNeuronBlock * pool_.threads());
+      packed_squared_ = std::make_unique<ActivationBlock[]>(n * neuron_blocks_);
+      needed_.resize(neuron_blocks_ * kLanes);
+      reserve_tiles(kInt4PanelBytes);
     } else if (tokens > 1) {
       active_.resize(n * neuron_blocks_);
     }
@@ -280,9 +285,13 @@ void Model::pack(const float* x, int tokens, int size, int blocks, ActivationBlo
   if (!tiled(tokens)) return;
   const int tiles = (tokens + kTileTokens - 1) / kTileTokens;
   tiles_.resize(static_cast<size_t>(tiles) * kLanes * blocks);
-  tile_scratch_stride_ = kernels_->tile_scratch_bytes(blocks, tokens) / sizeof(TokenGroup) + 1;
-  if (tile_scratch_.size() < tile_scratch_stride_ * pool_.threads()) tile_scratch_.resize(tile_scratch_stride_ * pool_.threads());
+  reserve_tiles(kernels_->tile_scratch_bytes(blocks, tokens));
   pool_.parallel_for(tiles, 1, [&](int begin, int end, int) { kernels_->make_tiles(out, tokens, blocks, begin, end, tiles_.data()); });
+}
+
+void Model::reserve_tiles(size_t bytes) {
+  tile_scratch_stride_ = std::max(tile_scratch_stride_, bytes / sizeof(TokenGroup) + 1);
+  if (tile_scratch_.size() < tile_scratch_stride_ * pool_.threads()) tile_scratch_.resize(tile_scratch_stride_ * pool_.threads());
 }
 
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
@@ -407,11 +416,10 @@ MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
 
 void Model::mlp(const Layer& layer, int index, int tokens) {
   counts[index].tokens += tokens;
-  if (formats_.mlp == Format::q4) return mlp_dense_q4(layer, tokens);
   const MlpArgs args = mlp_args(layer, tokens);
   MlpCounts found;
   if (tokens > 1) {
-    found = mlp_many(args, layer.down_bias);
+    found = formats_.mlp == Format::q4 ? mlp_many_int4(layer, tokens) : mlp_many(args, layer.down_bias);
   } else {
     found = mlp_one(args, output_.data());
     for (int i = 0; i < width_; i++) x_[i] += output_[i] + layer.down_bias[i];
@@ -419,14 +427,7 @@ void Model::mlp(const Layer& layer, int index, int tokens) {
   }
   counts[index].candidates += found.candidates;
   counts[index].active += found.active;
-}
-
-void Model::mlp_dense_q4(const Layer& layer, int tokens) {
-  Linear up = layer.up;
-  up.bias = layer.up_bias;
-  multiply(up, input(), tokens, hidden_.data(), neuron_width_, Epilogue::squared_relu);
-  pack(hidden_.data(), tokens, shape_.intermediate, neuron_width_ / kSuperblock, packed_hidden_.get());
-  multiply(layer.down, packed_hidden_.get(), tokens, x_.data(), width_, Epilogue::add);
+  counts[index].groups += found.groups;
 }
 
 // One token: up and down in one region, block by block. output[0 .. width) = sum of the neurons' contributions.
@@ -436,7 +437,8 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
       float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
       std::fill(sum, sum + width_, 0.0f);
       MlpCounts found = {};
-      kernels_->one_block(args, b, sum, &found, panel_scratch(thread));
+      if (args.format == Format::q4) kernels_->int4_block(args, b, sum, &found);
+      else kernels_->one_block(args, b, sum, &found, panel_scratch(thread));
       block_counts_[b] = found;
     }
   });
@@ -444,12 +446,13 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
     std::fill(output + begin, output + end, 0.0f);
     for (int b = 0; b < neuron_blocks_; b++) {
       const float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
-      for (int i = begin; block_counts_[b].active && i < end; i++) output[i] += sum[i];
+      for (int from = begin; block_counts_[b].active && from < end; from += kSumPiece) {
+        __builtin_prefetch(sum + 2 * width_ + from);  // the weights have driven the sums out of the caches
+        for (int i = from; i < std::min(from + kSumPiece, end); i++) output[i] += sum[i];
+      }
     }
   });
-  MlpCounts total = {};
-  for (const MlpCounts& found : block_counts_) total.candidates += found.candidates, total.active += found.active;
-  return total;
+  return total_counts();
 }
 
 // Many tokens: all activations first, then the down projection by columns; the same sums in the same order as mlp_one.
@@ -481,8 +484,13 @@ MlpCounts Model::mlp_many(const MlpArgs& args, const float* bias) {
     kernels_->down_columns(args, active_.data(), begin, end, bias, x_.data(), width_,
                            scratch_.data() + thread * down_scratch_floats(reserved_tokens_));
   });
+  return total_counts();
+}
+
+MlpCounts Model::total_counts() const {
   MlpCounts total = {};
-  for (const MlpCounts& found : block_counts_) total.candidates += found.candidates, total.active += found.active;
+  for (const MlpCounts& found : block_counts_)
+    total.candidates += found.candidates, total.active += found.active, total.groups += found.groups;
   return total;
 }
 

@@ -47,7 +47,7 @@ struct Output {
 };
 
 struct LayerCounts {
-  int64_t tokens, candidates, active;              // over all tokens run
+  int64_t tokens, candidates, active, groups;      // over all tokens run (MlpCounts)
   int64_t audited, audited_active, audited_missed;  // over audited tokens
   double audited_error, audited_norm;               // squared norms of output error and output
 };
@@ -87,8 +87,8 @@ class Model {
   };
   struct Layer {
     Norm input, post, q, k;
-    Linear qkv, dense, up, down;  // down: q4 only
-    const uint8_t* neurons;       // other formats: neuron-major rows
+    Linear qkv, dense, up;
+    const uint8_t* neurons;  // neuron-major rows; q4: records
     size_t neuron_bytes;
     int neuron_offset;
     const float *up_bias, *down_bias;
@@ -138,6 +138,7 @@ class Model {
   bool in_panels(int tokens) const { return tokens >= panel_kernels_->fewest_tokens; }
   size_t panel_offset(int token) const { return persimmon::panel_offset(*panel_kernels_, width_, token); }
   void reserve_panels(int tokens);
+  void reserve_tiles(size_t bytes);
   void make_panels(const float* x, int tokens);
   bool in_eights(int tokens) const { return kernels_->fewest_eights && tokens >= kernels_->fewest_eights && tokens <= kMostEights; }
   bool tiled(int tokens) const { return kernels_->tiled_tokens && tokens >= kernels_->tiled_tokens; }
@@ -149,9 +150,12 @@ class Model {
   void attend_heads(int index, const std::vector<Token>& tokens, const Queries& queries, int head, int heads);
   MlpArgs mlp_args(const Layer& layer, int tokens) const;
   void mlp(const Layer& layer, int index, int tokens);
-  void mlp_dense_q4(const Layer& layer, int tokens);
   MlpCounts mlp_one(const MlpArgs& args, float* output);
   MlpCounts mlp_many(const MlpArgs& args, const float* bias);
+  MlpCounts mlp_many_int4(const Layer& layer, int tokens);
+  void square_blocks(const Layer& layer, int tokens);
+  int share_of_outputs(int chunks) const;
+  MlpCounts total_counts() const;
   void audit(const MlpArgs& args, const MlpCounts& found, LayerCounts* counts);
   void head(const std::vector<int>& wanted, const Output& output);
   void head_scores(int tokens, const Output& output);
@@ -169,8 +173,8 @@ class Model {
   Norm final_norm_;
   Linear lm_head_;
   int width_;          // hidden size padded to 256
-  int neuron_width_;   // intermediate size padded to 256
   int neuron_blocks_;  // blocks of kNeuronBlock neurons
+  int neuron_groups_;  // groups of kGroup neurons
   bool packed_inputs_;  // int8 activations; else float32
 
   Pool pool_;
@@ -185,7 +189,7 @@ class Model {
   std::vector<float> normed_;      // [T][width]
   std::vector<float> qkv_;         // [T][3 * hidden], [head, 3, head_dim]
   std::vector<float> attended_;    // [T][width]
-  std::vector<float> hidden_;      // q4: [T][neurons]
+  std::vector<float> squared_;     // q4: per thread, [T][kNeuronBlock]
   std::vector<float> outliers_;    // [T][kOutliers]
   std::vector<float> block_sums_;  // one token: [blocks of neurons][width]
   std::vector<float> output_, audited_output_;  // [width]
@@ -196,7 +200,9 @@ class Model {
   std::vector<float> estimates_, bounds_;  // [wanted][vocab], two-pass head
   std::vector<ActiveBlock> active_;        // [blocks of neurons][T]
   std::vector<MlpCounts> block_counts_;
-  std::unique_ptr<ActivationBlock[]> packed_, packed_hidden_;
+  std::unique_ptr<ActivationBlock[]> packed_, packed_squared_;  // packed_squared_: q4, [blocks of neurons][T]
+  std::vector<uint32_t> needed_;           // q4: [groups of neurons], Int4DownArgs
+  std::vector<TokenGroup> squared_tiles_;  // q4: packed_squared_ in tiles
   std::vector<TokenGroup> tiles_;          // of the inputs packed last, when the kernels want them
   std::vector<EightTokens> eights_;        // likewise, of few tokens
   std::vector<TokenGroup> tile_scratch_;   // per thread; any type that is aligned

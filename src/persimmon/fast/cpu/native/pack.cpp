@@ -69,29 +69,43 @@ void put_scale(uint8_t* scales, int g, uint16_t scale) { memcpy(scales + 2 * g, 
 
 using Encoder = Group (*)(const float*, const float*);
 
+// body(i) for i in [0, count), shared among threads.
+template <class Body>
+void share(int count, int num_threads, Body body) {
+  std::atomic<int> next{0};
+  const auto work = [&] {
+    for (int i; (i = next.fetch_add(1)) < count;) body(i);
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < num_threads; i++) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Codes of group g of row r, padded with zeros; `refused` when a weight cannot be packed.
+Group encoded(const PackArgs& a, Encoder encode_group, int r, int g, std::atomic<bool>* refused) {
+  float w[kGroup] = {}, importance[kGroup] = {};
+  for (int i = 0; i < kGroup && g * kGroup + i < a.inputs; i++) {
+    w[i] = a.weights[static_cast<size_t>(r) * a.inputs + g * kGroup + i];
+    importance[i] = a.importance ? a.importance[g * kGroup + i] : 1;
+    if (!(std::fabs(w[i]) < 7 * kLargestHalf)) *refused = true;
+  }
+  return encode_group(w, importance);
+}
+
+void check(const std::atomic<bool>& refused) {
+  if (refused) throw std::domain_error("a weight is not finite or larger than 458528");
+}
+
 // Call put(row, superblock, group in superblock, codes) for every group of every row, rows shared among threads.
 template <class Put>
 void for_each_group(const PackArgs& a, Encoder encode_group, Put put) {
   const int groups = static_cast<int>(round_up(a.inputs, kSuperblock)) / kGroup;
-  std::atomic<int> next{0};
   std::atomic<bool> refused{false};
-  const auto work = [&] {
-    for (int r; (r = next.fetch_add(1)) < a.rows;)
-      for (int g = 0; g < groups; g++) {
-        float w[kGroup] = {}, importance[kGroup] = {};
-        for (int i = 0; i < kGroup && g * kGroup + i < a.inputs; i++) {
-          w[i] = a.weights[static_cast<size_t>(r) * a.inputs + g * kGroup + i];
-          importance[i] = a.importance ? a.importance[g * kGroup + i] : 1;
-          if (!(std::fabs(w[i]) < 7 * kLargestHalf)) refused = true;
-        }
-        put(r, g / kLanes, g % kLanes, encode_group(w, importance));
-      }
-  };
-  std::vector<std::thread> threads;
-  for (int i = 1; i < a.threads; i++) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
-  if (refused) throw std::domain_error("a weight is not finite or larger than 458528");
+  share(a.rows, a.threads, [&](int r) {
+    for (int g = 0; g < groups; g++) put(r, g / kLanes, g % kLanes, encoded(a, encode_group, r, g, &refused));
+  });
+  check(refused);
 }
 
 }  // namespace
@@ -147,6 +161,23 @@ void pack_neurons(const PackArgs& args, uint8_t* out, size_t stride) {
     memcpy(block + kGroup * g, group.code, kGroup);
     put_scale(block + kSuperblock, g, group.scale);
   });
+}
+
+void pack_int4_records(const PackArgs& args, int first, int width, uint8_t* out, size_t stride) {
+  std::atomic<bool> refused{false};
+  // A record has one writer, as two outputs share a byte.
+  share(static_cast<int>(round_up(args.inputs, kGroup)) / kGroup, args.threads, [&](int g) {
+    uint8_t* record = out + g * stride;
+    for (int r = 0; r < args.rows; r++) {
+      const Group group = encoded(args, encode_int4, r, g, &refused);
+      const int output = first + r, j = output % 64 / 16, l = output % 16 / 4, i = output % 4;
+      uint8_t* byte = record + 2 * width + output / kInt4Piece * 64 + 16 * l + 4 * j + i;
+      memcpy(record + 2 * output, &group.scale, 2);
+      for (int n = 0; n < kGroup; n++, byte += width / 2)
+        *byte = static_cast<uint8_t>(*byte | (group.code[n] + 8) << (output % kInt4Piece < 64 ? 0 : 4));
+    }
+  });
+  check(refused);
 }
 
 }  // namespace persimmon

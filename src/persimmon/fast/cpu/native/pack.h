@@ -21,6 +21,10 @@ void pack_planes(const PackArgs& args, uint8_t* high, size_t high_stride, uint8_
 // int8 superblocks in plain order: rows that are added to an output.
 void pack_neurons(const PackArgs& args, uint8_t* out, size_t stride);
 
+// Rows of a down projection, one per output from `first` on, into int4 records: `out` [neurons / 32, rounded up] records whose
+// padding is zero, `stride` bytes apart and of `width` outputs. First and rows may be any, one call after the other.
+void pack_int4_records(const PackArgs& args, int first, int width, uint8_t* out, size_t stride);
+
 uint16_t float_to_half(float value);
 
 }  // namespace persimmon

@@ -89,7 +89,7 @@ static void activate_tile(const MlpArgs& a, int begin, int end, int token, Activ
     case Format::bf16: activate_rows<FloatRows<uint16_t>, N>(a, begin, end, token, out, counts); break;
     case Format::q8: activate_rows<PackedQ8, N>(a, begin, end, token, out, counts); break;
     case Format::planes: activate_planes<N>(a, begin, end, token, out, counts); break;
-    case Format::q4: break;  // its down projection is dense: rows() with Epilogue::squared_relu
+    case Format::q4: break;  // int4_down.h
   }
 }
 
