@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ TOKENS, BATCH = 700_000, 4096
 """Of a pilot: 171 steps."""
 LAST_STEPS = 10
 """Steps whose zeros are averaged."""
+_FAR = 0.05
+"""Of the best loss: pilots beyond are named in the picture and not drawn, as the others would become one dot."""
 
 
 def _l1(weight: float, target: float, start: float = 0.0) -> list[str]:
@@ -112,18 +115,26 @@ def evaluations(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return {row["step"]: _figures(row, rows[:number]) for number, row in enumerate(rows, 1) if "held_out" in row}
 
 
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
 def plot(result: dict[str, Any], picture: Path) -> None:
     """Left: the pilots, loss over zeros; right: what the zeros cost over the long pair."""
     pyplot = load_pyplot("train")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
-    for entry in result["pilots"]:
-        zeros = 100 * sum(entry["zeros_per_layer"][1:]) / (len(entry["zeros_per_layer"]) - 1)
-        loss = sum(entry["held_out"].values()) / len(entry["held_out"])
-        color = "#57534e" if entry["name"].startswith("AdamW") else "#c2410c"
-        left.scatter(zeros, loss, color=color)
-        left.annotate(entry["name"], (zeros, loss), textcoords="offset points", xytext=(-5, 5), ha="right", fontsize=7)
+    losses = [_mean(entry["held_out"].values()) for entry in result["pilots"]]
+    far = min(losses) * (1 + _FAR)
+    for number, (entry, loss) in enumerate(zip(result["pilots"], losses, strict=True)):
+        zeros = 100 * _mean(entry["zeros_per_layer"][1:])
+        if loss > far:
+            left.plot([], [], " ", label=f"outside: {entry['name']}, {loss:.2f} at {zeros:.0f} %")
+            continue
+        left.scatter(zeros, loss, s=45, marker="os^vDP*X<>"[number % 10], label=entry["name"])
+    left.legend(fontsize=7)
     left.set(
-        title=f"{TOKENS / 1e6:.1f} million tokens", xlabel="zeros in all but the first layer, %",
+        title=f"pilots of {TOKENS / 1e6:.1f} million tokens", xlabel="zeros in all but the first layer, %",
         ylabel="held-out bits per byte, mean of the sources",
     )  # fmt: skip
     for name in result["pairs"][0]["cost"] if result["pairs"] else []:
