@@ -16,8 +16,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import persimmon
@@ -115,19 +115,14 @@ def evaluations(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return {row["step"]: _figures(row, rows[:number]) for number, row in enumerate(rows, 1) if "held_out" in row}
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
 def plot(result: dict[str, Any], picture: Path) -> None:
     """Left: the pilots, loss over zeros; right: what the zeros cost over the long pair."""
     pyplot = load_pyplot("train")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
-    losses = [_mean(entry["held_out"].values()) for entry in result["pilots"]]
+    losses = [fmean(entry["held_out"].values()) for entry in result["pilots"]]
     far = min(losses) * (1 + _FAR)
     for number, (entry, loss) in enumerate(zip(result["pilots"], losses, strict=True)):
-        zeros = 100 * _mean(entry["zeros_per_layer"][1:])
+        zeros = 100 * fmean(entry["zeros_per_layer"][1:])
         if loss > far:
             left.plot([], [], " ", label=f"outside: {entry['name']}, {loss:.2f} at {zeros:.0f} %")
             continue

@@ -11,16 +11,7 @@ from dataclasses import dataclass
 
 from persimmon import accounting
 from persimmon.config import ModelConfig
-from persimmon.fast.cpu.formats import (
-    FORMATS,
-    GROUP,
-    SUPERBLOCK,
-    Format,
-    hot_bytes,
-    layer_tensors,
-    row_bytes,
-    superblocks,
-)
+from persimmon.fast.cpu.formats import FORMATS, GROUP, Format, hot_bytes, layer_tensors, record_parts, row_bytes
 from persimmon.fast.cpu.memory import kv_bytes_per_token
 
 _FLOAT_BYTES = 4
@@ -85,8 +76,8 @@ def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
         return neurons * hot_bytes(config) + use.candidates * low + use.active * down
     up = neurons * row_bytes(form.mlp, hidden)
     if form.mlp == "q4":
-        codes, scales = superblocks(hidden) * SUPERBLOCK // 2, superblocks(hidden) * SUPERBLOCK * 2
-        return up + use.active * codes + use.groups * scales
+        scales, row = record_parts(hidden)
+        return up + use.active * row + use.groups * scales
     return up + use.active * row_bytes("int8" if form.mlp == "q8" else form.mlp, hidden)
 
 

@@ -21,6 +21,7 @@ from persimmon.checkpoints.hub import map_tensor
 from persimmon.errors import InputError
 from persimmon.fast.cpu.formats import GROUP, SUPERBLOCK
 from persimmon.fast.cpu.packed import PackedDirectory, open_packed
+from persimmon.fast.cpu.unpacking import cut_superblocks, half_scales, nibbles, plain_order, record_parts
 from persimmon.model import PersimmonModel
 
 FORMATS = ("q8", "q4")
@@ -29,66 +30,45 @@ FORMATS = ("q8", "q4")
 SLICE_BYTES = 64 << 20
 """Most float32 bytes of a matrix that exist at a time."""
 
-_LANES = (SUPERBLOCK // GROUP, SUPERBLOCK // GROUP, 4)  # vectors, groups, bytes: native/layout.h
-
 
 # -- reading superblocks -------------------------------------------------------------------------------------
 
 
-def _lane_order(codes: Tensor) -> Tensor:
-    """Codes [R, S, 256] in lane order -> [R, S, groups, 32] in plain order."""
-    rows, blocks = codes.shape[:2]
-    return codes.view(rows, blocks, *_LANES).transpose(2, 3).reshape(rows, blocks, SUPERBLOCK // GROUP, GROUP)
-
-
-def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
-    """Codes [R, S, groups, 32] times their groups' float16 scales, given as bytes [R, S, 16] -> float32 [R, 256 S]."""
-    halves = scales.contiguous().view(torch.float16).float()
-    return (codes.float() * halves[..., None]).flatten(1)
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """Bytes [R, S, 128] -> codes [R, S, groups, 32] from 0 to 15."""
-    return _lane_order(torch.cat((packed & 15, packed >> 4), -1))
-
-
-def _superblocks(rows: Tensor, size: int) -> Tensor:
-    return rows.view(len(rows), -1, size)
+def _scaled(codes: Tensor, parts: Tensor) -> Tensor:
+    """Codes [R, 256 S] times their groups' scales, given as bytes [R, S, 16] -> float32 [R, 256 S]."""
+    groups = codes.float().view(len(codes), -1, GROUP)
+    return (groups * half_scales(parts).float()[..., None]).flatten(1)
 
 
 def unpack_q8(rows: Tensor) -> Tensor:
     """Rows of q8 superblocks [R, bytes] -> float32 [R, 256 S]."""
-    blocks = _superblocks(rows, 272)
-    return _scaled(_lane_order(blocks[..., :256].contiguous().view(torch.int8)), blocks[..., 256:])
+    blocks = cut_superblocks(rows, 272)
+    return _scaled(plain_order(blocks[..., :SUPERBLOCK]).view(torch.int8), blocks[..., SUPERBLOCK:])
 
 
 def unpack_q4(rows: Tensor) -> Tensor:
     """Rows of q4 superblocks [R, bytes] -> float32 [R, 256 S]."""
-    blocks = _superblocks(rows, 144)
-    return _scaled(_nibbles(blocks[..., :128]).to(torch.int8) - 8, blocks[..., 128:])
+    blocks = cut_superblocks(rows, 144)
+    return _scaled(nibbles(blocks[..., :128]).to(torch.int8) - 8, blocks[..., 128:])
 
 
 def unpack_int8(rows: Tensor) -> Tensor:
     """Rows of int8 superblocks in plain order [R, bytes] -> float32 [R, 256 S]."""
-    blocks = _superblocks(rows, 272)
-    codes = blocks[..., :256].contiguous().view(torch.int8)
-    return _scaled(codes.view(*codes.shape[:2], SUPERBLOCK // GROUP, GROUP), blocks[..., 256:])
+    blocks = cut_superblocks(rows, 272)
+    return _scaled(blocks[..., :SUPERBLOCK].reshape(len(rows), -1).view(torch.int8), blocks[..., SUPERBLOCK:])
 
 
 def unpack_records(records: Tensor) -> Tensor:
     """Records of 32 neurons' int4 rows [R, bytes] -> float32 [32 R, outputs]."""
-    count, width = len(records), records.shape[1] // (2 + GROUP // 2)
-    halves = records[:, : 2 * width].contiguous().view(torch.float16).float()
-    rows = records[:, 2 * width :].reshape(count, GROUP, -1, 4, 4, 4)
-    nibbles = torch.stack((rows & 15, rows >> 4), 3).transpose(4, 5)  # record, neuron, piece, half, then plain order
-    codes = nibbles.reshape(count, GROUP, width).to(torch.int8) - 8
-    return (codes.float() * halves[:, None]).flatten(0, 1)
+    codes, scales = record_parts(records)
+    neurons = (codes.to(torch.int8) - 8).float().view(len(records), GROUP, -1)
+    return (neurons * scales.float()[:, None]).flatten(0, 1)
 
 
 def unpack_planes(high: Tensor, low: Tensor) -> Tensor:
     """Rows of the two 4-bit planes of int8 weights -> float32 [R, 256 S]."""
-    blocks = _superblocks(high, 144)
-    codes = 16 * _nibbles(blocks[..., :128]).to(torch.int16) + _nibbles(_superblocks(low, 128)) - 128
+    blocks = cut_superblocks(high, 144)
+    codes = 16 * nibbles(blocks[..., :128]).to(torch.int16) + nibbles(cut_superblocks(low, 128)) - 128
     return _scaled(codes, blocks[..., 128:])
 
 

@@ -98,9 +98,16 @@ def row_bytes(kind: str, inputs: int) -> int:
     return superblocks(inputs) * _SUPERBLOCK_BYTES[kind]
 
 
+def record_parts(outputs: int) -> tuple[int, int]:
+    """Bytes of the float16 scales of a q4 down record, one per output, and of each of its GROUP neurons' rows."""
+    width = superblocks(outputs) * SUPERBLOCK
+    return 2 * width, width // 2
+
+
 def record_bytes(outputs: int) -> int:
-    """Bytes of a q4 down record: GROUP neurons' rows of outputs, and a float16 scale per output."""
-    return superblocks(outputs) * SUPERBLOCK * (2 + GROUP // 2)
+    """Bytes of a q4 down record."""
+    scales, row = record_parts(outputs)
+    return scales + GROUP * row
 
 
 def hot_bytes(config: ModelConfig) -> int:

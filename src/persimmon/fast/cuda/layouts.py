@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from persimmon.fast.cpu.formats import GROUP, OUTLIERS, SUPERBLOCK, row_bytes
+from persimmon.fast.cpu.unpacking import cut_superblocks, half_scales, nibbles, plain_order, record_parts
 
 PLAIN, INT8, INT4, FP8, PLANES = 0, 1, 2, 3, 4
 """Formats of a matrix; the kernels compare numbers."""
@@ -103,8 +104,8 @@ def row_slices(rows: int, columns: int) -> Iterator[slice]:
 
 def from_q8(rows: Tensor, inputs: int) -> Matrix:
     """Packed q8 rows, uint8 [outputs, bytes]."""
-    blocks = _superblocks(rows, 272)
-    codes = _plain_order(blocks[..., :SUPERBLOCK]).view(torch.int8)
+    blocks = cut_superblocks(rows, 272)
+    codes = plain_order(blocks[..., :SUPERBLOCK]).view(torch.int8)
     width = _padded(inputs, GROUP)
     return Matrix(
         INT8, rows.shape[0], inputs, False, codes[:, :width].contiguous(), _scales(blocks[..., SUPERBLOCK:], width)
@@ -113,22 +114,19 @@ def from_q8(rows: Tensor, inputs: int) -> Matrix:
 
 def from_q4(rows: Tensor, inputs: int) -> Matrix:
     """Packed q4 rows, uint8 [outputs, bytes]."""
-    blocks = _superblocks(rows, 144)
+    blocks = cut_superblocks(rows, 144)
     width = _padded(inputs, 2 * GROUP)
-    codes = _nibble_pairs(_unpacked_nibbles(blocks[..., :128])[:, :width])
+    codes = _nibble_pairs(nibbles(blocks[..., :128])[:, :width])
     return Matrix(INT4, rows.shape[0], inputs, False, codes, _scales(blocks[..., 128:], width))
 
 
 def from_records(records: Tensor, outputs: int, neurons: int) -> Matrix:
     """A packed q4 down projection, uint8 [records of 32 neurons, bytes], a row per output."""
-    count, padded = records.shape[0], records.shape[1] // (2 + GROUP // 2)
-    rows = records[:, 2 * padded :].reshape(count, GROUP, -1, 4, 4, 4)
-    plain = torch.stack((rows & 15, rows >> 4), dim=3).transpose(4, 5)  # record, neuron, piece, half, then plain order
-    width = _padded(neurons, 2 * GROUP)
+    (rows, halves), width = record_parts(records), _padded(neurons, 2 * GROUP)
     codes = torch.full((outputs, width), 8, dtype=torch.uint8, device=records.device)
-    codes[:, : count * GROUP] = plain.reshape(count * GROUP, padded)[:, :outputs].T
+    codes[:, : len(rows)] = rows[:, :outputs].T
     scales = torch.zeros(outputs, width // GROUP, dtype=torch.float16, device=records.device)
-    scales[:, :count] = records[:, : 2 * padded].contiguous().view(torch.float16)[:, :outputs].T
+    scales[:, : len(halves)] = halves[:, :outputs].T
     return Matrix(INT4, outputs, neurons, False, _nibble_pairs(codes), scales)
 
 
@@ -139,8 +137,8 @@ def from_head_planes(high: Tensor, low: Tensor, inputs: int) -> Matrix:
     scales = torch.empty(rows, width // GROUP, dtype=torch.float16, device=high.device)
     for start in range(0, rows, _SLICE_ROWS):
         part = slice(start, start + _SLICE_ROWS)
-        blocks = _superblocks(high[part], 144)
-        joined = (_unpacked_nibbles(blocks[..., :128]) << 4) + _unpacked_nibbles(_superblocks(low[part], 128))
+        blocks = cut_superblocks(high[part], 144)
+        joined = (nibbles(blocks[..., :128]) << 4) + nibbles(cut_superblocks(low[part], 128))
         codes[part] = (joined ^ 128).view(torch.int8)[:, :width]  # minus 128, modulo 256
         scales[part] = _scales(blocks[..., 128:], width)
     return Matrix(INT8, rows, inputs, False, codes, scales)
@@ -148,7 +146,7 @@ def from_head_planes(high: Tensor, low: Tensor, inputs: int) -> Matrix:
 
 def from_neurons(rows: Tensor, outputs: int) -> Matrix:
     """A packed q8 down projection, uint8 [neurons, bytes] in plain order."""
-    blocks = _superblocks(rows, 272)
+    blocks = cut_superblocks(rows, 272)
     width = _padded(outputs, GROUP)
     codes = blocks[..., :SUPERBLOCK].reshape(rows.shape[0], -1).view(torch.int8)
     return Matrix(
@@ -160,12 +158,12 @@ def from_p44(hot: Tensor, cold: Tensor, outlier_columns: Tensor, hidden: int) ->
     """A packed p44 MLP: the up projection in planes and the down projection."""
     neurons = hot.shape[0]
     plane = row_bytes("high", hidden)
-    blocks = _superblocks(hot[:, :plane].contiguous(), 144)
+    blocks = cut_superblocks(hot[:, :plane].contiguous(), 144)
     width = _padded(hidden, 2 * GROUP)
-    high = _nibble_pairs(_unpacked_nibbles(blocks[..., :128])[:, :width])
+    high = _nibble_pairs(nibbles(blocks[..., :128])[:, :width])
     low_bytes = row_bytes("low", hidden)
-    low_blocks = _superblocks(cold[:, :low_bytes].contiguous(), 128)
-    low = _nibble_pairs(_unpacked_nibbles(low_blocks)[:, :width])
+    low_blocks = cut_superblocks(cold[:, :low_bytes].contiguous(), 128)
+    low = _nibble_pairs(nibbles(low_blocks)[:, :width])
     exact = hot[:, plane : plane + 2 * OUTLIERS].contiguous().view(torch.float16)
     up = Matrix(PLANES, neurons, hidden, False, high, _scales(blocks[..., 128:], width), low, exact, outlier_columns)
     return up, from_neurons(cold[:, low_bytes:].contiguous(), hidden)
@@ -173,22 +171,6 @@ def from_p44(hot: Tensor, cold: Tensor, outlier_columns: Tensor, hidden: int) ->
 
 def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _superblocks(rows: Tensor, size: int) -> Tensor:
-    """[R, bytes] -> [R, superblocks, size]."""
-    return rows.view(rows.shape[0], -1, size)
-
-
-def _plain_order(codes: Tensor) -> Tensor:
-    """Lane order [R, S, 256] -> plain order [R, 256 S]: byte 32 v + 4 g + b is weight 32 g + 4 v + b."""
-    lanes = codes.reshape(codes.shape[0], -1, 8, 8, 4)
-    return lanes.transpose(2, 3).reshape(codes.shape[0], -1)
-
-
-def _unpacked_nibbles(blocks: Tensor) -> Tensor:
-    """[R, S, 128] bytes -> codes 0 .. 15 in plain order, uint8 [R, 256 S]."""
-    return _plain_order(torch.cat((blocks & 15, blocks >> 4), dim=-1))
 
 
 def _nibble_pairs(codes: Tensor) -> Tensor:
@@ -199,5 +181,4 @@ def _nibble_pairs(codes: Tensor) -> Tensor:
 
 def _scales(parts: Tensor, width: int) -> Tensor:
     """[R, S, 16] bytes -> float16 [R, width / 32]."""
-    halves = parts.contiguous().view(torch.float16)
-    return halves.reshape(parts.shape[0], -1)[:, : width // GROUP].contiguous()
+    return half_scales(parts)[:, : width // GROUP].contiguous()

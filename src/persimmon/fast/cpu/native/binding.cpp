@@ -400,8 +400,7 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float,
     }
     for (int b = 0; b * kNeuronBlock < args.neurons; b++) {
       std::fill(sum.begin(), sum.end(), 0.0f);
-      if (args.format == Format::q4) kernels->int4_block(one, b, sum.data(), counts);
-      else kernels->one_block(one, b, sum.data(), counts, panels ? panels->scratch() : nullptr);
+      kernels->one_block(one, b, sum.data(), counts, panels ? panels->scratch() : nullptr);
       for (size_t i = 0; i < width; i++) y[t * width + i] += sum[i];
     }
   }

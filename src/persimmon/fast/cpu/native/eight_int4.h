@@ -53,10 +53,8 @@ INLINE void unpack_neurons(const EightBlock& b, int pair, int quad, size_t row_b
   const int g = 2 * pair + quad / 8, v = quad % 8;
   const uint32_t four = b.needed[g] >> 4 * v & 15;
   if (!four) return;
-  const uint8_t *base = b.record[g] + (4 + 4 * v) * row_bytes, *row[4];
-  for (int i = 0; i < 4; i++) row[i] = base + (four >> i & 1 ? i : __builtin_ctz(four)) * row_bytes;
   __m512i r[4];
-  interleave_rows(row, column / 2, r);
+  interleave_needed(b.record[g] + (4 + 4 * v) * row_bytes, row_bytes, four, column / 2, r);
   auto* out = m->weight[pair % 2];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {

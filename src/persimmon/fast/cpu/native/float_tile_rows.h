@@ -189,9 +189,8 @@ static void float_tile_activate(const MlpArgs& a, int begin, int end, ActiveBloc
   counts->candidates += static_cast<int64_t>(end - begin) * a.tokens, counts->active += active;
 }
 
-// One token and one block of neurons of any format: one_block, but for the sums of bfloat16 rows.
-static void float_tile_or_one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, float* scratch) {
-  if (a.format != Format::bf16) return one_block(a, block, sum, counts, scratch);
+// One token and one block of neurons: as one_block, but for the order of sums.
+static void float_tile_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, float* scratch) {
   ActiveBlock active;
   active.count = 0;
   ActiveBlock* out = &active;

@@ -53,6 +53,14 @@ INLINE void interleave_rows(const uint8_t* const* row, size_t at, __m512i* r) {
   r[2] = _mm512_unpacklo_epi16(h01, h23), r[3] = _mm512_unpackhi_epi16(h01, h23);
 }
 
+// The same of four neurons from `base` on, of which only those of the mask `four`, not zero, are read: one of them stands for the others, whose
+// codes are zero.
+INLINE void interleave_needed(const uint8_t* base, size_t row_bytes, uint32_t four, size_t at, __m512i* r) {
+  const uint8_t* row[4];
+  for (int i = 0; i < 4; i++) row[i] = base + (four >> i & 1 ? i : __builtin_ctz(four)) * row_bytes;
+  interleave_rows(row, at, r);
+}
+
 // The signed weights of low or high nibbles, which are stored + 8: an affine map of bits, as -8 is the upper bits all alike.
 INLINE __m512i low_nibbles(__m512i r) {
 #if defined(__GFNI__)

@@ -14,6 +14,15 @@
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
+// One token, one block of neurons of any format.
+static void any_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, [[maybe_unused]] float* scratch) {
+  if (a.format == Format::q4) return int4_block(a, block, sum, counts);
+#if defined(__AMX_BF16__)
+  if (a.format == Format::bf16) return float_tile_block(a, block, sum, counts, scratch);
+#endif
+  one_block(a, block, sum, counts);
+}
+
 static constexpr Kernels table(const char* name) {
 #if defined(__AVX512VNNI__)
 #define PERSIMMON_TILED kTiledTokens, make_tiles, tile_scratch_bytes, tiled_rows, tiled_estimates, tiled_activate
@@ -25,13 +34,11 @@ static constexpr Kernels table(const char* name) {
   constexpr PanelKernels panels = {kFewestPanelTokens, 2, make_panels, panel_scratch_floats, panel_rows, panel_activate};
 #if defined(__AMX_BF16__)
   constexpr PanelKernels bf16 = {1, kFloatParts, make_float_tiles, float_tile_scratch, float_tile_rows, float_tile_activate};
-  constexpr auto block = float_tile_or_one_block;
 #else
   constexpr PanelKernels bf16 = panels;
-  constexpr auto block = one_block;
 #endif
   return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, estimate_rows, refine_row,
-          activate, block, down_columns, int4_block, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8,
+          activate, any_block, down_columns, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8,
           attend_float, quantize_head, int4_scale, fingerprint};
 }
 

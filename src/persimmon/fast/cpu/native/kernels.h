@@ -157,14 +157,13 @@ struct Kernels {
   // Append the active neurons among [begin, end) (inside one block) of tokens [token, token + count) to out[0 .. count).
   void (*activate)(const MlpArgs& args, int begin, int end, int token, int count, ActiveBlock* const* out,
                    MlpCounts* counts);
-  // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute. Not for q4, which has int4_block.
+  // One token, up and down in one: sum[0 .. H) += what the neurons of block `block` contribute.
   // Scratch: of PanelKernels, for float rows.
   void (*one_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts, float* panel_scratch);
   // y[t, c] += (sum over blocks of their neurons' contributions) + bias[c] for columns [begin, end), multiples of 64.
   // active[block * tokens + t]; scratch holds down_scratch_floats.
   void (*down_columns)(const MlpArgs& args, const ActiveBlock* active, int begin, int end, const float* bias, float* y,
                        size_t y_stride, float* scratch);
-  void (*int4_block)(const MlpArgs& args, int block, float* sum, MlpCounts* counts);
   // Fill in what the tokens x[T] of a block of neurons need together, needed[kLanes], and add up their active neurons and groups.
   void (*count_needed)(const ActivationBlock* x, int tokens, uint32_t* needed, MlpCounts* counts);
   // Columns [begin, end), multiples of kInt4Piece, of all tokens; scratch holds (T rounded up to tiles + 1) * (end - begin).

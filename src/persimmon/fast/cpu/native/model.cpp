@@ -437,8 +437,7 @@ MlpCounts Model::mlp_one(const MlpArgs& args, float* output) {
       float* sum = block_sums_.data() + static_cast<size_t>(b) * width_;
       std::fill(sum, sum + width_, 0.0f);
       MlpCounts found = {};
-      if (args.format == Format::q4) kernels_->int4_block(args, b, sum, &found);
-      else kernels_->one_block(args, b, sum, &found, panel_scratch(thread));
+      kernels_->one_block(args, b, sum, &found, panel_scratch(thread));
       block_counts_[b] = found;
     }
   });

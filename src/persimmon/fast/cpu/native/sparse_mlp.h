@@ -10,7 +10,7 @@
 //
 // Sums: each block of 256 neurons is summed on its own, neurons ascending, and blocks join the output in ascending order.
 // This order does not depend on threads, so neither does the result; one token and many tokens use the same order.
-// When it does not pay: above about 35% active against int4 weights, 80% against int8; for long prefills every row is read.
+// When it does not pay: above about 35% active against dense int4 weights, 80% against int8; for long prefills every row is read.
 #pragma once
 #include "rows.h"
 
@@ -231,7 +231,7 @@ static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* cou
 constexpr int kNeuronsAtOnce = 64;  // rows of the up projection between two looks at the down projection
 
 // One token and one block of neurons, up and down: sum[0 .. H) += their contributions.
-static void one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, float*) {
+static void one_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
   if (a.format == Format::planes) return planes_block(a, block, sum, counts);
   ActiveBlock active;
   active.count = 0;

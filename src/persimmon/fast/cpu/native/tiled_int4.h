@@ -23,10 +23,8 @@ static void unpack_piece(const Int4DownArgs& a, int block, int column, WeightGro
     for (int v = 0; v < 8; v++) {
       const uint32_t four = needed >> 4 * v & 15;
       if (!four) continue;
-      const uint8_t *base = record + 4 * row_bytes + 4 * v * row_bytes, *row[4];
-      for (int i = 0; i < 4; i++) row[i] = base + (four >> i & 1 ? i : __builtin_ctz(four)) * row_bytes;
       __m512i r[4];
-      interleave_rows(row, at, r);
+      interleave_needed(record + (4 + 4 * v) * row_bytes, row_bytes, four, at, r);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         _mm512_store_si512(out[j * kLanes].code[v], low_nibbles(r[j]));
@@ -41,7 +39,6 @@ static void unpack_piece(const Int4DownArgs& a, int block, int column, WeightGro
 struct PieceOrder {
   int begin, pieces;  // of a block
   int now;            // counted through all blocks
-
 };
 constexpr int kPiecesAhead = 4;
 
@@ -81,14 +78,8 @@ INLINE void panel_sums(const WeightGroup* w, const TokenGroup* x, int first, f32
     const f32x16 scale = _mm512_load_ps(w[g].scale);
 #pragma GCC unroll 16
     for (int t = 0; t < N; t++) {
-      const int8_t* input = x[g].code[first + t];
-      __m512i even = _mm512_setzero_si512(), odd = even;
-#pragma GCC unroll 4
-      for (int v = 0; v < 8; v += 2) {
-        even = _mm512_dpbusd_epi32(even, _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v)), code[v]);
-        odd = _mm512_dpbusd_epi32(odd, _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v + 4)), code[v + 1]);
-      }
-      sum[t] = fma(mul(scale, set16(x[g].scale[first + t])), _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), sum[t]);
+      const f32x16 integers = _mm512_cvtepi32_ps(group_integers<true>(code, x[g].code[first + t]));
+      sum[t] = fma(mul(scale, set16(x[g].scale[first + t])), integers, sum[t]);
     }
   }
 }

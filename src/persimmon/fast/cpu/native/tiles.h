@@ -222,6 +222,18 @@ INLINE void add_group(f32x16 value, const float* x, f32x16 scale, f32x16 squared
   if (kSpread) *variance = fma(squared, set16(x[2 * kTileTokens]), *variance);
 }
 
+// A group's integers: eight vectors of codes with the group's 32 inputs. vpdpbusd has one operand without a sign: the inputs or the weights.
+template <bool kPlainInputs>
+INLINE __m512i group_integers(const __m512i* code, const int8_t* input) {
+  __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+#pragma GCC unroll 8
+  for (int v = 0; v < 8; v++) {
+    const __m512i x = _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v));
+    sum[v % 2] = kPlainInputs ? _mm512_dpbusd_epi32(sum[v % 2], x, code[v]) : _mm512_dpbusd_epi32(sum[v % 2], code[v], x);
+  }
+  return _mm512_add_epi32(sum[0], sum[1]);
+}
+
 // sum[t] and variance[t] of one panel, one lane, and N tokens from `first` of a tile.
 template <class P, bool kSpread, int N>
 INLINE void lane_products(const WeightGroup* w, const TokenGroup* x, int first, int blocks, f32x16* sum, f32x16* variance) {
@@ -248,14 +260,8 @@ INLINE void lane_products(const WeightGroup* w, const TokenGroup* x, int first, 
     const f32x16 scale = _mm512_load_ps(w[s].scale), squared = mul(scale, scale);
 #pragma GCC unroll 16
     for (int t = 0; t < N; t++) {
-      const int8_t* input = x[s].code[first + t];
-      __m512i a = _mm512_setzero_si512(), b = a;
-#pragma GCC unroll 16
-      for (int v = 0; v < 8; v += 2) {
-        a = _mm512_dpbusd_epi32(a, code[v], _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v)));
-        b = _mm512_dpbusd_epi32(b, code[v + 1], _mm512_set1_epi32(read_unaligned<int32_t>(input + 4 * v + 4)));
-      }
-      add_group<P, kSpread>(_mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), x[s].scale + first + t, scale, squared, sum + t,
+      const f32x16 integers = _mm512_cvtepi32_ps(group_integers<false>(code, x[s].code[first + t]));
+      add_group<P, kSpread>(integers, x[s].scale + first + t, scale, squared, sum + t,
                             variance + t);
     }
   }
