@@ -25,13 +25,13 @@ def make(name: str, outputs: int, inputs: int, neuron_major: bool = False) -> Ma
         return layouts.fp8(weight, neuron_major=neuron_major)
     rows, width = (inputs, outputs) if neuron_major else (outputs, inputs)
     generator = torch.Generator().manual_seed(2)
-    halved = name in ("q4", "planes")
-    columns = -(-width // 64) * 64 if halved else -(-width // 32) * 32
+    columns = -(-width // 32) * 32
     scales = (torch.rand(rows, columns // 32, generator=generator) * 0.01 + 1e-3).half()
     if name == "q8":
         codes = torch.randint(-128, 128, (rows, columns), generator=generator).to(torch.int8)
         return Matrix(layouts.INT8, outputs, inputs, neuron_major, codes.to(DEVICE), scales.to(DEVICE))
-    planes = [torch.randint(0, 256, (rows, columns // 2), generator=generator).to(torch.uint8) for _ in range(2)]
+    shape = (rows, columns // 8)
+    planes = [torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32) for _ in range(2)]
     if name == "q4":
         return Matrix(layouts.INT4, outputs, inputs, False, planes[0].to(DEVICE), scales.to(DEVICE))
     return with_outliers(planes, scales, outputs, inputs, generator)
@@ -44,9 +44,9 @@ def with_outliers(
     columns = torch.full((layouts.OUTLIERS,), -1, dtype=torch.int32)
     columns[:3] = torch.tensor([0, inputs // 2, inputs - 1], dtype=torch.int32)
     for column in columns[:3].tolist():
-        byte, shift = column // 64 * 32 + column % 32, column // 32 % 2 * 4
-        planes[0][:, byte] = planes[0][:, byte] & (0xF0 >> shift) | (8 << shift)
-        planes[1][:, byte] = planes[1][:, byte] & (0xF0 >> shift)
+        word, shift = column // 32 * 4 + column % 4, column // 4 % 8 * 4
+        high, low = (plane[:, word].long() & ~(15 << shift) for plane in planes)
+        planes[0][:, word], planes[1][:, word] = (high | (8 << shift)).to(torch.int32), low.to(torch.int32)
     exact = torch.randn(outputs, layouts.OUTLIERS, generator=generator).half()
     high, low, scales, exact, columns = (t.to(DEVICE) for t in (*planes, scales, exact, columns))
     return Matrix(layouts.PLANES, outputs, inputs, False, high, scales, low, exact, columns)

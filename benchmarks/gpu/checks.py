@@ -70,7 +70,7 @@ def numbers(matrix: Matrix) -> Tensor:
 
 
 def products(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-    """gemv, gemm, active lists and sparse rows in a format."""
+    """gemv, gemm, and the down projection with and without its zeros in a format."""
     hidden, neurons, limit, kind = config.hidden_size, config.intermediate_size, PRODUCT_LIMIT[dtype], KINDS[name]
     generator = torch.Generator(device=device).manual_seed(1)
     bias = torch.randn(neurons, generator=generator, device=device) - 1.0
@@ -81,7 +81,7 @@ def products(name: str, config: ModelConfig, device: torch.device, dtype: torch.
         yield f"{name} x {tokens}", distance(matmul.multiply(x, up, bias, squared_relu=True), expected), limit
     if kind in (PLAIN, FP8, INT8):
         down = synthesize.random_matrix(kind, hidden, neurons, True, dtype, generator)
-        yield from sparse(name, up, down, bias, hidden, generator, dtype)
+        yield from sparse(name, down, generator, dtype)
 
 
 def progressive(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
@@ -91,32 +91,22 @@ def progressive(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     bias = torch.randn(neurons, generator=generator, device=device) - 1.0
     planes = synthesize.random_matrix(PLANES, neurons, hidden, False, dtype, generator)
     x = torch.randn(1, hidden, generator=generator, device=device).to(dtype)
-    active, _ = sparse_mlp.progressive_up(x, planes, sparse_mlp.outlier_mask(planes), bias, math.inf)
+    hidden_values, _ = sparse_mlp.progressive_up(x, planes, sparse_mlp.outlier_mask(planes), bias, math.inf)
     expected = (x.float() @ numbers(planes).T + bias).relu().square()
-    yield "progressive, exact", distance(scattered(active, neurons, 1), expected), PRODUCT_LIMIT[dtype]
+    yield "progressive, exact", distance(hidden_values, expected), PRODUCT_LIMIT[dtype]
 
 
-def sparse(
-    name: str, up: Matrix, down: Matrix, bias: Tensor, hidden: int, generator: torch.Generator, dtype: torch.dtype
-) -> Iterator[Check]:
-    """The sparse MLP against its own dense path, which rounds the same hidden values."""
-    for tokens in (1, 4):
-        x = torch.randn(tokens, hidden, generator=generator, device=generator.device).to(dtype)
-        active = matmul.multiply_active(x, up, bias)
-        dense = matmul.multiply(x, up, bias, squared_relu=True)
-        yield f"{name} list x {tokens}", distance(scattered(active, up.outputs, tokens), dense), PRODUCT_LIMIT[dtype]
-        expected = dense.float() @ numbers(down).T
-        result = sparse_mlp.down_active(active, down, 4).sum(0)
-        yield f"{name} rows x {tokens}", distance(result, expected), PRODUCT_LIMIT[dtype]
-
-
-def scattered(active: matmul.ActiveList, neurons: int, tokens: int) -> Tensor:
-    """The list as [tokens, neurons]."""
-    out = torch.zeros(tokens, neurons, device=active.ids.device)
-    for segment, count in enumerate(active.counts.tolist()):
-        place = slice(segment * active.segment, segment * active.segment + count)
-        out[:, active.ids[place].long()] = active.values[place, :tokens].T.float()
-    return out
+def sparse(name: str, down: Matrix, generator: torch.Generator, dtype: torch.dtype) -> Iterator[Check]:
+    """The down projection of every neuron and of the active ones; a tenth of them is."""
+    for tokens in (1, 4, 32):
+        hidden = torch.randn(tokens, down.inputs, generator=generator, device=generator.device)
+        hidden = ((hidden - 1.28).relu().square()).to(dtype)
+        expected = hidden.float() @ numbers(down).T
+        for skip in (False, True) if tokens <= sparse_mlp.MOST_ACTIVE_TOKENS else (False,):
+            arrivals = torch.zeros(1 << 16, dtype=torch.int32, device=hidden.device)
+            result = sparse_mlp.down(hidden, down, 4 if tokens == 32 else 32, arrivals, skip=skip)
+            kind = "active" if skip else "all"
+            yield f"{name} {kind} rows x {tokens}", distance(result, expected), PRODUCT_LIMIT[dtype]
 
 
 def caches(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
@@ -147,7 +137,16 @@ def caches(name: str, config: ModelConfig, device: torch.device, dtype: torch.dt
     for splits in (1, 8):
         last = (positions[-1:].contiguous(), rows[-1:].contiguous())
         result = attention.decode_attention(
-            out[-1:].contiguous(), layer.keys, layer.values, layer.scales, *last, table, 32, True, splits
+            out[-1:].contiguous(),
+            layer.keys,
+            layer.values,
+            layer.scales,
+            *last,
+            table,
+            32,
+            True,
+            splits,
+            torch.zeros(heads, dtype=torch.int32, device=device),
         )
         yield f"attention in {splits}, {name} cache", distance(result[0], expected), limit
 

@@ -12,7 +12,6 @@ from quality import TIE
 
 from persimmon.fast.cuda.choice import DENSE, SPARSE, KernelTable
 from persimmon.fast.cuda.decoder import CudaDecoder, CudaSequence
-from persimmon.fast.cuda.kernels.matmul import multiply_active
 from persimmon.fast.cuda.network import Network
 from persimmon.fast.cuda.plan import device_kv_bytes_per_token
 from persimmon.fast.cuda.runner import Piece, Runner
@@ -85,7 +84,7 @@ class CountingNetwork(Network):
         self.active = self.all = 0
 
     def _mlp(self, x: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
-        self.active += int(multiply_active(x, layer.up, layer.up_bias).counts.sum())
+        self.active += int(self._hidden(x, layer, None).any(0).sum())
         self.all += layer.up.outputs
         return super()._mlp(x, layer, index)
 

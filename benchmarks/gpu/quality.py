@@ -52,7 +52,7 @@ def small_weights(bench: Bench, name: str) -> Weights:
     """A few layers; nothing else is in memory."""
     bench.drop_weights()
     layers, vocabulary = min(LAYERS, bench.config.num_layers), min(VOCABULARY, bench.config.vocab_size)
-    config = bench.config.replace(num_layers=layers, vocab_size=vocabulary)
+    config = bench.config.replace(num_layers=layers, vocab_size=vocabulary, bos_token_id=1, eos_token_id=1)
     return synthesize(config, name, bench.device, bench.active, seed=5)
 
 

@@ -26,9 +26,13 @@ from persimmon.fast.cuda.kernels import attention, cache_write, matmul, norm, sa
 from persimmon.fast.cuda.layouts import FP8, INT4, INT8, PLAIN, PLANES
 
 HIDDEN, NEURONS, HEADS, DIM = 4096, 16_384, 64, 64
-CODES = {PLAIN: "*bf16", INT8: "*i8", INT4: "*u8", FP8: "*fp8e4nv", PLANES: "*u8"}
+CODES = {PLAIN: "*bf16", INT8: "*i8", INT4: "*i32", FP8: "*fp8e4nv", PLANES: "*i32"}
 NAMES = {PLAIN: "bfloat16", INT8: "int8", INT4: "int4", FP8: "fp8", PLANES: "planes"}
 CACHES = {"bfloat16": ("*bf16", 0), "float32": ("*fp32", 0), "int8": ("*i8", 1), "fp8": ("*fp8e4nv", 2)}
+
+EARLY = 3
+LAUNCH_OPTIONS = ("num_warps", "num_stages")
+"""Among a kernel's tile sizes: how it is compiled, no arguments of its own."""
 
 
 class Case(NamedTuple):
@@ -55,15 +59,13 @@ def norm_cases() -> Iterator[Case]:
         yield Case(f"residual_layer_norm-{partials}", norm.residual_layer_norm_kernel, types, constants, 8)
         one = constants | {"num_rows": 1}  # a launch turns an integer that is 1 into a constant
         yield Case(f"residual_layer_norm-{partials}-one", norm.residual_layer_norm_kernel, types, one, 8)
-    types = {"size": "i32"}
-    yield Case("sum_partials-32", norm.sum_partials_kernel, types, {"PARTIALS": 32, **norm.sum_tiles()})
     for x in ("*bf16", "*fp32"):
         types = {"x": x, "out": "*bf16", "count": "i32", "width": "i32"}
         yield Case(f"bias_squared_relu-{x[1:]}", norm.bias_squared_relu_kernel, types, norm.activation_tiles())
 
 
 def attention_cases() -> Iterator[Case]:
-    ints = {name: "*i32" for name in ("positions", "rows", "tables", "table")} | {"table_stride": "i32"}
+    ints = {name: "*i32" for name in ("positions", "rows", "tables", "table", "arrivals")} | {"table_stride": "i32"}
     for name, (stored, number) in CACHES.items():
         plain = "*fp32" if name == "float32" else "*bf16"
         cache = {"k_cache": stored, "v_cache": stored, "cache": stored}
@@ -80,33 +82,30 @@ def attention_cases() -> Iterator[Case]:
         types = ints | cache | {"out": plain, "length": "i32", "first_head": "i32", "num_heads": "i32"}
         shape = {"HEADS": HEADS, "DIM": DIM, "BLOCK_SIZE": 16, "FORMAT": number}
         yield Case(f"gather-{name}", attention.gather_kernel, types, shape | attention.gather_tiles(DIM))
-    types = {"out": "*bf16", "num_pairs": "i32"}
-    yield Case("combine", attention.combine_kernel, types, {"DIM": DIM, "SPLITS": 8, **attention.combine_tiles(DIM)})
 
 
 def matrix_types(number: int) -> dict[str, str]:
     scales = "*fp32" if number == FP8 else "*fp16"
-    sizes = dict.fromkeys(("outputs", "inputs", "columns", "tokens", "rows", "width", "neurons", "num_segments"), "i32")
-    codes = {"codes": CODES[number], "low": "*u8", "high": "*u8", "scales": scales, "outlier_weights": "*fp16"}
-    lists = {"outlier_columns": "*i32", "ids": "*i32", "counts": "*i32", "read": "*i32"}
-    return codes | lists | sizes | {"x": "*bf16", "out": "*bf16", "values": "*bf16"}
+    sizes = dict.fromkeys(("outputs", "inputs", "columns", "tokens", "rows", "width", "neurons", "share"), "i32")
+    codes = {"codes": CODES[number], "low": "*i32", "high": "*i32", "scales": scales, "outlier_weights": "*fp16"}
+    lists = {"outlier_columns": "*i32", "ids": "*i32", "read": "*i32", "arrivals": "*i32"}
+    return codes | lists | sizes | {"x": "*bf16", "out": "*bf16", "hidden": "*bf16"}
 
 
 def matmul_cases() -> Iterator[Case]:
     for number, name in NAMES.items():
         types = matrix_types(number)
-        for epilogue in (matmul.BIAS, matmul.SQUARED_RELU, matmul.ACTIVE_LIST):
-            constants = {"FORMAT": number, "EPILOGUE": epilogue, **matmul.gemv_tiles(number, HIDDEN)}
+        for epilogue in (matmul.BIAS, matmul.SQUARED_RELU):
+            constants = {"FORMAT": number, "EPILOGUE": epilogue, "PREFETCH": 64, **matmul.gemv_tiles(number, HIDDEN)}
             yield Case(f"gemv-{name}-{epilogue}", matmul.gemv_kernel, types, constants)
-            constants = {"FORMAT": number, "EPILOGUE": epilogue, "NEURON_MAJOR": False, "UPCAST": False}
-            yield Case(f"gemm-{name}-{epilogue}", matmul.gemm_kernel, types, constants | matmul.gemm_tiles(8, HIDDEN))
+            constants = {"FORMAT": number, "EPILOGUE": epilogue, "UPCAST": False}
+            yield Case(
+                f"gemm-{name}-{epilogue}", matmul.gemm_kernel, types, constants | matmul.gemm_tiles(number, 8, HIDDEN)
+            )
         for tokens in (32, 64):
-            constants = {"FORMAT": number, "EPILOGUE": matmul.NOTHING, "UPCAST": False}
-            constants |= matmul.gemm_tiles(tokens, HIDDEN)
-            yield Case(f"gemm-{name}-{tokens}", matmul.gemm_kernel, types, constants | {"NEURON_MAJOR": False})
-        if number in (PLAIN, INT8, FP8):
-            out = {"out": "*fp32"}
-            yield Case(f"gemm-{name}-neurons", matmul.gemm_kernel, types | out, constants | {"NEURON_MAJOR": True})
+            constants = {"FORMAT": number, "EPILOGUE": matmul.NOTHING, "UPCAST": False, "EVEN": True}
+            constants |= matmul.gemm_tiles(number, tokens, HIDDEN)
+            yield Case(f"gemm-{name}-{tokens}", matmul.gemm_kernel, types, constants)
         constants = {"FORMAT": number, **matmul.dequantize_tiles()}
         yield Case(f"dequantize-{name}", matmul.dequantize_kernel, types, constants)
     yield from float32_cases()
@@ -114,23 +113,20 @@ def matmul_cases() -> Iterator[Case]:
 
 def float32_cases() -> Iterator[Case]:
     types = matrix_types(PLAIN) | {"codes": "*fp32", "x": "*fp32", "out": "*fp32"}
-    constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, **matmul.gemv_tiles(PLAIN, HIDDEN)}
+    constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, "PREFETCH": 64, **matmul.gemv_tiles(PLAIN, HIDDEN)}
     yield Case("gemv-float32", matmul.gemv_kernel, types, constants)
-    constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, "NEURON_MAJOR": False, "UPCAST": False}
-    yield Case("gemm-float32", matmul.gemm_kernel, types, constants | matmul.gemm_tiles(8, HIDDEN))
+    constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, "UPCAST": False, "EVEN": True}
+    yield Case("gemm-float32", matmul.gemm_kernel, types, constants | matmul.gemm_tiles(PLAIN, 8, HIDDEN))
 
 
 def sparse_cases() -> Iterator[Case]:
     for number in (PLAIN, INT8, FP8):
-        types = matrix_types(number) | {"out": "*fp32"}
-        for width, listed in ((1, True), (16, True), (1, False)):
-            listed_alone = width == 1 and listed
-            segment = matmul.gemv_tiles(number, HIDDEN)["BLOCK_N"] if listed_alone else 64
-            constants = {"FORMAT": number, "LISTED": listed, "SEGMENT": segment, "SPLITS": 8, "WIDTH": width}
-            constants |= {"UPCAST": False, **sparse_mlp.down_tiles(width, HIDDEN)} | (
-                {"tokens": 1} if width == 1 else {}
-            )
-            yield Case(f"down-{NAMES[number]}-{width}-{listed}", sparse_mlp.down_kernel, types, constants)
+        types = matrix_types(number) | {"hidden": "*bf16", "out": "*fp32"}
+        for width, skip in ((1, True), (16, True), (1, False), (64, False)):
+            constants = {"FORMAT": number, "SKIP": skip, "ROOM": 512, "WIDTH": width, "SPLITS": 8, "UPCAST": False}
+            constants |= sparse_mlp.down_tiles(width, HIDDEN) | ({"tokens": 1} if width == 1 else {})
+            label = f"down-{NAMES[number]}-{width}-{'active' if skip else 'all'}"
+            yield Case(label, sparse_mlp.down_kernel, types, constants)
     types = matrix_types(PLANES) | {"is_outlier": "*u8", "margin": "fp32"}
     yield Case("progressive_up", sparse_mlp.progressive_up_kernel, types, matmul.gemv_tiles(PLANES, HIDDEN))
 
@@ -147,15 +143,17 @@ def sampling_cases() -> Iterator[Case]:
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
     names = case.kernel.arg_names
-    assert set(case.constants) <= set(names), f"{case.name}: unknown constants {set(case.constants) - set(names)}"
-    signature = {n: "constexpr" if n in case.constants else case.types.get(n, "*fp32") for n in names}
+    early = {"EARLY": EARLY if arch >= 90 else 0} if "EARLY" in names else {}
+    options = {"num_warps": case.num_warps} | {n: v for n, v in case.constants.items() if n in LAUNCH_OPTIONS}
+    constants = {n: v for n, v in case.constants.items() if n not in LAUNCH_OPTIONS} | early
+    assert set(constants) <= set(names), f"{case.name}: unknown constants {set(constants) - set(names)}"
+    signature = {n: "constexpr" if n in constants else case.types.get(n, "*fp32") for n in names}
     # Pointers are 16-byte aligned and the sizes of the 8B are multiples of 16, as they are at launch.
-    sizes = ("hidden", "inputs", "outputs", "columns", "width", "vocabulary")
+    sizes = ("hidden", "inputs", "outputs", "columns", "width", "vocabulary", "neurons", "share")
     aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in sizes]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    constants = {(names.index(n),): value for n, value in case.constants.items()}
-    source = ASTSource(case.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps})
+    source = ASTSource(case.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     cubin = compiled.asm["cubin"]
     return {

@@ -26,7 +26,7 @@ STACK = 16
 
 DEMANDING = (
     "gemv-int4-3", "gemv-planes-3", "gemm-int8-64", "gemm-planes-64", "gemm-fp8-64", "gemm-fp8-neurons", "gemm-int4-32",
-    "gemm-float32", "down-int8", "down-bfloat16-16", "down-fp8-16", "residual_layer_norm-8", "sum_partials",
+    "gemm-float32", "down-int8", "down-bfloat16-16", "down-fp8-16", "residual_layer_norm-8",
     "decode_attention-int8-True", "cache_write-fp8-True", "progressive_up", "threshold", "dequantize-planes",
 )  # fmt: skip
 """Of every kernel those that take most registers or shared memory."""

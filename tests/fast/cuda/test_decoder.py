@@ -122,7 +122,7 @@ def test_products_before_float32_sums_are_not_rounded(checkpoint: Path) -> None:
             found = (
                 (network.logits(x), x.float() @ loaded.head.codes.float().T),
                 (network._product(x, layer.dense, None, None, torch.float32), x.float() @ layer.dense.codes.float().T),
-                (network._down(hidden, layer.down).sum(0), hidden.float() @ layer.down.codes.float()),
+                (network._down(hidden, layer.down, skip=False).sum(0), hidden.float() @ layer.down.codes.float()),
             )
             for result, expected in found:
                 torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)

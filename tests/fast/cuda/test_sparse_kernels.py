@@ -10,42 +10,41 @@ from torch import Tensor
 
 import triton_interpreter
 from gpu_matrices import as_numbers, make, random
-from persimmon.fast.cuda.kernels import matmul, sparse_mlp
+from persimmon.fast.cuda.kernels import sparse_mlp
 from persimmon.fast.cuda.layouts import Matrix
 
 DEVICE = triton_interpreter.DEVICE
 
 
-def dense(x: Tensor, up: Matrix, bias: Tensor, down: Matrix) -> Tensor:
-    """In float64, the hidden values rounded as the kernels do."""
-    hidden = matmul.multiply(x, up, bias, squared_relu=True)
-    return hidden.double() @ as_numbers(down).T
+def zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=DEVICE)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "q8"])
 def test_only_active_rows_are_needed(kind: str, tokens: int) -> None:
     """Rows of inactive neurons hold nan: reading one would show."""
-    up, x = make(kind, 90, 64), random(tokens, 64, seed=3)
-    spread = (x.double() @ as_numbers(up).T).std().item()
-    biases = {
-        "some": random(90, seed=4) * spread - spread,
-        "none": torch.full((90,), -1e4, device=DEVICE),
-        "all": torch.full((90,), 1e4, device=DEVICE),
-        "one": torch.full((90,), -1e4, device=DEVICE).index_fill(0, torch.tensor([89], device=DEVICE), 1e4),
-    }
-    for name, bias in biases.items():
+    for name, keep in (("some", range(0, 90, 7)), ("none", ()), ("all", range(90)), ("one", (89,))):
         down = make(kind, 40, 90, neuron_major=True)
-        expected = dense(x, up, bias, down)
-        active = matmul.multiply_active(x, up, bias)
-        used = {"none": 0, "all": 90, "one": 1}.get(name)
-        assert used is None or int(active.counts.sum()) == used
-        poison(down, matmul.multiply(x, up, bias, squared_relu=True).amax(0) == 0)
-        for splits in (1, 3):
-            result = sparse_mlp.down_active(active, down, splits)
-            assert result.shape == (splits, tokens, 40)
+        hidden = torch.zeros(tokens, 90, device=DEVICE)
+        chosen = torch.tensor(keep, dtype=torch.int64, device=DEVICE)
+        hidden[-1, chosen] = random(len(chosen), seed=3).square() + 1e-3
+        hidden[0, chosen[:2]] = 5.0
+        expected = hidden.double() @ as_numbers(down).T
+        poison(down, hidden.amax(0) == 0)
+        for splits in (1, 3, 32):
+            arrivals = zeros(8)
+            result = sparse_mlp.down(hidden, down, splits, arrivals, skip=True)
+            assert result.shape == (tokens, 40) and not arrivals.any(), name
             scale = expected.abs().max().clamp_min(1).item()
-            torch.testing.assert_close(result.sum(0).double(), expected, rtol=1e-4, atol=1e-5 * scale)
+            torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_what_is_no_number_stays_visible() -> None:
+    hidden = torch.zeros(2, 90, device=DEVICE)
+    hidden[1, 33] = math.nan
+    result = sparse_mlp.down(hidden, make("float32", 40, 90, neuron_major=True), 3, zeros(8), skip=True)
+    assert result[1].isnan().all() and not result[0].isnan().all()
 
 
 def poison(down: Matrix, inactive: Tensor) -> None:
@@ -55,11 +54,12 @@ def poison(down: Matrix, inactive: Tensor) -> None:
         down.codes[inactive] = math.nan
 
 
-@pytest.mark.parametrize("kind", ["float32", "fp8", "q8"])
-def test_all_rows_for_one_token(kind: str) -> None:
-    down, hidden = make(kind, 40, 90, neuron_major=True), random(1, 90).relu().square()
-    result = sparse_mlp.down_all(hidden, down, 2).sum(0).double()
-    torch.testing.assert_close(result, hidden.double() @ as_numbers(down).T, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "q8"])
+def test_all_rows(kind: str, tokens: int) -> None:
+    down, hidden = make(kind, 40, 90, neuron_major=True), random(tokens, 90).relu().square()
+    result = sparse_mlp.down(hidden, down, 2, zeros(8), skip=False)
+    torch.testing.assert_close(result.double(), hidden.double() @ as_numbers(down).T, rtol=1e-4, atol=1e-3)
 
 
 def progressive(x: Tensor, up: Matrix, bias: Tensor, margin: float) -> tuple[Tensor, Tensor]:
@@ -80,23 +80,19 @@ def progressive(x: Tensor, up: Matrix, bias: Tensor, margin: float) -> tuple[Ten
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """[R, columns] of pairs that are 32 columns apart."""
-    pairs = codes.view(codes.shape[0], -1, 32)
-    return torch.stack([pairs & 15, pairs >> 4], 2).reshape(codes.shape[0], -1)
+    """[R, columns]: bits 4 i of word j of a group hold its column 4 i + j."""
+    words = codes.view(codes.shape[0], -1, 1, 4)
+    return ((words >> torch.arange(0, 32, 4, device=codes.device)[:, None]) & 15).reshape(codes.shape[0], -1)
 
 
 @pytest.mark.parametrize("margin", [math.inf, 2.0, 0.5, 0.0])
 def test_progressive_up(margin: float) -> None:
     up, x, bias = make("planes", 200, 300), random(1, 300, seed=3), random(200, seed=4) * 30 - 20
     up.outlier_weights.mul_(3)
-    active, read = sparse_mlp.progressive_up(x, up, sparse_mlp.outlier_mask(up), bias, margin)
+    hidden, read = sparse_mlp.progressive_up(x, up, sparse_mlp.outlier_mask(up), bias, margin)
     expected, kept = progressive(x, up, bias, margin)
     assert int(read.sum()) == int(kept.sum())
-    found = torch.zeros(200, dtype=torch.float64, device=DEVICE)
-    for segment, count in enumerate(active.counts.tolist()):
-        place = slice(segment * active.segment, segment * active.segment + count)
-        found[active.ids[place].long()] = active.values[place, 0].double()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(hidden[0].double(), expected, rtol=1e-4, atol=1e-2)
     if math.isinf(margin):
         assert int(read.sum()) == 200
     else:
@@ -109,6 +105,5 @@ def test_progressive_up_of_nothing() -> None:
     for margin in (0.0, 2.0, math.inf):
         bias = torch.full((20,), -1.0, device=DEVICE)
         bias[7] = 2.0
-        active, _ = sparse_mlp.progressive_up(zeros, up, sparse_mlp.outlier_mask(up), bias, margin)
-        assert int(active.counts.sum()) == 1
-        assert active.ids[0] == 7 and active.values[0, 0] == 4.0
+        hidden, _ = sparse_mlp.progressive_up(zeros, up, sparse_mlp.outlier_mask(up), bias, margin)
+        assert hidden[0].nonzero().flatten().tolist() == [7] and hidden[0, 7] == 4.0

@@ -6,7 +6,7 @@ order and scales in an array of their own; the numbers are the same to the last 
 FP8, whose weights come from plain ones.
 
     q8 row          INT8: int8 codes, a float16 scale per 32
-    q4 row          INT4: two codes a byte, 32 columns apart (kernels/matmul.py); down records become such rows again
+    q4 row          INT4: eight codes a word (kernels/matmul.py); down records become such rows again
     head planes     INT8: 16 high + low - 128 is the int8 code
     p44 hot, cold   PLANES for the up projection, INT8 neuron-major for the down projection
     plain           PLAIN: as it is; the down projection neuron-major
@@ -47,7 +47,7 @@ class Matrix:
     neuron_major: bool
     """Stored [inputs, outputs]: a row per input, which is skipped when that input is zero."""
     codes: Tensor
-    """PLAIN, INT8, FP8 [rows, columns]; INT4 and the high PLANES uint8 [rows, columns / 2]."""
+    """PLAIN, INT8, FP8 [rows, columns]; INT4 and the high PLANES int32 [rows, columns / 8]."""
     scales: Tensor | None = None
     """float16 [rows, columns / 32]; FP8 float32 [rows]."""
     low: Tensor | None = None
@@ -65,8 +65,7 @@ class Matrix:
     @property
     def columns(self) -> int:
         """Columns of a stored row, padding included."""
-        halved = self.format in (INT4, PLANES)
-        return self.codes.shape[1] * (2 if halved else 1)
+        return self.codes.shape[1] * (8 if self.format in (INT4, PLANES) else 1)
 
     @property
     def num_bytes(self) -> int:
@@ -115,19 +114,19 @@ def from_q8(rows: Tensor, inputs: int) -> Matrix:
 def from_q4(rows: Tensor, inputs: int) -> Matrix:
     """Packed q4 rows, uint8 [outputs, bytes]."""
     blocks = cut_superblocks(rows, 144)
-    width = _padded(inputs, 2 * GROUP)
-    codes = _nibble_pairs(nibbles(blocks[..., :128])[:, :width])
+    width = _padded(inputs, GROUP)
+    codes = _words(nibbles(blocks[..., :128])[:, :width])
     return Matrix(INT4, rows.shape[0], inputs, False, codes, _scales(blocks[..., 128:], width))
 
 
 def from_records(records: Tensor, outputs: int, neurons: int) -> Matrix:
     """A packed q4 down projection, uint8 [records of 32 neurons, bytes], a row per output."""
-    (rows, halves), width = record_parts(records), _padded(neurons, 2 * GROUP)
+    (rows, halves), width = record_parts(records), _padded(neurons, GROUP)
     codes = torch.full((outputs, width), 8, dtype=torch.uint8, device=records.device)
     codes[:, : len(rows)] = rows[:, :outputs].T
     scales = torch.zeros(outputs, width // GROUP, dtype=torch.float16, device=records.device)
     scales[:, : len(halves)] = halves[:, :outputs].T
-    return Matrix(INT4, outputs, neurons, False, _nibble_pairs(codes), scales)
+    return Matrix(INT4, outputs, neurons, False, _words(codes), scales)
 
 
 def from_head_planes(high: Tensor, low: Tensor, inputs: int) -> Matrix:
@@ -159,11 +158,11 @@ def from_p44(hot: Tensor, cold: Tensor, outlier_columns: Tensor, hidden: int) ->
     neurons = hot.shape[0]
     plane = row_bytes("high", hidden)
     blocks = cut_superblocks(hot[:, :plane].contiguous(), 144)
-    width = _padded(hidden, 2 * GROUP)
-    high = _nibble_pairs(nibbles(blocks[..., :128])[:, :width])
+    width = _padded(hidden, GROUP)
+    high = _words(nibbles(blocks[..., :128])[:, :width])
     low_bytes = row_bytes("low", hidden)
     low_blocks = cut_superblocks(cold[:, :low_bytes].contiguous(), 128)
-    low = _nibble_pairs(nibbles(low_blocks)[:, :width])
+    low = _words(nibbles(low_blocks)[:, :width])
     exact = hot[:, plane : plane + 2 * OUTLIERS].contiguous().view(torch.float16)
     up = Matrix(PLANES, neurons, hidden, False, high, _scales(blocks[..., 128:], width), low, exact, outlier_columns)
     return up, from_neurons(cold[:, low_bytes:].contiguous(), hidden)
@@ -173,10 +172,13 @@ def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _nibble_pairs(codes: Tensor) -> Tensor:
-    """Codes [R, 64 n] -> bytes [R, 32 n], columns 32 apart in a byte."""
-    pairs = codes.reshape(codes.shape[0], -1, 2, GROUP)
-    return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(codes.shape[0], -1).contiguous()
+def _words(codes: Tensor) -> Tensor:
+    """Codes [R, 32 n] -> int32 [R, 4 n]: word j of a group has its columns j, 4 + j, ... from the low bits up."""
+    groups = codes.view(codes.shape[0], -1, 8, 4)
+    words = torch.zeros(groups.shape[0], groups.shape[1], 4, dtype=torch.int32, device=codes.device)
+    for place in range(8):
+        words |= groups[:, :, place].to(torch.int32) << (4 * place)
+    return words.view(codes.shape[0], -1)
 
 
 def _scales(parts: Tensor, width: int) -> Tensor:

@@ -18,12 +18,11 @@ from torch.nn.attention.bias import causal_lower_right
 from persimmon.fast.cuda.choice import KernelTable
 from persimmon.fast.cuda.kernels.attention import decode_attention, gather, num_splits
 from persimmon.fast.cuda.kernels.cache_write import cache_write
-from persimmon.fast.cuda.kernels.matmul import MOST_TOKENS, dequantize, multiply, multiply_active
+from persimmon.fast.cuda.kernels.matmul import MOST_TOKENS, dequantize, multiply, multiply_in_parts
 from persimmon.fast.cuda.kernels.norm import bias_squared_relu, residual_layer_norm
 from persimmon.fast.cuda.kernels.sparse_mlp import (
     MOST_ACTIVE_TOKENS,
-    down_active,
-    down_all,
+    down,
     down_splits,
     outlier_mask,
     progressive_up,
@@ -35,6 +34,8 @@ from persimmon.fast.cuda.weights import Layer, Norm, Weights
 
 SHORT_PIECE = 16
 """Tokens of a sequence that the decode kernel takes; longer pieces read their keys once for all. Not measured."""
+
+_ARRIVALS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Network:
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         )
+        # Counters of kernels whose last program joins what the others wrote; more than any of their grids has tiles.
+        self._arrivals = torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)
         self._attention_biases = [layer.query_key_value_bias.to(weights.dtype) for layer in weights.layers]
         self._outliers = [outlier_mask(la.up) if la.up.format == PLANES else None for la in weights.layers]
 
@@ -119,10 +122,16 @@ class Network:
             return _float32_product(x, plain.T)
         return F.linear(x, plain, None if bias is None or layer is None else self._attention_biases[layer])
 
+    def _partial_product(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """X [T, K] times a row-major matrix: partial sums [P, T, N] float32."""
+        if not self._by_library(x.shape[0], matrix):
+            return multiply_in_parts(x, matrix, self._processors)
+        return _float32_product(x, dequantize(matrix, x.dtype).T)[None]
+
     # -- attention -----------------------------------------------------------------------------------------------
 
     def _attend(self, fused: Tensor, layer: Layer, cache: LayerCache, work: Pass, pool: Pool) -> Tensor:
-        """Attention of the whole pass and its output projection, [1, T, H] without bias."""
+        """Attention of the whole pass and its output projection, partial sums [P, T, H] without bias."""
         config, tokens = self.weights.config, fused.shape[0]
         shape = (tokens, config.num_heads, config.head_dim)
         q = torch.empty(shape, dtype=self.weights.dtype, device=fused.device)
@@ -135,11 +144,11 @@ class Network:
             splits = num_splits(short, config.num_heads, self._processors)
             parts.append(decode_attention(
                 q[:short], cache.keys, cache.values, cache.scales, work.positions, work.rows, work.tables,
-                pool.block_size, work.paged, splits,
+                pool.block_size, work.paged, splits, self._arrivals,
             ))  # fmt: skip
         parts += [self._attend_long(q[p.first : p.first + p.count], cache, work, p, pool) for p in work.long]
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._product(attended.view(tokens, -1), layer.dense, None, None, torch.float32)[None]
+        return self._partial_product(attended.view(tokens, -1), layer.dense)
 
     def _attend_long(self, q: Tensor, cache: LayerCache, work: Pass, piece: LongPiece, pool: Pool) -> Tensor:
         """A prompt's piece q [T, N, D] to its sequence, a group of heads at a time."""
@@ -173,41 +182,35 @@ class Network:
 
     def _mlp(self, x: Tensor, layer: Layer, index: int) -> Tensor:
         """Partial sums [P, T, H] of the MLP of x [T, H], without bias."""
-        tokens = x.shape[0]
-        if self.runs_sparse(tokens):
-            return self._sparse_mlp(x, layer, index)
-        if self._by_library(tokens, layer.up):
-            up = dequantize(layer.up, x.dtype).T
-            # A prompt's sums are rounded before the bias: in float32 they would cross memory at twice the bytes.
-            product = _float32_product(x, up) if tokens <= MOST_TOKENS else x @ up
-            hidden = bias_squared_relu(product, layer.up_bias, x.dtype)
-        else:
-            hidden = multiply(x, layer.up, layer.up_bias, squared_relu=True)
-        return self._down(hidden, layer.down)
+        skip = self.runs_sparse(x.shape[0])
+        hidden = self._hidden(x, layer, self._outliers[index] if skip else None)
+        return self._down(hidden, layer.down, skip)
 
-    def _down(self, hidden: Tensor, down: Matrix) -> Tensor:
-        if not down.neuron_major:
-            return self._product(hidden, down, None, None, torch.float32)[None]
-        if hidden.shape[0] == 1:
-            return down_all(hidden, down, down_splits(down.inputs, down.outputs, self._processors))
-        if self._by_library(hidden.shape[0], down):
-            return _float32_product(hidden, dequantize(down, hidden.dtype))[None]
-        return multiply(hidden, down, dtype=torch.float32)[None]
+    def _hidden(self, x: Tensor, layer: Layer, outliers: Tensor | None) -> Tensor:
+        """relu(.)^2 of the up projection [T, F]; with `outliers` one token reads the low plane where it must."""
+        tokens = x.shape[0]
+        if outliers is not None and tokens == 1:
+            return progressive_up(x, layer.up, outliers, layer.up_bias, self._margin)[0]
+        if not self._by_library(tokens, layer.up):
+            return multiply(x, layer.up, layer.up_bias, squared_relu=True)
+        up = dequantize(layer.up, x.dtype).T
+        # A prompt's sums are rounded before the bias: in float32 they would cross memory at twice the bytes.
+        product = _float32_product(x, up) if tokens <= MOST_TOKENS else x @ up
+        return bias_squared_relu(product, layer.up_bias, x.dtype)
+
+    def _down(self, hidden: Tensor, matrix: Matrix, skip: bool) -> Tensor:
+        """The down projection of hidden values [T, F]: partial sums [P, T, H]."""
+        tokens = hidden.shape[0]
+        if not matrix.neuron_major:
+            return self._partial_product(hidden, matrix)
+        if skip or not self._by_library(tokens, matrix):
+            return down(hidden, matrix, down_splits(tokens, matrix, self._processors), self._arrivals, skip=skip)[None]
+        return _float32_product(hidden, dequantize(matrix, hidden.dtype))[None]
 
     def runs_sparse(self, tokens: int) -> bool:
         """Whether a pass of so many tokens skips inactive neurons."""
         possible = tokens <= MOST_ACTIVE_TOKENS and self.weights.layers[0].down.neuron_major
         return possible and self._table.sparse(self.weights.format, tokens)
-
-    def _sparse_mlp(self, x: Tensor, layer: Layer, index: int) -> Tensor:
-        outliers = self._outliers[index]
-        if outliers is not None and x.shape[0] == 1:
-            active, _ = progressive_up(x, layer.up, outliers, layer.up_bias, self._margin)
-        else:
-            active = multiply_active(x, layer.up, layer.up_bias)
-        return down_active(
-            active, layer.down, down_splits(active.counts.shape[0], layer.down.outputs, self._processors)
-        )
 
 
 def _float32_product(x: Tensor, matrix: Tensor) -> Tensor:

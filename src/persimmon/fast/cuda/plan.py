@@ -56,11 +56,8 @@ def _matrix_bytes(weight_format: str, outputs: int, inputs: int) -> int:
         return 2 * outputs * inputs
     if weight_format == "fp8":
         return outputs * inputs + 4 * outputs
-    if weight_format == "q8":
-        groups = -(-inputs // 32)
-        return outputs * groups * (32 + 2)
-    groups = -(-inputs // 64) * 2
-    return outputs * groups * (16 + 2)
+    groups = -(-inputs // 32)
+    return outputs * groups * ((32 if weight_format == "q8" else 16) + 2)
 
 
 def device_weight_bytes(config: ModelConfig, weight_format: str) -> int:
@@ -70,7 +67,7 @@ def device_weight_bytes(config: ModelConfig, weight_format: str) -> int:
     attention = "q4" if weight_format == "p44" else weight_format
     layer = _matrix_bytes(attention, 3 * hidden, hidden) + _matrix_bytes(attention, hidden, hidden)
     if weight_format == "p44":  # two planes with one set of scales, 16 float16 outliers a neuron; int8 down rows
-        planes = 2 * _matrix_bytes("q4", neurons, hidden) - neurons * (-(-hidden // 64) * 4)
+        planes = 2 * _matrix_bytes("q4", neurons, hidden) - neurons * (-(-hidden // 32) * 2)
         layer += planes + 32 * neurons + _matrix_bytes("q8", neurons, hidden)
     else:
         layer += _matrix_bytes(weight_format, neurons, hidden)  # the down projection is neuron-major but for q4

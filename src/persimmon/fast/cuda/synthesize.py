@@ -81,16 +81,15 @@ def random_matrix(
             return Matrix(PLAIN, outputs, inputs, neuron_major, values.mul_(_UNIFORM * STD))
         scales = torch.full((rows,), _UNIFORM * STD, device=device)
         return Matrix(FP8, outputs, inputs, neuron_major, values.to(torch.float8_e4m3fn), scales)
-    multiple = 32 if kind == INT8 else 64
-    columns = -(-width // multiple) * multiple
+    columns = -(-width // 32) * 32
     steps = 16 if kind == INT4 else 256
     scales = torch.full((rows, columns // 32), _UNIFORM * STD / steps, dtype=torch.float16, device=device)
     if kind == INT8:
         return Matrix(INT8, outputs, inputs, neuron_major, codes(columns, -128, 128, torch.int8), scales)
-    high = codes(columns // 2, 0, 256, torch.uint8)
+    high = codes(columns // 8, -(2**31), 2**31, torch.int32)
     if kind == INT4:
         return Matrix(INT4, outputs, inputs, False, high, scales)
-    low = codes(columns // 2, 0, 256, torch.uint8)
+    low = codes(columns // 8, -(2**31), 2**31, torch.int32)
     exact = torch.zeros(rows, OUTLIERS, dtype=torch.float16, device=device)
     none = torch.full((OUTLIERS,), -1, dtype=torch.int32, device=device)
     return Matrix(PLANES, outputs, inputs, False, high, scales, low, exact, none)

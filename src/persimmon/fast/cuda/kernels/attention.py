@@ -1,7 +1,8 @@
 """Attention of single queries to a long cache, split over the keys (flash-decoding), and the gather for long prompts.
 
 decode_attention  One program per (head, split, token): with 64 heads and one token there are too few (head, token)
-                  pairs to fill a GPU, so the keys are cut into SPLITS ranges whose partial softmaxes `combine` joins.
+                  pairs to fill a GPU, so the keys are cut into SPLITS ranges, and the program of a pair that ends last
+                  joins the partial softmaxes, in their order.
                   Every token attends to the positions up to its own in its row of the block tables, so the same kernel
                   serves batches of any lengths and short chunks. Lengths are read on the device: a captured graph
                   stays valid while sequences grow.
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from persimmon.fast.cuda.kernels.cache_write import cache_format
-from persimmon.fast.cuda.kernels.launch import ceil_div, power_of_two, tile
+from persimmon.fast.cuda.kernels.launch import begin, ceil_div, early, is_last, power_of_two, tile
 
 
 @triton.jit
@@ -35,11 +36,13 @@ def _slots(tables, row, offsets, live, table_stride, BLOCK_SIZE: tl.constexpr, P
 
 @triton.jit
 def decode_attention_kernel(
-    q, k_cache, v_cache, k_scales, v_scales, positions, rows, tables, out, partial, statistics, table_stride, scale,
+    q, k_cache, v_cache, k_scales, v_scales, positions, rows, tables, out, partial, statistics, arrivals,
+    table_stride, scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    FORMAT: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Q [T, N, D]; out [T, N, D] when SPLITS is 1, else partial [T, N, SPLITS, D] and statistics [T, N, SPLITS, 2]."""
+    """Q [T, N, D]; out [T, N, D]; when SPLITS is not 1, partial [T, N, SPLITS, D] and statistics [T, N, SPLITS, 2]."""
+    begin(EARLY)
     head, split, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dim = tl.arange(0, BLOCK_D)
     real = dim < DIM
@@ -53,7 +56,7 @@ def decode_attention_kernel(
     largest = -float("inf")
     total = 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(start, end, BLOCK_N):
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         offsets = first + tl.arange(0, BLOCK_N)
         live = offsets < end
         at = _slots(tables, row, offsets, live, table_stride, BLOCK_SIZE, PAGED) * HEADS + head
@@ -79,31 +82,23 @@ def decode_attention_kernel(
         tl.store(partial + place * DIM + dim, acc, mask=real)
         tl.store(statistics + place * 2, largest)
         tl.store(statistics + place * 2 + 1, total)
+        if is_last(arrivals + pair, SPLITS):
+            _join(partial, statistics, out, pair, DIM, SPLITS, BLOCK_D)
 
 
 @triton.jit
-def combine_kernel(
-    partial, statistics, out, num_pairs,
-    DIM: tl.constexpr, SPLITS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Join the partial softmaxes of a (token, head) pair. A split without keys has statistics -inf and 0."""
-    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    live = pair < num_pairs
+def _join(partial, statistics, out, pair, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The partial softmaxes of a (token, head) pair. A split without keys has statistics -inf and 0."""
+    place = pair * SPLITS + tl.arange(0, SPLITS)
     dim = tl.arange(0, BLOCK_D)
-    inside = live[:, None] & (dim < DIM)[None, :]
-    place = pair.to(tl.int64) * SPLITS
-    largest = tl.load(statistics + place * 2, mask=live, other=0.0)  # the first split always has keys
-    for split in tl.static_range(1, SPLITS):
-        largest = tl.maximum(largest, tl.load(statistics + (place + split) * 2, mask=live, other=0.0))
-    total = tl.zeros([PAIRS], tl.float32)
-    acc = tl.zeros([PAIRS, BLOCK_D], tl.float32)
-    for split in tl.static_range(SPLITS):
-        weight = tl.exp(tl.load(statistics + (place + split) * 2, mask=live, other=0.0) - largest)
-        total += weight * tl.load(statistics + (place + split) * 2 + 1, mask=live, other=1.0)
-        part = tl.load(partial + (place + split)[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
-        acc += weight[:, None] * part
-    at = pair.to(tl.int64)[:, None] * DIM + dim[None, :]
-    tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    real = dim < DIM
+    largest = tl.load(statistics + place * 2, cache_modifier=".cg")
+    weight = tl.exp(largest - tl.max(largest, axis=0))
+    total = tl.sum(weight * tl.load(statistics + place * 2 + 1, cache_modifier=".cg"), axis=0)
+    at = partial + place[:, None] * DIM + dim[None, :]
+    parts = tl.load(at, mask=real[None, :], other=0.0, cache_modifier=".cg")
+    acc = tl.sum(weight[:, None] * parts, axis=0)
+    tl.store(out + pair * DIM + dim, (acc / total).to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -127,13 +122,8 @@ def gather_kernel(
 
 
 def attention_tiles(head_dim: int) -> dict[str, int]:
-    """Compile-time tile sizes of decode_attention. Not measured."""
-    return {"BLOCK_N": tile(128, 2048), "BLOCK_D": power_of_two(head_dim)}
-
-
-def combine_tiles(head_dim: int) -> dict[str, int]:
-    """Compile-time tile sizes of combine."""
-    return {"PAIRS": tile(4, 4096), "BLOCK_D": power_of_two(head_dim)}
+    """Tile sizes of decode_attention."""
+    return {"BLOCK_N": tile(32, 2048), "BLOCK_D": power_of_two(head_dim), "STAGES": 2, "num_warps": 1}
 
 
 def gather_tiles(head_dim: int) -> dict[str, int]:
@@ -142,15 +132,18 @@ def gather_tiles(head_dim: int) -> dict[str, int]:
 
 
 def num_splits(tokens: int, heads: int, processors: int) -> int:
-    """Ranges of keys: about four programs per multiprocessor, a power of two from 1 to 16. Not measured."""
-    return min(16, power_of_two(max(1, 4 * processors // (tokens * heads))))
+    """Ranges of keys: about sixteen programs per multiprocessor, a power of two from 1 to 32."""
+    return min(32, power_of_two(max(1, 16 * processors // (tokens * heads))))
 
 
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None, positions: Tensor, rows: Tensor,
-    tables: Tensor, block_size: int, paged: bool, splits: int,
+    tables: Tensor, block_size: int, paged: bool, splits: int, arrivals: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention of q [T, N, D] to the cache, each token up to its own position: [T, N, D]; scale 1/sqrt(D)."""
+    """Attention of q [T, N, D] to the cache, each token up to its own position: [T, N, D]; scale 1/sqrt(D).
+
+    splits: a power of two. arrivals: at least T * N zeros, int32, which are zeros again afterwards.
+    """
     tokens, heads, dim = q.shape
     out = torch.empty_like(q)
     shape = (tokens, heads, splits) if splits > 1 else (1, 1, 1)
@@ -158,15 +151,10 @@ def decode_attention(
     statistics = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
     k_scales, v_scales = scales or (statistics, statistics)
     decode_attention_kernel[(heads, splits, tokens)](
-        q, keys, values, k_scales, v_scales, positions, rows, tables, out, partial, statistics, tables.stride(0),
-        dim**-0.5, HEADS=heads, DIM=dim, SPLITS=splits, BLOCK_SIZE=block_size, PAGED=paged, FORMAT=cache_format(keys),
-        **attention_tiles(dim),
+        q, keys, values, k_scales, v_scales, positions, rows, tables, out, partial, statistics, arrivals,
+        tables.stride(0), dim**-0.5, HEADS=heads, DIM=dim, SPLITS=splits, BLOCK_SIZE=block_size, PAGED=paged,
+        FORMAT=cache_format(keys), **early(q.device), **attention_tiles(dim),
     )  # fmt: skip
-    if splits > 1:
-        tiles = combine_tiles(dim)
-        combine_kernel[(ceil_div(tokens * heads, tiles["PAIRS"]),)](
-            partial, statistics, out, tokens * heads, DIM=dim, SPLITS=splits, **tiles
-        )
     return out
 
 

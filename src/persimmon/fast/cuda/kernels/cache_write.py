@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from persimmon.fast.cuda.kernels.launch import ceil_div, power_of_two, tile
+from persimmon.fast.cuda.kernels.launch import begin, ceil_div, early, power_of_two, tile
 
 PLAIN, INT8, FP8 = 0, 1, 2
 """Formats of the cache."""
@@ -85,9 +85,11 @@ def cache_write_kernel(
     fused, q_weight, q_bias, k_weight, k_bias, cos, sin, positions, rows, tables,
     q_out, k_cache, v_cache, k_scales, v_scales, num_pairs, table_stride, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, FORMAT: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, FORMAT: tl.constexpr, EARLY: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """PAIRS (token, head) pairs per program."""
+    begin(EARLY)
     number = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     live = number < num_pairs
     number = tl.where(live, number, 0)
@@ -133,7 +135,8 @@ def cache_write(
     cache_write_kernel[(ceil_div(tokens * heads, tiles["PAIRS"]),)](
         fused, *weights, cos, sin, positions, rows, tables, out, keys, values, k_scales, v_scales,
         tokens * heads, tables.stride(0), eps, HEADS=heads, DIM=dim, ROTARY=2 * cos.shape[1], NORM=norms is not None,
-        BLOCK_SIZE=block_size, PAGED=paged, FORMAT=cache_format(keys), **tiles,
+        BLOCK_SIZE=block_size, PAGED=paged, FORMAT=cache_format(keys),
+        **early(fused.device), **tiles,
     )  # fmt: skip
 
 

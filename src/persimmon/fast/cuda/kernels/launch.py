@@ -1,11 +1,21 @@
-"""What every kernel launch asks: does the interpreter run it, and how large are the tiles then."""
+"""What every kernel launch asks: does the interpreter run it, how large are the tiles then, may it begin early."""
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
 from triton import knobs
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 """TRITON_INTERPRET=1: kernels run on the CPU, one program after the other, for tests."""
+
+_EARLY_CAPABILITY = (9, 0)
+"""Programmatic dependent launch (CUDA C++ Programming Guide): Hopper and later."""
 
 
 def tile(on_gpu: int, interpreted: int) -> int:
@@ -21,3 +31,54 @@ def power_of_two(number: int) -> int:
 def ceil_div(number: int, divisor: int) -> int:
     """Rounded up."""
     return -(-number // divisor)
+
+
+@triton.jit
+def begin(EARLY: tl.constexpr):
+    """Opens every kernel of a decoding step. EARLY: lets the next kernel be set up, waits for what the last one wrote.
+
+    A kernel of a step takes some microseconds, of which one or two are its start: with this they pass while the kernel
+    before it ends. Whoever waits here waits for all that came before, as each of them did.
+    """
+    if EARLY == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if EARLY >= 2:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(codes, row, real, row_bytes, EARLY: tl.constexpr, LINES: tl.constexpr):
+    """Bring the first LINES * 128 bytes of rows into the second cache, before `begin` waits: weights never change."""
+    if EARLY >= 3:
+        line = tl.arange(0, LINES) * 128
+        wanted = real[:, None] & (line < row_bytes)[None, :]
+        at = codes.to(tl.int64, bitcast=True) + row[:, None] * row_bytes + tl.where(wanted, line[None, :], 0)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def is_last(arrivals, programs):
+    """Whether this program is the last of `programs` that come here, so that it sees what all of them wrote.
+
+    The counter [1] begins at 0 and is left at 0. Loads of what others wrote go past the first cache (".cg").
+    """
+    tl.debug_barrier()  # all threads of the program have written
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+def early(device: torch.device) -> dict[str, Any]:
+    """Launch arguments of a kernel that opens with `begin`."""
+    possible = device.type == "cuda" and _begins_early(device.index or 0)
+    return {"EARLY": int(os.environ.get("EARLY", "2")), "launch_pdl": True} if possible else {"EARLY": 0}
+
+
+@cache
+def _begins_early(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= _EARLY_CAPABILITY and not os.environ.get("NO_EARLY")

@@ -2,8 +2,6 @@
 
 residual_layer_norm   x += sum of partial results + their bias; out = LayerNorm(x). One read and one write of the stream
                       instead of three; the partial results of split products are summed here, in a fixed order.
-sum_partials          the same sum before it, tile by tile, where there are many: a row's LayerNorm is one program,
-                      which would read up to 32 rows alone.
 bias_squared_relu     out = relu(x + bias)^2.
 
 Layout: row-major, a program has whole rows, so statistics need no second pass. The stream is float32 whatever the
@@ -18,18 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from persimmon.fast.cuda.kernels.launch import ceil_div, power_of_two, tile
-
-MOST_PARTIALS = 8
-"""Partial results that residual_layer_norm adds itself. Not measured."""
+from persimmon.fast.cuda.kernels.launch import begin, ceil_div, early, power_of_two, tile
 
 
 @triton.jit
 def residual_layer_norm_kernel(
     x, partial, partial_bias, weight, bias, out, num_rows, hidden, eps,
-    PARTIALS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """X [T, H] float32 in place; partial [PARTIALS, T, H]; out [T, H]."""
+    begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < num_rows)[:, None] & (column < hidden)[None, :]
@@ -65,46 +61,18 @@ def residual_layer_norm(
     rows, hidden = x.shape
     out = torch.empty(rows, hidden, dtype=dtype, device=x.device)
     tiles = norm_tiles(hidden)
-    if partial is not None and partial.shape[0] > MOST_PARTIALS:
-        partial = sum_partials(partial)
     count = 0 if partial is None else partial.shape[0]
     residual_layer_norm_kernel[(ceil_div(rows, tiles["ROWS"]),)](
         x, x if partial is None else partial, weight if partial_bias is None else partial_bias, weight, bias, out,
-        rows, hidden, eps, PARTIALS=count, **tiles, num_warps=8,
+        rows, hidden, eps, PARTIALS=count, **early(x.device), **tiles, num_warps=8,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def sum_partials_kernel(partial, out, size, PARTIALS: tl.constexpr, BLOCK: tl.constexpr):
-    """Out [size] = the sum of partial [PARTIALS, size], in order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.load(partial + at, mask=inside, other=0.0)
-    for _ in tl.static_range(1, PARTIALS):
-        partial += size
-        total += tl.load(partial + at, mask=inside, other=0.0)
-    tl.store(out + at, total, mask=inside)
-
-
-def sum_tiles() -> dict[str, int]:
-    """Compile-time constants of sum_partials: 32 programs for a row of 4,096. Not measured."""
-    return {"BLOCK": tile(128, 65_536)}
-
-
-def sum_partials(partial: Tensor) -> Tensor:
-    """[P, T, H] float32 to [1, T, H]."""
-    out = torch.empty_like(partial[:1])
-    tiles = sum_tiles()
-    sum_partials_kernel[(ceil_div(out.numel(), tiles["BLOCK"]),)](
-        partial, out, out.numel(), PARTIALS=partial.shape[0], **tiles
-    )
-    return out
-
-
-@triton.jit
-def bias_squared_relu_kernel(x, bias, out, count, width, BLOCK: tl.constexpr):
+def bias_squared_relu_kernel(x, bias, out, count, width, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     """Out = relu(x + bias)^2 over `count` numbers in rows of `width`."""
+    begin(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias + at % width, mask=inside, other=0.0)
@@ -121,5 +89,7 @@ def bias_squared_relu(x: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """relu(x + bias)^2 for x [T, F], bias [F] float32; squared in float32, then in `dtype`."""
     out = torch.empty_like(x, dtype=dtype)
     tiles = activation_tiles()
-    bias_squared_relu_kernel[(ceil_div(x.numel(), tiles["BLOCK"]),)](x, bias, out, x.numel(), x.shape[-1], **tiles)
+    bias_squared_relu_kernel[(ceil_div(x.numel(), tiles["BLOCK"]),)](
+        x, bias, out, x.numel(), x.shape[-1], **early(x.device), **tiles
+    )
     return out

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from persimmon.fast.cuda.kernels.launch import ceil_div, power_of_two, tile
+from persimmon.fast.cuda.kernels.launch import begin, ceil_div, early, power_of_two, tile
 
 CANDIDATES = 1_024
 """Largest logits that top-k and top-p look at."""
@@ -91,25 +91,32 @@ def threshold_kernel(
 
 
 @triton.jit
+def _gumbel(key, number, token, BLOCK: tl.constexpr):
+    """Noise [BLOCK] of tokens in draw `number` of the request with the seed `key`."""
+    zero = tl.zeros([BLOCK], tl.uint32)
+    bits, _, _, _ = tl.philox(key, token.to(tl.uint32), zero + number.to(tl.uint32), zero, zero)
+    # Gumbel noise is -log of an exponential, -log(1 - u). The largest noise decides, so small u must be fine: 32 bits,
+    # and the logarithm's series where 1 - u would lose them.
+    u = (bits.to(tl.float32) + 0.5) * (1.0 / 4_294_967_296.0)
+    exponential = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u * 0.3333333)), -tl.log(1.0 - u))
+    return -tl.log(exponential)
+
+
+@triton.jit
 def pick_kernel(
-    logits, thresholds, temperature, seed, count, best_score, best_id, vocabulary, num_blocks, BLOCK: tl.constexpr
-):
+    logits, thresholds, temperature, seed, count, best_score, best_id, vocabulary, num_blocks,
+    EARLY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Best score and its id of one block of one row."""
+    begin(EARLY)
     block, row = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocabulary
     logit = tl.load(logits + row.to(tl.int64) * vocabulary + token, mask=inside, other=-float("inf"))
     heat = tl.load(temperature + row)
-    key = tl.load(seed + row)
-    counter = tl.load(count + row).to(tl.uint32)
-    zero = tl.zeros([BLOCK], tl.uint32)
-    bits, _, _, _ = tl.philox(key, token.to(tl.uint32), zero + counter, zero, zero)
-    # Gumbel noise is -log of an exponential, -log(1 - u). The largest noise decides, so small u must be fine: 32 bits,
-    # and the logarithm's series where 1 - u would lose them.
-    u = (bits.to(tl.float32) + 0.5) * (1.0 / 4_294_967_296.0)
-    exponential = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u * 0.3333333)), -tl.log(1.0 - u))
-    noise = -tl.log(exponential)
-    score = tl.where(heat > 0.0, logit / tl.where(heat > 0.0, heat, 1.0) + noise, logit)
+    score = logit
+    if heat > 0.0:
+        score = logit / heat + _gumbel(tl.load(seed + row), tl.load(count + row), token, BLOCK)
     allowed = inside & (logit >= tl.load(thresholds + row)) & (logit > -float("inf"))
     score = tl.where(allowed, score, -float("inf"))
     best = tl.max(score, axis=0)
@@ -121,9 +128,10 @@ def pick_kernel(
 @triton.jit
 def advance_kernel(
     best_score, best_id, ids, positions, count, live, outputs, output_stride, num_blocks, vocabulary,
-    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The winner of a row to `ids` and to outputs[row, count]; position and count of a live row move on."""
+    begin(EARLY)
     row = tl.program_id(0)
     block = tl.arange(0, BLOCK)
     inside = block < num_blocks
@@ -170,9 +178,10 @@ def sample(
     score = torch.empty(rows, blocks, device=logits.device)
     winner = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
     pick_kernel[(blocks, rows)](
-        logits, thresholds, state.temperature, state.seed, state.count, score, winner, vocabulary, blocks, **tiles
-    )
+        logits, thresholds, state.temperature, state.seed, state.count, score, winner, vocabulary, blocks,
+        **early(logits.device), **tiles,
+    )  # fmt: skip
     advance_kernel[(rows,)](
         score, winner, ids, positions, state.count, state.live, outputs, outputs.stride(0), blocks, vocabulary,
-        BLOCK=power_of_two(blocks),
+        BLOCK=power_of_two(blocks), **early(logits.device),
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """The MLP with its zeros: y = down . relu(up . x + b)^2, reading only the rows of `down` that the zeros leave.
 
-The up projection (`matmul.multiply_active`, or `progressive_up` below) writes the active neurons of every segment of
-neurons and their number; nothing of it ever reaches the host. `down` walks along those lists: a program has BLOCK_H
-columns and the segments of one split, and loads whole pieces of rows, ACTIVE at a time. Splits write partial sums,
-which `norm.residual_layer_norm` adds in a fixed order: the result does not depend on timing.
+down  Hidden values [T, F] times a neuron-major matrix. A program has BLOCK_H columns of the neurons of one split and
+      walks along their rows, ACTIVE at a time; with SKIP it first lists those of its neurons that any token has active
+      and loads no other row. Nothing of it ever reaches the host. Splits write partial sums, which the program that
+      ends last adds in their order, and lists keep the neurons' order: the result does not depend on timing. Every
+      program of a split makes the same list: that costs less than a launch of its own.
 
 progressive_up, p44 only, one token. The high plane of every neuron gives an estimate and its deviation `spread`; a
 neuron whose estimate is at most -margin * spread is taken for inactive, and only the others have their low plane read:
@@ -13,7 +14,7 @@ everything and gives the int8 weights' result. One difference: inputs are not ro
 
 When it does not pay: with several tokens the union of their active neurons grows, and gathered rows use the memory less
 well than streams. `choice.py` decides by measurement; without one, everything runs dense.
-Rounding: as matmul.py; a value in the list is rounded to the activations' type, as on the dense path.
+Rounding: one token, exact weights in float32; more, weights in the activations' type. Hidden values are of that type.
 """
 
 from __future__ import annotations
@@ -25,156 +26,190 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from persimmon.fast.cuda.kernels.launch import INTERPRETED, ceil_div, power_of_two, tile
+from persimmon.fast.cuda.kernels.launch import INTERPRETED, begin, ceil_div, early, is_last, power_of_two, tile
 from persimmon.fast.cuda.kernels.matmul import (
     OUTLIERS,
-    ActiveList,
     _outlier_products,
-    empty_list,
+    byte_tile,
     gemv_tiles,
-    list_active,
-    weight_tile,
+    group_scales,
+    packed_code,
+    packed_column,
+    packed_unit,
+    packed_words,
 )
-from persimmon.fast.cuda.layouts import PLANES, Matrix
+from persimmon.fast.cuda.layouts import INT4, PLANES, Matrix
 
 MOST_ACTIVE_TOKENS = 8
 """Tokens that may share a list: their union grows (57 % of a layer at 10 % each, if independent)."""
 
 
 @triton.jit
-def down_kernel(
-    values, ids, counts, codes, scales, out, neurons, outputs, columns, num_segments, tokens,
-    FORMAT: tl.constexpr, LISTED: tl.constexpr, SEGMENT: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
-    ACTIVE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Out [SPLITS, tokens, outputs]: sums of value * neuron row over a split's segments."""
-    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    split = tl.program_id(1)
-    share = tl.cdiv(num_segments, SPLITS)
-    token = tl.arange(0, WIDTH)
-    acc = tl.zeros([WIDTH, BLOCK_H], tl.float32)
-    for segment in range(split * share, tl.minimum((split + 1) * share, num_segments)):
-        count = tl.load(counts + segment) if LISTED else tl.minimum(SEGMENT, neurons - segment * SEGMENT)
-        for first in range(0, count, ACTIVE):
-            rank = first + tl.arange(0, ACTIVE)
-            there = rank < count
-            place = segment * SEGMENT + rank
-            neuron = tl.load(ids + place, mask=there, other=0) if LISTED else place
-            inside = there[:, None] & (h < outputs)[None, :]
-            rows = weight_tile(codes, codes, scales, neuron[:, None], h[None, :], columns, inside, FORMAT)
-            if WIDTH == 1:
-                value = tl.load(values + place, mask=there, other=0.0).to(tl.float32)
-                acc += tl.sum(value[:, None] * rows, axis=0)[None, :]
-            else:
-                value = tl.load(values + place[None, :] * WIDTH + token[:, None], mask=there[None, :], other=0.0)
-                if UPCAST:
-                    rows = rows.to(value.dtype).to(tl.float32)
-                    acc += tl.dot(value.to(tl.float32), rows, input_precision="ieee")
-                else:
-                    acc += tl.dot(value, rows.to(value.dtype), input_precision="ieee")
-    at = (split * tokens + token)[:, None] * outputs + h[None, :]
-    tl.store(out + at, acc, mask=(token < tokens)[:, None] & (h < outputs)[None, :])
+def _list_active(hidden, ids, first, end, neurons, tokens, ROOM: tl.constexpr):
+    """Write the neurons first .. end that any token has active to `ids`, in order; how many there are."""
+    n = first + tl.arange(0, ROOM)
+    active = tl.zeros([ROOM], tl.int32)
+    for token in range(tokens):
+        value = tl.load(hidden + token * neurons + n, mask=n < end, other=0.0)
+        active = tl.where(value != 0, 1, active)  # not "> 0": what is no number must stay visible
+    tl.store(ids + tl.cumsum(active, axis=0) - 1, n, mask=active > 0)
+    tl.debug_barrier()  # other threads of the program read what is written here
+    return tl.sum(active, axis=0)
 
 
 @triton.jit
-def _plane_part(
-    x, is_outlier, scales, pair, byte, first, half: tl.constexpr, row, rows, groups, inputs, BLOCK_K: tl.constexpr
+def down_kernel(
+    hidden, ids, codes, scales, partial, out, arrivals, neurons, outputs, columns, share, tokens,
+    FORMAT: tl.constexpr, SKIP: tl.constexpr, EARLY: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
+    ACTIVE: tl.constexpr, BLOCK_H: tl.constexpr, SPLITS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Out [tokens, outputs], from partial [SPLITS, tokens, outputs]: sums over a split's `share` neurons."""
+    begin(EARLY)
+    first_column = tl.program_id(0) * BLOCK_H
+    split = tl.program_id(1)
+    start = split * share
+    count = tl.minimum(share, neurons - start)
+    ids += (split * tl.num_programs(0) + tl.program_id(0)) * ROOM
+    if SKIP:
+        count = _list_active(hidden, ids, start, start + count, neurons, tokens, ROOM)
+    token = tl.arange(0, WIDTH)
+    acc = tl.zeros([ACTIVE if WIDTH == 1 else WIDTH, BLOCK_H], tl.float32)
+    for first in range(0, count, ACTIVE):
+        place = first + tl.arange(0, ACTIVE)
+        there = place < count
+        neuron = (tl.load(ids + place, mask=there, other=0) if SKIP else start + place).to(tl.int64)
+        factor = tl.full([ACTIVE], 1.0, tl.float32)
+        if WIDTH == 1:
+            factor = tl.load(hidden + neuron, mask=there, other=0.0).to(tl.float32)
+        rows = byte_tile(codes, scales, neuron, factor, first_column, there, outputs, columns, FORMAT, ACTIVE, BLOCK_H)
+        if WIDTH == 1:
+            acc += rows
+        else:
+            held = (token < tokens)[:, None] & there[None, :]
+            values = tl.load(hidden + token[:, None] * neurons + neuron[None, :], mask=held, other=0.0)
+            acc += _dot_rows(values, rows, UPCAST)
+    if WIDTH == 1:
+        acc = tl.sum(acc, axis=0)[None, :]
+    h = first_column + tl.arange(0, BLOCK_H)
+    inside = (token < tokens)[:, None] & (h < outputs)[None, :]
+    at = token[:, None] * outputs + h[None, :]
+    size = tokens * outputs
+    tl.store(partial + split * size + at, acc, mask=inside)
+    if is_last(arrivals + tl.program_id(0), SPLITS):
+        total = tl.load(partial + at, mask=inside, other=0.0, cache_modifier=".cg")
+        for number in tl.static_range(1, SPLITS):
+            total += tl.load(partial + number * size + at, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(out + at, total, mask=inside)
+
+
+@triton.jit
+def _dot_rows(values, rows, UPCAST: tl.constexpr):
+    """[T, N] values times [N, H] float32 rows, in the values' type, summed in float32."""
+    if UPCAST:  # the interpreter's product of bfloat16 is wrong
+        return tl.dot(values.to(tl.float32), rows.to(values.dtype).to(tl.float32), input_precision="ieee")
+    return tl.dot(values, rows.to(values.dtype), input_precision="ieee")
+
+
+@triton.jit
+def _plane_sums(
+    x, is_outlier, plane, scales, row, rows, first, inputs, columns, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """One half of the bytes `pair` [N, K / 2] of a plane: codes, their groups' scales, inputs without the outliers."""
-    code = ((pair >> (4 * half)) & 15).to(tl.float32)
-    k = byte // 32 * 64 + byte % 32 + 32 * half
-    held = k < inputs
-    outlier = tl.load(is_outlier + k, mask=held, other=0)
-    inputs_part = tl.load(x + k, mask=held & (outlier == 0), other=0.0).to(tl.float32)
-    group = first // 32 + 2 * tl.arange(0, BLOCK_K // 64) + half
-    known = rows[:, None] & (group < groups)[None, :]
-    scale = tl.load(scales + row[:, None] * groups + group[None, :], mask=known, other=0.0).to(tl.float32)
-    return code, scale, inputs_part
+    """Of BLOCK_K columns of a plane: sums of (nibble - 8) * x by group [N, K / 32], sums of x and of x^2, and scales.
+
+    Inputs that outliers meet count as 0.
+    """
+    word = first // 8 + tl.arange(0, BLOCK_K // 8)
+    words, _ = packed_words(plane, plane, row, word, rows, columns, 2)
+    product = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
+    total = tl.zeros([BLOCK_K // 8], tl.float32)
+    energy = tl.zeros([BLOCK_K // 8], tl.float32)
+    for i in tl.static_range(8):
+        k = packed_column(word, i)
+        held = k < inputs
+        outlier = tl.load(is_outlier + k, mask=held, other=0)
+        inputs_part = tl.load(x + k, mask=held & (outlier == 0), other=0.0).to(tl.float32)
+        product += packed_code(words, words, i, 2) * (inputs_part * packed_unit(i, 2))[None, :]
+        total += inputs_part
+        energy += inputs_part * inputs_part
+    sums = tl.sum(tl.reshape(product, (BLOCK_N, BLOCK_K // 32, 4)), axis=2)
+    total_sums = tl.sum(tl.reshape(total, (BLOCK_K // 32, 4)), axis=1)
+    energy_sums = tl.sum(tl.reshape(energy, (BLOCK_K // 32, 4)), axis=1)
+    return sums, total_sums, energy_sums, group_scales(scales, row, first, rows, columns, BLOCK_K // 32)
 
 
 @triton.jit
 def progressive_up_kernel(
-    x, is_outlier, high, low, scales, outlier_weights, outlier_columns, bias, values, ids, counts, read,
-    outputs, inputs, columns, margin, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, is_outlier, high, low, scales, outlier_weights, outlier_columns, bias, hidden, read,
+    outputs, inputs, columns, margin, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One token, PLANES; a list of active neurons, and per segment the neurons whose low plane was read."""
+    """One token, PLANES; hidden values [N], and per program how many neurons had their low plane read."""
+    begin(EARLY)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n.to(tl.int64)
     real = n < outputs
-    groups = columns // 32
-    estimate = tl.zeros([BLOCK_N], tl.float32)
-    variance = tl.zeros([BLOCK_N], tl.float32)
+    estimates = tl.zeros([BLOCK_N, BLOCK_K // 32], tl.float32)
+    variances = tl.zeros([BLOCK_N, BLOCK_K // 32], tl.float32)
     for first in range(0, inputs, BLOCK_K):
-        byte = first // 2 + tl.arange(0, BLOCK_K // 2)
-        pair = tl.load(high + row[:, None] * (columns // 2) + byte[None, :],
-                       mask=real[:, None] & (byte < columns // 2)[None, :], other=0).to(tl.int32)  # fmt: skip
-        for half in tl.static_range(2):
-            code, scale, inputs_part = _plane_part(
-                x, is_outlier, scales, pair, byte, first, half, row, real, groups, inputs, BLOCK_K
-            )
-            product = (16.0 * code - 120.5) * inputs_part[None, :]
-            estimate += tl.sum(scale * tl.sum(tl.reshape(product, (BLOCK_N, BLOCK_K // 64, 32)), axis=2), axis=1)
-            energy = tl.sum(tl.reshape(inputs_part * inputs_part, (BLOCK_K // 64, 32)), axis=1)
-            variance += tl.sum(scale * scale * energy[None, :], axis=1)
-    estimate += _outlier_products(x, outlier_weights, outlier_columns, row, real)
+        sums, total, energy, scale = _plane_sums(
+            x, is_outlier, high, scales, row, real, first, inputs, columns, BLOCK_N, BLOCK_K
+        )
+        estimates += scale * (16.0 * sums + 7.5 * total[None, :])  # 16 high - 120.5 is 16 (high - 8) + 7.5
+        variances += scale * scale * energy[None, :]
+    estimate = tl.sum(estimates, axis=1) + _outlier_products(x, outlier_weights, outlier_columns, row, real)
     estimate += tl.load(bias + n, mask=real, other=0.0)
-    spread = tl.sqrt(variance * (256.0 / 12.0))
+    spread = tl.sqrt(tl.sum(variances, axis=1) * (256.0 / 12.0))
     wanted = real & (estimate > -margin * spread)
     wanted = tl.where(margin == float("inf"), real, wanted)  # inf * 0 is no number
     if tl.max(wanted.to(tl.int32), axis=0) > 0:
+        rest = tl.zeros([BLOCK_N, BLOCK_K // 32], tl.float32)
         for first in range(0, inputs, BLOCK_K):
-            byte = first // 2 + tl.arange(0, BLOCK_K // 2)
-            pair = tl.load(low + row[:, None] * (columns // 2) + byte[None, :],
-                           mask=wanted[:, None] & (byte < columns // 2)[None, :], other=0).to(tl.int32)  # fmt: skip
-            for half in tl.static_range(2):
-                code, scale, inputs_part = _plane_part(
-                    x, is_outlier, scales, pair, byte, first, half, row, wanted, groups, inputs, BLOCK_K
-                )
-                product = (code - 7.5) * inputs_part[None, :]
-                estimate += tl.sum(scale * tl.sum(tl.reshape(product, (BLOCK_N, BLOCK_K // 64, 32)), axis=2), axis=1)
+            sums, total, _, scale = _plane_sums(
+                x, is_outlier, low, scales, row, wanted, first, inputs, columns, BLOCK_N, BLOCK_K
+            )
+            rest += scale * (sums + 0.5 * total[None, :])  # low - 7.5 is (low - 8) + 0.5
+        estimate += tl.sum(rest, axis=1)
     activation = tl.where(wanted, tl.maximum(estimate, 0.0), 0.0)
-    activation = (activation * activation).to(values.dtype.element_ty)
-    list_active(values, ids, counts, activation[:, None], n, real[:, None], 1, BLOCK_N)
+    tl.store(hidden + n, (activation * activation).to(hidden.dtype.element_ty), mask=real)
     tl.store(read + tl.program_id(0), tl.sum(wanted.to(tl.int32), axis=0))
 
 
 def down_tiles(width: int, outputs: int) -> dict[str, int]:
-    """Compile-time tile sizes of down: for one token 8 rows of 512 columns in flight. Not measured."""
-    return {
-        "ACTIVE": tile(8 if width == 1 else 16, 512),
-        "BLOCK_H": min(tile(512, 4096), max(16, power_of_two(outputs))),
-    }
+    """Tile sizes of down: rows at a time, and columns of a program."""
+    rows, columns, warps = {1: (32, 128, 4), 16: (16, 256, 8)}.get(width, (32, 128, 8))
+    sizes = {"ACTIVE": tile(rows, 512), "BLOCK_H": min(tile(columns, 4096), max(32, power_of_two(outputs)))}
+    return sizes | {"num_warps": warps}
 
 
-def down_splits(num_segments: int, outputs: int, processors: int) -> int:
-    """Ranges of segments, so that two programs per multiprocessor share them; at most 32. Not measured."""
-    tiles = ceil_div(outputs, down_tiles(1, outputs)["BLOCK_H"])
-    return max(1, min(32, num_segments, 2 * processors // tiles))
+def down_splits(tokens: int, matrix: Matrix, processors: int) -> int:
+    """Ranges of neurons, so that four to eight programs per multiprocessor share them; at most 32."""
+    tiles = ceil_div(matrix.outputs, down_tiles(_width(tokens), matrix.outputs)["BLOCK_H"])
+    most = 32 if tokens <= MOST_ACTIVE_TOKENS else 8  # partial sums of more tokens are more to write and read
+    return max(1, min(most, ceil_div(matrix.inputs, 64), 8 * processors // tiles))
 
 
-def down_active(active: ActiveList, matrix: Matrix, splits: int) -> Tensor:
-    """Partial sums [splits, tokens, outputs] float32 over the listed neurons of a neuron-major matrix."""
-    return _down(active.values, active, matrix, active.tokens, splits)
+def _width(tokens: int) -> int:
+    """Rows of a tile of hidden values: one, or what a matrix unit takes."""
+    return 1 if tokens == 1 else max(16, power_of_two(tokens))
 
 
-def down_all(hidden: Tensor, matrix: Matrix, splits: int) -> Tensor:
-    """The same over all neurons for one token [1, F]: the dense path of a neuron-major matrix."""
-    assert hidden.shape[0] == 1, "several tokens go to the matrix units"
-    return _down(hidden, None, matrix, 1, splits)
+def down(hidden: Tensor, matrix: Matrix, splits: int, arrivals: Tensor, *, skip: bool) -> Tensor:
+    """Hidden values [T, F] times a neuron-major matrix: [T, H] float32.
 
-
-def _down(values: Tensor, active: ActiveList | None, matrix: Matrix, tokens: int, splits: int) -> Tensor:
-    assert matrix.neuron_major and matrix.format != PLANES, "rows are neurons"
-    out = torch.empty(splits, tokens, matrix.outputs, dtype=torch.float32, device=values.device)
-    width = 1 if active is None else values.shape[1]
-    segment = active.segment if active is not None else tile(64, 4096)
-    tiles = down_tiles(width, matrix.outputs)
-    ids, counts = (active.ids, active.counts) if active is not None else (values, values)
-    down_kernel[(ceil_div(matrix.outputs, tiles["BLOCK_H"]), splits)](
-        values, ids, counts, matrix.codes, values if matrix.scales is None else matrix.scales, out,
-        matrix.inputs, matrix.outputs, matrix.columns, ceil_div(matrix.inputs, segment), tokens,
-        FORMAT=matrix.format, LISTED=active is not None, SEGMENT=segment, SPLITS=splits, WIDTH=width,
-        UPCAST=INTERPRETED, **tiles,
+    skip: rows of neurons that no token has active are not read. arrivals: at least H / 32 zeros, int32, which are zeros
+    again afterwards.
+    """
+    assert matrix.neuron_major and matrix.format not in (INT4, PLANES), "rows are neurons, of whole bytes"
+    assert hidden.is_contiguous() and hidden.shape[1] == matrix.inputs, "hidden is [tokens, neurons]"
+    tokens, (neurons, outputs) = hidden.shape[0], matrix.stored_shape
+    partial = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=hidden.device)
+    out, width = torch.empty_like(partial[0]), _width(tokens)
+    tiles, share = down_tiles(width, outputs), ceil_div(neurons, splits)
+    room, programs = power_of_two(share), ceil_div(outputs, tiles["BLOCK_H"])
+    ids = torch.empty(programs * splits * room if skip else 1, dtype=torch.int32, device=hidden.device)
+    down_kernel[(programs, splits)](
+        hidden, ids, matrix.codes, hidden if matrix.scales is None else matrix.scales, partial, out, arrivals,
+        neurons, outputs, matrix.columns, share, tokens, FORMAT=matrix.format, SKIP=skip, ROOM=room, WIDTH=width,
+        SPLITS=splits, UPCAST=INTERPRETED, **early(hidden.device), **tiles,
     )  # fmt: skip
     return out
 
@@ -187,17 +222,17 @@ def outlier_mask(matrix: Matrix) -> Tensor:
     return mask
 
 
-def progressive_up(
-    x: Tensor, matrix: Matrix, is_outlier: Tensor, bias: Tensor, margin: float
-) -> tuple[ActiveList, Tensor]:
-    """The active neurons of one token x [1, K], and per segment how many low rows were read, int32."""
+def progressive_up(x: Tensor, matrix: Matrix, is_outlier: Tensor, bias: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """relu(.)^2 of the up projection for one token x [1, K]: [1, N], and per program how many low rows were read."""
     assert matrix.format == PLANES and x.shape[0] == 1 and not math.isnan(margin), "p44, one token"
     assert matrix.low is not None and matrix.scales is not None, "planes have both"
     tiles = gemv_tiles(PLANES, matrix.inputs)
-    active = empty_list(matrix.outputs, tiles["BLOCK_N"], 1, 1, x)
-    read = torch.empty_like(active.counts)
-    progressive_up_kernel[(active.counts.shape[0],)](
+    programs = ceil_div(matrix.outputs, tiles["BLOCK_N"])
+    hidden = torch.empty(1, matrix.outputs, dtype=x.dtype, device=x.device)
+    read = torch.empty(programs, dtype=torch.int32, device=x.device)
+    progressive_up_kernel[(programs,)](
         x, is_outlier, matrix.codes, matrix.low, matrix.scales, matrix.outlier_weights, matrix.outlier_columns, bias,
-        active.values, active.ids, active.counts, read, matrix.outputs, matrix.inputs, matrix.columns, margin, **tiles,
+        hidden, read, matrix.outputs, matrix.inputs, matrix.columns, margin,
+        **early(x.device), **tiles,
     )  # fmt: skip
-    return active, read
+    return hidden, read
