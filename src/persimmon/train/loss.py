@@ -50,17 +50,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = multiply(x, head.t())  # [chunk, V]
             if fused:
                 losses[rows] = softmax_gradient_(logits, targets[rows], scale, IGNORE)
-                grad_logits = logits
             else:
                 probabilities, losses[rows], picked, here = _probabilities(logits, sums, targets[rows], first, group)
                 if grad_hidden is None and grad_weight is None:
                     continue
-                grad_logits = probabilities.scatter_add_(1, picked, -here[:, None].to(sums))
-                grad_logits = grad_logits.mul_(((targets[rows] != IGNORE) * scale)[:, None]).to(compute)
+                probabilities.scatter_add_(1, picked, -here[:, None].to(sums))
+                kept = (targets[rows] != IGNORE).to(sums)[:, None]
+                torch.mul(probabilities, kept * scale, out=logits)
+            # From here on `logits` holds their gradient.
             if grad_hidden is not None:
-                grad_hidden[rows] = multiply(grad_logits, head).to(hidden.dtype)
+                grad_hidden[rows] = multiply(logits, head).to(hidden.dtype)
             if grad_weight is not None:
-                multiply(grad_logits.t(), x, grad_weight)
+                multiply(logits.t(), x, grad_weight)
         if group is not None and grad_hidden is not None:
             dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
