@@ -9,7 +9,7 @@ import torch
 
 from made_rows import RandomRows
 from persimmon.config import preset
-from persimmon.model import PersimmonModel
+from persimmon.model import PersimmonModel, attend_documents
 from persimmon.train.attention import inside_documents, variable_length
 from persimmon.train.loss import chunk_for
 from persimmon.train.mesh import Layout
@@ -117,3 +117,33 @@ def test_an_error_on_the_way_is_raised_where_the_batch_is_taken() -> None:
 def test_staging_leaves_the_cpu_alone() -> None:
     numbers = torch.arange(3)
     assert staged(numbers, torch.device("cpu")) is numbers
+
+
+def test_the_flash_call_gets_documents_as_the_operator_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator's contract played on the CPU: a whole step then has the loss and gradients of the plain form."""
+
+    def operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor]:
+        starts, ends, longest, _, dropout, causal = rest
+        assert {x.dtype for x in (q, k, v)} == {torch.bfloat16} and all(x.stride(-1) == 1 for x in (q, k, v))
+        assert starts.dtype is torch.int32 and torch.equal(starts, ends) and (dropout, causal) == (0.0, True)
+        assert longest == int(starts.diff().max())
+        heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        out = attend_documents(*heads_first, starts.tolist())
+        return (out[0].transpose(0, 1),)
+
+    def gradients() -> tuple[float, torch.Tensor]:
+        model = PersimmonModel(preset("test"))
+        model.initialize(torch.Generator().manual_seed(0), std=0.1)
+        recipe = LoopRecipe(dtype="bfloat16", kernels="plain", micro_tokens=64)
+        result = StepPasses(model, RandomRows(), recipe, World(), Layout(), 4).run(0)
+        return result.loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    loss, plain = gradients()
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
+    monkeypatch.setattr(
+        "persimmon.train.passes.inside_documents",
+        lambda documents, rows, tokens, device, dtype: variable_length(documents, device),
+    )
+    flash_loss, flash = gradients()
+    assert flash_loss == pytest.approx(loss, abs=1e-3)
+    assert float((flash - plain).norm()) < 0.02 * float(plain.norm())

@@ -208,7 +208,7 @@ class Trainer:
                 if not result.signal and (result.save or self._kept_for_good()) and self.step < self.num_steps:
                     self._save_or_tell(row)
                     saved = time.monotonic()
-                if self._is_to_be_written(row):
+                if result.signal or self._is_to_be_written(row):
                     tracker.write(row)
                 if self.world.is_main:
                     self._report(row)
