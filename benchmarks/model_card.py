@@ -63,8 +63,8 @@ def activity_per_layer(model: PersimmonModel, tokenizer: Tokenizer, texts: list[
     counts = statistics.counts()
     return {
         "tokens_counted": int(counts[0, -1]),
-        "zeros_per_layer": [round(share, 4) for share in shares_of_zeros(counts)],
-        "never_active_per_layer": silent_neurons(counts),
+        "zeros_per_layer": [round(share, 4) for share in shares_of_zeros(counts).tolist()],
+        "never_active_per_layer": silent_neurons(counts).tolist(),
     }
 
 

@@ -84,7 +84,7 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     (flash-attn `layers/rotary.py` with `pos_idx_in_fp32=False`).
     """
     dtype = torch.bfloat16 if config.rotary_precision == "bfloat16" else torch.float32
-    frequencies = inverse_frequencies(config).to(dtype).to(positions.device)
+    frequencies = inverse_frequencies(config).to(dtype).to(positions.device, non_blocking=True)
     return positions.to(dtype)[..., None] * frequencies
 
 
@@ -269,7 +269,8 @@ class PersimmonModel(nn.Module):
 
         Args:
             token_ids: integer ids below vocab_size.
-            positions: [T] or [B, T], each in [0, max_positions); default 0, 1, .. per row, or as the cache counts.
+            positions: [T] or [B, T], each in [0, max_positions); default 0, 1, .. per row, or as the cache counts. Best
+                on the CPU: they are looked at, and reading a GPU's numbers waits for it.
                 `document_positions` makes them start anew in every document.
             documents: offsets as in `attend_documents`; default one document per row.
             cache: keys and values before these tokens; extended by them. Excludes `documents`.
@@ -338,7 +339,7 @@ class PersimmonModel(nn.Module):
         first, last = (int(edge) for edge in positions.aminmax())
         if first < 0 or last >= limit:
             raise ContextLengthError(f"positions must be in [0, {limit}), got {first} to {last}")
-        return positions.to(token_ids.device)
+        return positions.to(token_ids.device, non_blocking=True)
 
     @torch.no_grad()
     def initialize(

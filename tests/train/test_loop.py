@@ -93,6 +93,32 @@ def test_a_penalty_that_starts_late_changes_nothing_before(tmp_path: Path) -> No
     assert late[11:] != plain[11:]
 
 
+def test_after_its_end_neither_penalty_nor_lift_touches_the_model(tmp_path: Path) -> None:
+    """From the end on the run goes on exactly as one without a penalty that is given the same weights."""
+
+    def trainer(**settings: float) -> Trainer:
+        made = build(LoopRecipe(sparsity_target=0.6, sparsity_lift=50.0, **settings), tmp_path)
+        made.num_steps, made._tokens_total = 20, 20 * 96
+        return made
+
+    ends, never = trainer(sparsity_penalty=3.0, sparsity_end=0.5), trainer()
+    assert [ends.sparsity_penalty()] + [ends.train_step() and ends.sparsity_penalty() for _ in range(10)] == [
+        *[3.0] * 10, 0.0
+    ]  # fmt: skip
+    ends.save()
+    ends.checkpoints.wait()
+    assert never.resume() and never.step == 10
+    after = [[one.train_step() for _ in range(10)] for one in (ends, never)]
+    assert [row["loss"] for row in after[0]] == [row["loss"] for row in after[1]]
+    assert all(row["zeros"] and "silent" in row for row in after[0])  # still counted
+
+
+@pytest.mark.parametrize("span", [(-0.1, 1.0), (0.6, 0.5), (0.0, 1.1)])
+def test_a_penalty_has_to_end_after_its_start_inside_the_run(span: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="sparsity_start and sparsity_end"):
+        LoopRecipe(sparsity_start=span[0], sparsity_end=span[1])
+
+
 def test_silent_neurons_come_back_under_a_target(tmp_path: Path) -> None:
     def silent(lift: float) -> int:
         recipe = LoopRecipe(sparsity_penalty=0.1, sparsity_target=0.9, sparsity_lift=lift)
@@ -153,6 +179,21 @@ def test_run_evaluates_reports_and_writes_metrics(tmp_path: Path) -> None:
     assert rows == seen and [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "held_out" in row] == [3, 4]
     assert rows[-1]["tokens"] == rows[-1]["of_tokens"] == 4 * 96
+
+
+def test_fewer_rows_of_metrics_where_the_recipe_says_so(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    recipe = LoopRecipe(log_every=2, evaluate_every=3)
+    build(recipe, tmp_path, evaluate=lambda model: {"text": 1.5}, report=seen.append).run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 4]  # 3 for its evaluation
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("name", ["micro_tokens", "keep_checkpoints", "log_every"])
+def test_counts_are_at_least_one(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        LoopRecipe(**{name: 0})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("changes", [{"kind": "linear"}, {"warmup": 0.6, "decay": 0.6}, {"floor": 2.0}])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from persimmon.errors import InputError
 from persimmon.model import Attend, attend_documents, check_boundaries
+from persimmon.train.transfer import staged
 
 _QUERIES_AT_ONCE = 1024
 """Queries of a partly visible document per call: bounds the mask to 1,024 x 16,384 flags."""
@@ -114,19 +115,29 @@ def _attend_stretch(q: Tensor, k: Tensor, v: Tensor, start: int, documents: list
     return torch.cat(pieces, 1)
 
 
-def variable_length(documents: Sequence[int], device: torch.device) -> Attend:
-    """All documents of a batch in one call of PyTorch's variable-length flash attention (GPU only, untested)."""
-    from torch.nn.attention.varlen import varlen_attn
+def inside_documents(
+    documents: Sequence[int], num_rows: int, num_tokens: int, device: torch.device, dtype: torch.dtype
+) -> Attend:
+    """The best way to attend inside the documents of whole rows, for products in `dtype`."""
+    if device.type == "cuda" and dtype is torch.bfloat16:  # the kernels know no float32
+        check_boundaries(documents, num_rows, num_tokens)
+        return variable_length(documents, device)
+    return DocumentAttention(documents, num_rows, num_tokens)
 
-    offsets = torch.tensor(documents, dtype=torch.int32, device=device)
+
+def variable_length(documents: Sequence[int], device: torch.device) -> Attend:
+    """All documents of a batch in one call of PyTorch's variable-length flash attention (GPU only)."""
+    offsets = staged(torch.tensor(documents, dtype=torch.int32), device)
     longest = max(b - a for a, b in pairwise(documents))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows, heads, tokens, dim = q.shape
         # Under autocast the norms of q and k return float32, which the kernel does not take.
         queries, keys, values = (x.to(v.dtype).transpose(1, 2).reshape(rows * tokens, heads, dim) for x in (q, k, v))
-        out = varlen_attn(queries, keys, values, offsets, offsets, longest, longest, window_size=(-1, 0))
-        assert isinstance(out, Tensor)
+        # The operator behind torch.nn.attention.varlen, whose signature changes from release to release.
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            queries, keys, values, offsets, offsets, longest, longest, 0.0, True, return_debug_mask=False
+        )
         return out.view(rows, tokens, heads, dim).transpose(1, 2)
 
     return attend

@@ -23,14 +23,14 @@ from persimmon.train.activations import keep_activations
 from persimmon.train.checkpoint import Checkpoints
 from persimmon.train.fused import use_kernels
 from persimmon.train.memory import keep_freed_memory
-from persimmon.train.mesh import clip_gradients, distribute, gather_model, make_layout, own_part, reshard
+from persimmon.train.mesh import distribute, gather_model, make_layout, own_part, reshard
 from persimmon.train.objective import Objective
 from persimmon.train.optimizer import build_optimizers
 from persimmon.train.parallel import World
 from persimmon.train.passes import Batch, BatchSource, StepPasses, StepResult
 from persimmon.train.settings import LoopRecipe, ScheduleRecipe
 from persimmon.train.signals import StopSignals, TrainingInterrupted
-from persimmon.train.sparsity import lift_biases, shares_of_zeros, silent_neurons, up_biases
+from persimmon.train.sparsity import lifts, up_biases
 from persimmon.train.tracking import SpeedMeter, Tracker
 
 __all__ = ["Batch", "BatchSource", "LoopRecipe", "ScheduleRecipe", "Trainer", "TrainingStopped"]
@@ -63,7 +63,7 @@ class Trainer:
         self._evaluate, self._sample, self._report = evaluate, sample, report
         dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
         layout = make_layout(world, recipe.parallel)
-        self._passes = StepPasses(model, source, recipe, world, layout, objective)
+        self._passes = StepPasses(model, source, recipe, world, layout, num_steps, objective)
         for rows, length in {(source.rows(s), source.row_length(s)) for s in range(num_steps)}:
             self._passes.check(rows, length)
         if recipe.kernels == "auto" and not recipe.compile and not recipe.parallel.splits_weights:
@@ -73,6 +73,7 @@ class Trainer:
             for block in model.layers:
                 block.compile()
         distribute(model, layout, recipe.parallel, dtype)
+        self._up_biases = up_biases(model)
         self._split = layout.mesh is not None and recipe.parallel.splits_weights
         self.optimizers = build_optimizers(model, recipe.optimizer, dtype)
         self.checkpoints = Checkpoints(directory / "checkpoints", world, recipe.keep_checkpoints, recipe.keep_every)
@@ -89,15 +90,17 @@ class Trainer:
         return self.recipe.schedule.factor(self.tokens_seen / self._tokens_total)
 
     def sparsity_penalty(self) -> float:
-        """The penalty's weight in the coming step: 0 before its start."""
-        started = self.tokens_seen >= self.recipe.sparsity_start * self._tokens_total
-        return self.recipe.sparsity_penalty if started else 0.0
+        """The penalty's weight in the coming step: 0 before its start and after its end."""
+        recipe, total = self.recipe, self._tokens_total
+        inside = recipe.sparsity_start * total <= self.tokens_seen < recipe.sparsity_end * total
+        return recipe.sparsity_penalty if inside else 0.0
 
-    def _update(self, active: Tensor) -> float:
-        """Clip, scale the rates, step the optimizers, lift biases; returns the gradient's norm before clipping."""
-        norm = clip_gradients(self.model.parameters(), self.recipe.optimizer.clip)
-        if not math.isfinite(norm):
-            raise TrainingStopped(f"step {self.step + 1}: the gradient's norm is {norm}; stopped before this update")
+    def _update(self, result: StepResult) -> None:
+        """Scale the rates, step the optimizers, lift biases."""
+        if not math.isfinite(result.norm):
+            raise TrainingStopped(
+                f"step {self.step + 1}: the gradient's norm is {result.norm}; stopped before this update"
+            )
         factor = self.learning_rate_factor()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -106,22 +109,21 @@ class Trainer:
         self._drop_gradients()
         recipe = self.recipe
         if self.sparsity_penalty() and recipe.sparsity_lift and recipe.sparsity_target < 1:
-            self._lift(active, recipe.sparsity_lift * recipe.optimizer.vector_lr * factor)
-        return norm
+            self._lift(
+                lifts(result.active, recipe.sparsity_target), recipe.sparsity_lift * recipe.optimizer.vector_lr * factor
+            )
 
-    def _lift(self, active: Tensor, rate: float) -> None:
-        biases, target = up_biases(self.model), self.recipe.sparsity_target
+    @torch.no_grad()
+    def _lift(self, rises: Tensor, rate: float) -> None:
+        biases = self._up_biases
         if not biases:  # frozen under adapters
             return
-        if not self._split:
-            lift_biases(biases, active, target, rate)
-            return
-        rises = [torch.zeros(bias.shape, device=active.device) for bias in biases]
-        lift_biases(rises, active, target, rate)
-        with torch.no_grad():
-            for bias, rise in zip(biases, rises, strict=True):
-                assert isinstance(bias, DTensor)
-                bias.to_local().add_(own_part(rise, bias))
+        own = [
+            own_part(rise, bias) if isinstance(bias, DTensor) else rise
+            for bias, rise in zip(biases, rises, strict=True)
+        ]
+        here = [bias.to_local() if isinstance(bias, DTensor) else bias for bias in biases]
+        torch._foreach_add_(here, own, alpha=rate)
 
     def _drop_gradients(self) -> None:
         for optimizer in self.optimizers:
@@ -140,7 +142,8 @@ class Trainer:
             self._drop_gradients()
             row["skipped"] = self._skipped
         else:
-            row["grad_norm"] = round(self._update(result.active), 4)
+            self._update(result)
+            row["grad_norm"] = round(result.norm, 4)
         tokens = self.source.rows(self.step) * self.source.row_length(self.step)
         self.step += 1
         self.tokens_seen += tokens
@@ -153,8 +156,8 @@ class Trainer:
             "lr_factor": round(factor, 6),
             **row,
             **self._meter.measure(tokens, result.squared_lengths, seconds, self._tokens_total - self.tokens_seen),
-            "zeros": [round(share, 4) for share in shares_of_zeros(result.active)],
-            "silent": silent_neurons(result.active),
+            "zeros": [round(share, 4) for share in result.zeros],
+            "silent": result.silent,
             "loss_by_position": result.by_position,
         }
         return row, result
@@ -191,7 +194,7 @@ class Trainer:
         self.checkpoints.save(self.step, self.model, self.optimizers, state)
 
     def run(self) -> None:
-        """Train until the plan is done; checkpoints by the clock, metrics every step.
+        """Train until the plan is done; checkpoints by the clock, metrics every `log_every` steps.
 
         Raises TrainingInterrupted after SIGTERM or SIGINT, once a checkpoint of the last step is written.
         """
@@ -205,7 +208,8 @@ class Trainer:
                 if not result.signal and (result.save or self._kept_for_good()) and self.step < self.num_steps:
                     self._save_or_tell(row)
                     saved = time.monotonic()
-                tracker.write(row)
+                if result.signal or self._is_to_be_written(row):
+                    tracker.write(row)
                 if self.world.is_main:
                     self._report(row)
                 if result.signal and self.step < self.num_steps:
@@ -214,6 +218,10 @@ class Trainer:
                     raise TrainingInterrupted(result.signal)
             self._save_or_tell({})
             self.checkpoints.wait()
+
+    def _is_to_be_written(self, row: dict[str, Any]) -> bool:
+        rare = {"held_out", "sample", "skipped", "checkpoint_error"}
+        return self.step % self.recipe.log_every == 0 or self.step == self.num_steps or not rare.isdisjoint(row)
 
     def _kept_for_good(self) -> bool:
         return bool(self.recipe.keep_every) and self.step % self.recipe.keep_every == 0

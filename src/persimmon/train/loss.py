@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor
 from persimmon.errors import InputError
 from persimmon.train.kernels import DTYPES, multiplied, product, softmax_gradient_
 
+_GPU_LOGITS = 1 << 25
+"""Numbers in a chunk of logits (128 MiB in float32): its dozen kernels then run longer than starting them takes."""
+
 IGNORE = -100
 """Target value that carries no loss (the convention of the field)."""
 
@@ -47,17 +50,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = multiply(x, head.t())  # [chunk, V]
             if fused:
                 losses[rows] = softmax_gradient_(logits, targets[rows], scale, IGNORE)
-                grad_logits = logits
             else:
-                probabilities, losses[rows], picked, here = _probabilities(logits.to(sums), targets[rows], first, group)
+                probabilities, losses[rows], picked, here = _probabilities(logits, sums, targets[rows], first, group)
                 if grad_hidden is None and grad_weight is None:
                     continue
-                grad_logits = probabilities.scatter_add_(1, picked, -here[:, None].to(sums))
-                grad_logits = grad_logits.mul_(((targets[rows] != IGNORE) * scale)[:, None]).to(compute)
+                probabilities.scatter_add_(1, picked, -here[:, None].to(sums))
+                kept = (targets[rows] != IGNORE).to(sums)[:, None]
+                torch.mul(probabilities, kept * scale, out=logits)
+            # From here on `logits` holds their gradient.
             if grad_hidden is not None:
-                grad_hidden[rows] = multiply(grad_logits, head).to(hidden.dtype)
+                grad_hidden[rows] = multiply(logits, head).to(hidden.dtype)
             if grad_weight is not None:
-                multiply(grad_logits.t(), x, grad_weight)
+                multiply(logits.t(), x, grad_weight)
         if group is not None and grad_hidden is not None:
             dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -72,22 +76,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _probabilities(
-    logits: Tensor, targets: Tensor, first: int, group: dist.ProcessGroup | None
+    logits: Tensor, sums: torch.dtype, targets: Tensor, first: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax and losses of a chunk; of each row the column of its target and whether this process holds it."""
+    """Softmax and losses of a chunk in dtype `sums`; of each row its target's column and whether it is held here."""
     kept = targets != IGNORE
     wanted = torch.where(kept, targets, first) - first
     if group is None:
         picked = wanted[:, None]
-        return *_softmax(logits, picked, kept), picked, torch.ones_like(kept)
+        return *_softmax(logits, sums, picked, kept), picked, torch.ones_like(kept)
     here = (wanted >= 0) & (wanted < logits.shape[1])
     picked = torch.where(here, wanted, 0)[:, None]
-    return *_split_softmax(logits, picked, here, kept, group), picked, here
+    return *_split_softmax(logits.to(sums), picked, here, kept, group), picked, here
 
 
-def _softmax(logits: Tensor, picked: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(logits: Tensor, sums: torch.dtype, picked: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities [chunk, V] (in the memory of the logits' logarithms) and the loss of each row."""
-    logarithms = logits.log_softmax(1)
+    logarithms = logits.log_softmax(1, dtype=sums)
     losses = -logarithms.gather(1, picked)[:, 0] * kept
     return logarithms.exp_(), losses
 
@@ -114,21 +118,26 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 512, fused: bool = False
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int | None = None, fused: bool = False
 ) -> Tensor:
     """`scale` times the summed cross-entropy in nats of `hidden @ weight.T` against `targets`.
 
     hidden [M, H], weight [V, H], targets [M] with IGNORE where there is no loss. `scale` is 1 / the number of
-    targets that count over all micro-batches and processes of a step. At most `chunk` * V logits exist at a time.
-    Under autocast the products run in its dtype, sums and softmax in float32. A weight that tensor
-    parallelism splits by rows is used where it lies. First derivatives only. `fused`: softmax and its gradient by the
-    CPU engine's kernel (train/kernels.py), where it knows the tensors.
+    targets that count over all micro-batches and processes of a step. At most `chunk` * V logits exist at a time
+    (default: `chunk_for`). Under autocast the products run in its dtype, sums and softmax in float32. A weight that
+    tensor parallelism splits by rows is used where it lies. First derivatives only. `fused`: softmax and its gradient
+    by the CPU engine's kernel (train/kernels.py), where it knows the tensors.
     """
     return cross_entropy_by_position(hidden, weight, targets, scale=scale, chunk=chunk, fused=fused)[0]
 
 
+def chunk_for(device: torch.device, vocabulary: int) -> int:
+    """Rows whose logits are to exist at a time: few on a CPU, whose caches are small, and as many as a GPU needs."""
+    return max(512, _GPU_LOGITS // vocabulary) if device.type == "cuda" else 512
+
+
 def cross_entropy_by_position(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int = 512, fused: bool = False
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk: int | None = None, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`chunked_cross_entropy`, and the loss in nats [M] of every position by itself, without gradient."""
     if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
@@ -141,5 +150,6 @@ def cross_entropy_by_position(
         group, weight = weight.device_mesh.get_group(), weight.to_local()
     wanted = hidden.requires_grad or weight.requires_grad
     fused = fused and wanted and group is None and hidden.device.type == "cpu" and _product_dtype(hidden) in DTYPES
+    chunk = chunk or chunk_for(hidden.device, weight.shape[0])
     loss, losses = _ChunkedCrossEntropy.apply(hidden, weight, targets, scale, chunk, group, fused)
     return loss, losses

@@ -162,11 +162,11 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale all gradients so that their joint norm over all shards is at most `limit`; returns the norm before."""
     parameters = [p for p in parameters if p.grad is not None]
     if not any(isinstance(p.grad, DTensor) for p in parameters):
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
     squares: dict[tuple[Any, ...], list[Tensor]] = {}
     locals_: list[Tensor] = []
     for parameter in parameters:
@@ -187,9 +187,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
         for dimension in split:
             dist.all_reduce(part, group=mesh.get_group(dimension))
         total += part
-    norm = float(total.sqrt())
-    if norm > limit:
-        torch._foreach_mul_(locals_, limit / (norm + 1e-6))
+    norm = total.sqrt()
+    torch._foreach_mul_(locals_, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

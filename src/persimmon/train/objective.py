@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from persimmon.model import Observer, PersimmonModel, document_positions
-from persimmon.train.attention import DocumentAttention
+from persimmon.train.attention import inside_documents
 from persimmon.train.fused import in_use
 from persimmon.train.loss import IGNORE, chunked_cross_entropy
 
@@ -44,8 +44,11 @@ def features(model: PersimmonModel, batch: Batch, observe: Observer | None = Non
 
     Documents count from 0: it matters where positions are rounded (rotary_precision bfloat16).
     """
-    positions = document_positions(batch.documents, *batch.token_ids.shape).to(batch.token_ids.device)
-    attend = DocumentAttention(batch.documents, *batch.token_ids.shape)
+    positions = document_positions(batch.documents, *batch.token_ids.shape)
+    device = batch.token_ids.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    rows, tokens = batch.token_ids.shape
+    attend = inside_documents(batch.documents, rows, tokens, device, dtype)
     return model.features(batch.token_ids, positions=positions, attend=attend, observe=observe)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
     return x.to(matrices.dtype)
 
 
+def _local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum. `lr` is the spectral size of one update of a square matrix."""
 
@@ -83,41 +88,51 @@ class Muon(torch.optim.Optimizer):
         """One update; matrices of equal shape are orthogonalised together."""
         group = self.param_groups[0]
         lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        batches: dict[tuple[int, int], list[tuple[MatrixParameter, bool, Tensor]]] = {}
+        matrices = [matrix for matrix in self._matrices if matrix.parameter.grad is not None]
+        if not matrices:
+            return
+        # One call for all matrices: on a GPU many small ones cost more to start than to run.
+        gradients = [cast(Tensor, matrix.parameter.grad) for matrix in matrices]
+        averages = [self._momentum(matrix.parameter) for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, averages, momentum)
+        own: list[tuple[MatrixParameter, Tensor]] = []
         shared: list[tuple[MatrixParameter, Tensor]] = []
-        for matrix in self._matrices:
-            parameter = matrix.parameter
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
-            update = parameter.grad.lerp(average, momentum)
-            if isinstance(parameter, DTensor):
-                shared.append((matrix, update))
-                continue
+        for matrix, update in zip(matrices, updates, strict=True):
+            (shared if isinstance(matrix.parameter, DTensor) else own).append((matrix, update))
+        steps = [*self._orthogonalized_alike(own), *self._orthogonalized_together(shared)]
+        parameters = [_local(matrix.parameter) for matrix, _ in steps]
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+        torch._foreach_add_(parameters, [step for _, step in steps], alpha=-lr)
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        average: Tensor = state["momentum"]
+        return average
+
+    def _orthogonalized_alike(
+        self, own: list[tuple[MatrixParameter, Tensor]]
+    ) -> Iterator[tuple[MatrixParameter, Tensor]]:
+        """Scaled updates of whole matrices; those of equal shape are made together."""
+        batches: dict[tuple[int, int], list[tuple[MatrixParameter, bool, Tensor]]] = {}
+        for matrix, update in own:
             parts = matrix.split(update)
             tall = parts.shape[1] > parts.shape[2]
             parts = parts.mT if tall else parts
             batches.setdefault((parts.shape[1], parts.shape[2]), []).append((matrix, tall, parts))
-        for batch in batches.values():
-            updates = orthogonalize(torch.cat([parts for *_, parts in batch]), dtype=self._dtype)
+        for (short, long), batch in batches.items():
+            together = orthogonalize(torch.cat([parts for *_, parts in batch]), dtype=self._dtype)
             sizes = [len(parts) for *_, parts in batch]
-            for (matrix, tall, _), update in zip(batch, updates.split(sizes), strict=True):
-                update = update.mT if tall else update
+            for (matrix, tall, _), update in zip(batch, together.split(sizes), strict=True):
                 # A tall matrix moves its outputs as far as a square one when scaled by sqrt(rows / cols).
-                scale = max(1.0, update.shape[1] / update.shape[2]) ** 0.5
-                matrix.parameter.mul_(1 - lr * decay).add_(matrix.join(update), alpha=-lr * scale)
-        for matrix, full in self._orthogonalized_together(shared):
-            parameter = matrix.parameter
-            assert isinstance(parameter, DTensor)
-            parameter.to_local().mul_(1 - lr * decay).add_(own_part(full, parameter), alpha=-lr)
+                yield matrix, matrix.join(update.mT * (long / short) ** 0.5 if tall else update)
 
     def _orthogonalized_together(
         self, shared: list[tuple[MatrixParameter, Tensor]]
     ) -> Iterator[tuple[MatrixParameter, Tensor]]:
-        """Whole scaled updates of matrices that are split over processes.
+        """This process's part of the scaled updates of matrices that are split over processes.
 
         Every process takes part. Each matrix is gathered whole, one process in turn orthogonalises it and sends the
         result to the others, so that the work is divided and the mathematics is that of one process.
@@ -131,7 +146,8 @@ class Muon(torch.optim.Optimizer):
                     full = self._scaled_update(matrix, full).contiguous()
                 if size > 1:
                     dist.broadcast(full, src=owner)
-                yield matrix, full
+                assert isinstance(matrix.parameter, DTensor)
+                yield matrix, own_part(full, matrix.parameter)
 
     def _scaled_update(self, matrix: MatrixParameter, full: Tensor) -> Tensor:
         parts = matrix.split(full)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from signal import SIGINT, SIGTERM
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from persimmon.errors import ConfigError
-from persimmon.model import Observer, PersimmonModel, document_positions
-from persimmon.train.attention import DocumentAttention, context_parallel, own_positions, variable_length
+from persimmon.model import Attend, Observer, PersimmonModel, document_positions
+from persimmon.train.attention import context_parallel, inside_documents, own_positions
 from persimmon.train.fused import in_use
 from persimmon.train.loss import IGNORE, cross_entropy_by_position
-from persimmon.train.mesh import Layout
+from persimmon.train.mesh import Layout, clip_gradients
 from persimmon.train.objective import Objective
 from persimmon.train.parallel import World
 from persimmon.train.settings import LoopRecipe
-from persimmon.train.sparsity import LayerStatistics
+from persimmon.train.sparsity import LayerStatistics, shares_of_zeros, silent_neurons
+from persimmon.train.transfer import Ahead, staged
 
 BUCKET = 2048
 """Positions per bucket of the loss by position."""
@@ -57,8 +58,14 @@ class StepResult:
 
     loss: float
     """Mean in nats per target that counts."""
+    norm: float
+    """Of the whole gradient, before it was clipped."""
     active: Tensor
-    """Tokens for which each neuron was active, and all tokens (`LayerStatistics.counts`)."""
+    """Tokens for which each neuron was active, and all tokens (`LayerStatistics.counts`); where the model is."""
+    zeros: list[float]
+    """Share of zeros of every layer."""
+    silent: list[int]
+    """Neurons of every layer that no token activated."""
     by_position: list[float | None]
     """Mean loss of positions 0 .. BUCKET - 1, and so on; None where there was no target."""
     squared_lengths: float
@@ -94,6 +101,7 @@ class StepPasses:
         recipe: LoopRecipe,
         world: World,
         layout: Layout,
+        num_steps: int,
         objective: Objective | None = None,
     ) -> None:
         """objective: what is minimised; default the cross-entropy of every target, which alone knows all layouts."""
@@ -103,6 +111,7 @@ class StepPasses:
         self._world, self._layout = world, layout
         self._dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
         self._buckets = -(-model.config.max_positions // BUCKET)
+        self._ahead = Ahead(self._batches, num_steps) if world.device.type == "cuda" else None
 
     def check(self, rows: int, length: int) -> None:
         """Raise ConfigError unless the rows of a step divide over the processes as the layout needs it."""
@@ -114,49 +123,59 @@ class StepPasses:
         if context > 1 and length % (2 * context):
             raise ConfigError(f"row_length {length} is not divisible by 2 x parallel.context {context}")
 
-    def _micro_batches(self, step: int) -> Iterator[Batch]:
+    def _batches(self, step: int) -> list[Batch]:
+        """This process's rows of a step, a batch for each pass."""
         mine = range(self._layout.data_rank, self._source.rows(step), self._layout.data_size)
         # All processes of a context group hold part of each row: together they may take that many more.
         tokens = self._recipe.micro_tokens * self._layout.context_size
         size = max(1, tokens // self._source.row_length(step))
-        for start in range(0, len(mine), size):
-            yield self._source.batch(step, mine[start : start + size])
+        return [self._source.batch(step, mine[start : start + size]) for start in range(0, len(mine), size)]
 
     def run(self, step: int, signal: int = 0, save: bool = False, penalty: float = 0.0) -> StepResult:
-        """Gradients of the whole step in every process; `penalty` is the weight of the L1 on activations."""
-        batches = list(self._micro_batches(step))
+        """Clipped gradients of the whole step in every process; `penalty` is the weight of the L1 on activations.
+
+        All numbers of the result come over at once, at the end: the only time that a step waits for a GPU.
+        """
+        batches = self._batches(step) if self._ahead is None else self._ahead.take(step)
         copies = self._layout.tensor_size  # processes with the same rows and tokens
         passes = [self._own(batch) if self._objective is None else self._whole(batch) for batch in batches]
         counted = [float(sum(one.terms for one in passes)), float(len(passes))]
+        squared = sum(one.squared_lengths for one in passes)
         counts = self._world.sum(
-            torch.tensor([*counted, float(signal == SIGTERM), float(signal == SIGINT), float(save)])
+            torch.tensor([*counted, float(signal == SIGTERM), float(signal == SIGINT), float(save), squared])
         ).tolist()
         terms, number_of_passes = max(1.0, counts[0] / copies), counts[1] / copies
         recipe, num_layers = self._recipe, self._model.config.num_layers
         statistics = LayerStatistics(num_layers, recipe.sparsity_target, bool(penalty))
-        sums, totals = torch.zeros(2, self._buckets), torch.zeros(2)
+        found = torch.zeros(2 * self._buckets + 1, device=self._world.device)
         for one in passes:
             with self._autocast():
                 statistics.penalties.clear()
                 loss, buckets = one.loss(1 / terms, statistics)
-                totals += torch.tensor([float(loss.detach()), one.squared_lengths])
+                found += torch.cat((buckets.flatten(), loss.detach()[None]))
                 if penalty:
                     share = penalty / number_of_passes / copies
                     loss = loss + share * statistics.penalty().to(loss.device)
             loss.backward()
-            sums += buckets
         if not self._splits_weights():
             self._world.sum_gradients(self._model.parameters())
-        found = self._world.sum(torch.cat((sums.flatten(), totals))).cpu() / copies
-        nats, number = found[:-2].view(2, -1)
+        norm = clip_gradients(self._model.parameters(), recipe.optimizer.clip)
+        active, found = self._summed(statistics.counts()), self._world.sum(found) / copies
+        values = torch.cat(
+            (shares_of_zeros(active), silent_neurons(active).float(), norm[None].float(), found)
+        ).tolist()
+        nats, number = values[2 * num_layers + 1 : -1][: self._buckets], values[-1 - self._buckets : -1]
         return StepResult(
-            loss=float(found[-2]),
-            active=self._summed(statistics.counts()),
-            by_position=[round(float(a / b), 4) if b else None for a, b in zip(nats, number, strict=True)],
-            squared_lengths=float(found[-1]),
+            loss=values[-1],
+            norm=values[2 * num_layers],
+            active=active,
+            zeros=values[:num_layers],
+            silent=[int(silent) for silent in values[num_layers : 2 * num_layers]],
+            by_position=[round(a / b, 4) if b else None for a, b in zip(nats, number, strict=True)],
+            squared_lengths=counts[5] / copies,
             signal=SIGTERM if counts[2] else SIGINT if counts[3] else 0,
             save=counts[4] > 0,
-        )  # fmt: skip
+        )
 
     def _summed(self, own: Tensor) -> Tensor:
         """Counts [layers, F + 1] over all processes; with tensor parallelism each has some of the neurons."""
@@ -177,53 +196,50 @@ class StepPasses:
         """A pass of the objective, which sees whole rows."""
         objective, device = self._objective, self._world.device
         assert objective is not None
-        batch = replace(batch, token_ids=batch.token_ids.to(device), targets=batch.targets.to(device))
+        moved = replace(batch, token_ids=staged(batch.token_ids, device), targets=staged(batch.targets, device))
 
         def loss(scale: float, observe: Observer) -> tuple[Tensor, Tensor]:
-            return objective.loss(self._model, batch, scale, observe), torch.zeros(2, self._buckets)
+            nothing = torch.zeros(2, self._buckets, device=device)
+            return objective.loss(self._model, moved, scale, observe), nothing
 
         return Pass(objective.count(batch), _squared_lengths(batch), loss)
 
     def _own(self, batch: Batch) -> Pass:
         """A pass of this process's tokens: the cross-entropy of every target, and its sums by position."""
-        token_ids, targets, positions, attention = self._own_tokens(batch)
-
+        parts, attend = self._own_tokens(batch)
+        token_ids, targets, buckets = (
+            staged(part, self._world.device) for part in (parts[0], parts[1], parts[2] // BUCKET)
+        )
         fused = in_use(self._model)
 
         def loss(scale: float, observe: Observer) -> tuple[Tensor, Tensor]:
-            hidden = self._model.features(token_ids, positions=positions, observe=observe, **attention)
+            hidden = self._model.features(token_ids, positions=parts[2], observe=observe, attend=attend)
             total, losses = cross_entropy_by_position(
                 hidden.flatten(0, 1), self._model.lm_head.weight, targets.flatten(), scale=scale, fused=fused
             )
-            return total, self._by_bucket(losses, targets.flatten(), positions.flatten())
+            return total, self._by_bucket(losses, targets.flatten(), buckets.flatten())
 
         squared = _squared_lengths(batch) / self._layout.context_size
-        return Pass(int((targets != IGNORE).sum()), squared, loss)
+        return Pass(int((parts[1] != IGNORE).sum()), squared, loss)
 
-    def _own_tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Ids, targets and positions [B, own tokens], and how to attend."""
+    def _own_tokens(self, batch: Batch) -> tuple[tuple[Tensor, Tensor, Tensor], Attend]:
+        """Ids, targets and positions [B, own tokens] in the host's memory, and how to attend."""
         rows, tokens = batch.token_ids.shape
         # Documents count from 0: it matters where positions are rounded (rotary_precision bfloat16).
         positions = document_positions(batch.documents, rows, tokens)
-        device = self._world.device
-        parts = (batch.token_ids, batch.targets, positions)
-        attention: dict[str, Any] = {"attend": DocumentAttention(batch.documents, rows, tokens)}
-        if self._layout.context_size > 1:
-            assert self._layout.context_group is not None
-            own = own_positions(tokens, self._layout.context_rank, self._layout.context_size)
-            attention = {"attend": context_parallel(batch.documents, tokens, self._layout.context_group)}
-            parts = (batch.token_ids[:, own], batch.targets[:, own], positions[:, own])
-        elif device.type == "cuda" and self._dtype is torch.bfloat16:  # the kernels know no float32
-            attention = {"attend": variable_length(batch.documents, device)}
-        return parts[0].to(device), parts[1].to(device), parts[2].to(device), attention
+        if self._layout.context_size == 1:
+            attend = inside_documents(batch.documents, rows, tokens, self._world.device, self._dtype)
+            return (batch.token_ids, batch.targets, positions), attend
+        assert self._layout.context_group is not None
+        own = own_positions(tokens, self._layout.context_rank, self._layout.context_size)
+        attend = context_parallel(batch.documents, tokens, self._layout.context_group)
+        return (batch.token_ids[:, own], batch.targets[:, own], positions[:, own]), attend
 
-    def _by_bucket(self, losses: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+    def _by_bucket(self, losses: Tensor, targets: Tensor, buckets: Tensor) -> Tensor:
         """Sums of the losses and numbers of the targets per bucket [2, buckets]."""
-        index = torch.div(positions, BUCKET, rounding_mode="floor")
-        sums = torch.zeros(2, self._buckets, device=losses.device)
-        sums[0].index_add_(0, index, losses.float())
-        sums[1].index_add_(0, index, (targets != IGNORE).float())
-        return sums.cpu()
+        inside = buckets == torch.arange(self._buckets, device=buckets.device)[:, None]
+        both = torch.stack((losses.float(), (targets != IGNORE).float()))
+        return torch.where(inside, both[:, None], 0.0).sum(-1)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         sharded_on_gpu = self._splits_weights() and self._world.device.type == "cuda"  # FSDP2 casts there

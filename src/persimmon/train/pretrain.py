@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from persimmon.data.tokens import TokenStore, check_vocabulary, read_manifest
 from persimmon.errors import ConfigError, NotFoundError
 from persimmon.model import PersimmonModel
 from persimmon.tokenizer import Tokenizer
-from persimmon.train.evaluate import bits_per_byte
+from persimmon.train.evaluate import encode_text, encoded_bits_per_byte
 from persimmon.train.loop import Batch, LoopRecipe, Trainer
 from persimmon.train.parallel import World, run_processes
 
@@ -177,13 +178,15 @@ def build_model(recipe: ModelRecipe, vocab_size: int, end_of_text: int, seed: in
 def held_out_evaluation(data: Path, tokenizer: Tokenizer) -> Callable[[PersimmonModel], dict[str, float]]:
     """Quick bits per byte of each source's held-out documents: the first 4,096 tokens of up to 24 of them."""
     texts = {
-        file.name.split(".")[1]: [document.text for document in read_documents(file)][:24]
+        file.name.split(".")[1]: [
+            encode_text(tokenizer, document.text, max_tokens=4096) for document in islice(read_documents(file), 24)
+        ]
         for file in sorted(data.glob("held_out.*.jsonl.gz"))
     }
 
     def evaluate(model: PersimmonModel) -> dict[str, float]:
         return {
-            name: round(bits_per_byte(model, tokenizer, sample, window=2048, max_tokens=4096), 4)
+            name: round(encoded_bits_per_byte(model, sample, window=2048), 4)
             for name, sample in texts.items()
             if sample
         }

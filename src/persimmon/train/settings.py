@@ -50,7 +50,9 @@ class LoopRecipe:
     sparsity_lift: float = 1.0
     """Size of one lift, as a multiple of the present rate of the vectors."""
     sparsity_start: float = 0.0
-    """Share of the run's tokens before which zeros are only counted."""
+    """Share of the run's tokens before which zeros are only counted ..."""
+    sparsity_end: float = 1.0
+    """... and after which they are only counted again: neither penalty nor lifts."""
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     kernels: str = "auto"
     """`auto`: on CPUs the compiled training kernels (train/fused.py) where they are built; `plain`: PyTorch alone."""
@@ -66,6 +68,8 @@ class LoopRecipe:
     """The newest ones that are kept ..."""
     keep_every: int = 0
     """... and a checkpoint every so many steps that is kept for good; 0: none."""
+    log_every: int = 1
+    """Steps between rows of the metrics; those of an evaluation or of trouble and the last are always written."""
     evaluate_every: int = 250
     """Steps between evaluations on held-out documents; 0: only at the end."""
     max_loss_jump: float = 3.0
@@ -89,7 +93,11 @@ class LoopRecipe:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.parallel.splits_weights and self.optimizer.state == "int8":
             raise ConfigError("optimizer.state int8 goes with neither parallel.shard nor parallel.tensor")
-        if not 0 <= self.sparsity_start <= 1:
-            raise ConfigError(f"sparsity_start must lie within 0 and 1, got {self.sparsity_start}")
-        if self.micro_tokens < 1 or self.keep_checkpoints < 1:
-            raise ConfigError("micro_tokens and keep_checkpoints must be at least 1")
+        if not 0 <= self.sparsity_start <= self.sparsity_end <= 1:
+            raise ConfigError(
+                "sparsity_start and sparsity_end must ascend within 0 and 1, "
+                f"got {self.sparsity_start} and {self.sparsity_end}"
+            )
+        for name in ("micro_tokens", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

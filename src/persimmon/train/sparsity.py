@@ -9,7 +9,7 @@ lifted always. Both keep no state, so a resumed run repeats them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,11 @@ class LayerStatistics:
         """The same from what a kernel counted: active tokens of each neuron [F], all tokens, sum of the activations."""
         self._active[layer].append(counts)
         self._tokens[layer] += tokens
-        size = tokens * len(counts)
-        if self._penalize and total is not None and 1.0 - float(counts.sum()) / size < self._target:
-            self.penalties.append(total * (1 / size))
+        if self._penalize and total is not None:
+            size = tokens * len(counts)
+            # Decided where the counts are: asking would wait for a GPU.
+            too_many = counts.sum() > math.floor((1.0 - self._target) * size)
+            self.penalties.append(torch.where(too_many, total, 0.0) * (1 / size))
 
     def penalty(self) -> Tensor:
         """Sum over the layers below the target of their mean activation, with gradient, per layer of the model."""
@@ -49,18 +51,18 @@ class LayerStatistics:
     def counts(self) -> Tensor:
         """[layers, F + 1] float: tokens for which each neuron was active so far, and in the last column all tokens."""
         rows = [torch.stack(counts).sum(0) for counts in self._active]
-        tokens = torch.tensor(self._tokens, dtype=torch.float32, device=rows[0].device)
+        tokens = torch.tensor(self._tokens, dtype=torch.float32).to(rows[0].device, non_blocking=True)
         return torch.cat((torch.stack(rows).float(), tokens[:, None]), dim=1)
 
 
-def shares_of_zeros(counts: Tensor) -> list[float]:
+def shares_of_zeros(counts: Tensor) -> Tensor:
     """Share of zeros of every layer, from `LayerStatistics.counts` (summed over processes)."""
-    return (1 - counts[:, :-1].mean(1) / counts[:, -1]).tolist()
+    return 1 - counts[:, :-1].mean(1) / counts[:, -1]
 
 
-def silent_neurons(counts: Tensor) -> list[int]:
-    """Neurons of every layer that no token activated."""
-    return (counts[:, :-1] == 0).sum(1).tolist()
+def silent_neurons(counts: Tensor) -> Tensor:
+    """Number of neurons of every layer that no token activated."""
+    return (counts[:, :-1] == 0).sum(1)
 
 
 def up_biases(model: PersimmonModel) -> list[nn.Parameter]:
@@ -70,12 +72,11 @@ def up_biases(model: PersimmonModel) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def lift_biases(biases: Sequence[Tensor], counts: Tensor, target: float, rate: float) -> None:
-    """Raise up-projection biases [F] of each layer by up to `rate` (pre-activation units) per call and force.
+def lifts(counts: Tensor, target: float) -> Tensor:
+    """By how many times the lift's rate every bias of the up projections [layers, F] is to rise.
 
-    A silent neuron is raised by `rate`; all neurons of a layer above `target` by `rate` times its excess of zeros, as
-    a share of the room above the target. `counts` as from `LayerStatistics.counts`, the same in all processes.
+    A silent neuron is raised by 1; all neurons of a layer above `target` by its excess of zeros, as a share of the room
+    above the target. `counts` as from `LayerStatistics.counts`, the same in all processes.
     """
-    for bias, row, zeros in zip(biases, counts, shares_of_zeros(counts), strict=True):
-        excess = max(0.0, (zeros - target) / (1 - target))
-        bias.add_((row[:-1] == 0).to(bias.dtype) + excess, alpha=rate)
+    excess = ((shares_of_zeros(counts).double() - target) / (1 - target)).clamp_(min=0.0)
+    return (counts[:, :-1] == 0) + excess[:, None].to(counts.dtype)
