@@ -104,7 +104,7 @@ def test_dtype_context_threads_and_rotary_precision(directory: Path) -> None:
     [
         ({"device": "tpu"}, InputError, "device must be one of"),
         ({"device": "cuda:99"}, UnavailableError, "not available"),
-        ({"engine": "warp"}, InputError, "one of auto, cpu, reference"),
+        ({"engine": "warp"}, InputError, "one of auto, cpu, cuda, reference"),
         ({"device": "cuda:x"}, InputError, "device must be one of"),
         ({"threads": 100_000}, InputError, "from 1 to 1024, got 100000"),
         ({"dtype": "float16"}, InputError, "65504"),

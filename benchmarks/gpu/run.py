@@ -36,6 +36,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--formats", default="bfloat16,q8,q4,p44", help="comma-separated; also fp8, float32")
     parser.add_argument("--active", type=float, default=0.10, help="share of active neurons (default: 0.10)")
     parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help=f"seconds (default: {DEFAULT_BUDGET})")
+    parser.add_argument("--layers", type=int, help="of the shape (default: all)")
+    for name, what in (("batches", "batch sizes"), ("contexts", "contexts"), ("prompts", "lengths of prompts")):
+        parser.add_argument(f"--{name}", default="", help=f"comma-separated {what} instead of the usual ones")
+    parser.add_argument("--repeats", type=int, help="runs of which the median counts (default: 5)")
     parser.add_argument("--sections", default="", help="comma-separated; default all")
     parser.add_argument("--table", type=Path, help="where to write the kernel table (choice.py); default nowhere")
     return parser.parse_args(arguments)
@@ -131,12 +135,13 @@ def make_bench(args: argparse.Namespace, deadline: float) -> Any:
 
     device = torch.device(args.device)
     config = preset("test" if args.tiny else args.preset)
+    config = config.replace(num_layers=args.layers or config.num_layers)
     formats = [
         name.replace("bfloat16", "float32") if device.type == "cpu" else name for name in args.formats.split(",")
     ]
     identity = {
-        "shape": "test" if args.tiny else args.preset, "formats": formats, "active": args.active,
-        "device": describe_device(device),
+        "shape": "test" if args.tiny else args.preset, "layers": config.num_layers, "formats": formats,
+        "active": args.active, "device": describe_device(device),
     }  # fmt: skip
     report = read_report(args.out, identity)
 
@@ -147,10 +152,17 @@ def make_bench(args: argparse.Namespace, deadline: float) -> Any:
         partial.replace(args.out)
 
     small = args.tiny
+
+    def sizes(given: str, usual: list[int]) -> list[int]:
+        return [int(part) for part in given.split(",")] if given else usual
+
     return Bench(
-        config, device, formats, args.active, batches=[1, 2] if small else [1, 2, 4, 8, 16, 32, 64],
-        contexts=[32, 64] if small else [32, 2_048, 8_192, 16_384], prompts=[40] if small else [2_048, 8_192, 16_384],
-        decode_tokens=2 if small else 32, greedy_tokens=16 if small else 256, repeats=1 if small else 5,
+        config, device, formats, args.active,
+        batches=sizes(args.batches, [1, 2] if small else [1, 2, 4, 8, 16, 32, 64]),
+        contexts=sizes(args.contexts, [32, 64] if small else [32, 2_048, 8_192, 16_384]),
+        prompts=sizes(args.prompts, [40] if small else [2_048, 8_192, 16_384]),
+        decode_tokens=2 if small else 32, greedy_tokens=16 if small else 256,
+        repeats=args.repeats or (1 if small else 5),
         deadline=deadline, report=report, save=save,
     )  # fmt: skip
 

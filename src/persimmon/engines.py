@@ -128,10 +128,6 @@ ENGINES: dict[str, Engine] = {
         why_unavailable=_why_no_cpu,
         why_unfit=_why_not_on_cpu,
     ),
-    "reference": Engine(
-        "reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference, frozenset({"adapter"})
-    ),
-    # Behind the reference, so that `auto` takes it for quantized weights only: it has not run on a GPU (docs/gpu.md).
     "cuda": Engine(
         "cuda",
         "Triton kernels and CUDA graphs, plain or quantized weights",
@@ -141,6 +137,9 @@ ENGINES: dict[str, Engine] = {
         packed=True,
         why_unavailable=_why_no_cuda,
         why_unfit=_why_not_on_cuda,
+    ),
+    "reference": Engine(
+        "reference", "plain PyTorch, dense, exact", ("cpu", "cuda", "mps"), _load_reference, frozenset({"adapter"})
     ),
 }
 

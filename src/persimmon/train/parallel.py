@@ -66,7 +66,7 @@ def under_torchrun() -> bool:
 def _joined_from_environment() -> Iterator[World]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
-    if torch.cuda.is_available():  # not tested on a GPU
+    if torch.cuda.is_available():  # one GPU was tried, several were not
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)

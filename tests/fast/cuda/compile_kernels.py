@@ -30,7 +30,6 @@ CODES = {PLAIN: "*bf16", INT8: "*i8", INT4: "*i32", FP8: "*fp8e4nv", PLANES: "*i
 NAMES = {PLAIN: "bfloat16", INT8: "int8", INT4: "int4", FP8: "fp8", PLANES: "planes"}
 CACHES = {"bfloat16": ("*bf16", 0), "float32": ("*fp32", 0), "int8": ("*i8", 1), "fp8": ("*fp8e4nv", 2)}
 
-EARLY = 3
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
 """Among a kernel's tile sizes: how it is compiled, no arguments of its own."""
 
@@ -96,7 +95,7 @@ def matmul_cases() -> Iterator[Case]:
     for number, name in NAMES.items():
         types = matrix_types(number)
         for epilogue in (matmul.BIAS, matmul.SQUARED_RELU):
-            constants = {"FORMAT": number, "EPILOGUE": epilogue, "PREFETCH": 64, **matmul.gemv_tiles(number, HIDDEN)}
+            constants = {"FORMAT": number, "EPILOGUE": epilogue, **matmul.gemv_tiles(number, HIDDEN)}
             yield Case(f"gemv-{name}-{epilogue}", matmul.gemv_kernel, types, constants)
             constants = {"FORMAT": number, "EPILOGUE": epilogue, "UPCAST": False}
             yield Case(
@@ -106,14 +105,14 @@ def matmul_cases() -> Iterator[Case]:
             constants = {"FORMAT": number, "EPILOGUE": matmul.NOTHING, "UPCAST": False, "EVEN": True}
             constants |= matmul.gemm_tiles(number, tokens, HIDDEN)
             yield Case(f"gemm-{name}-{tokens}", matmul.gemm_kernel, types, constants)
-        constants = {"FORMAT": number, **matmul.dequantize_tiles()}
+        constants = {"FORMAT": number, **matmul.dequantize_tiles(number)}
         yield Case(f"dequantize-{name}", matmul.dequantize_kernel, types, constants)
     yield from float32_cases()
 
 
 def float32_cases() -> Iterator[Case]:
     types = matrix_types(PLAIN) | {"codes": "*fp32", "x": "*fp32", "out": "*fp32"}
-    constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, "PREFETCH": 64, **matmul.gemv_tiles(PLAIN, HIDDEN)}
+    constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, **matmul.gemv_tiles(PLAIN, HIDDEN)}
     yield Case("gemv-float32", matmul.gemv_kernel, types, constants)
     constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, "UPCAST": False, "EVEN": True}
     yield Case("gemm-float32", matmul.gemm_kernel, types, constants | matmul.gemm_tiles(PLAIN, 8, HIDDEN))
@@ -143,7 +142,7 @@ def sampling_cases() -> Iterator[Case]:
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
     names = case.kernel.arg_names
-    early = {"EARLY": EARLY if arch >= 90 else 0} if "EARLY" in names else {}
+    early = {"EARLY": arch >= 90} if "EARLY" in names else {}
     options = {"num_warps": case.num_warps} | {n: v for n, v in case.constants.items() if n in LAUNCH_OPTIONS}
     constants = {n: v for n, v in case.constants.items() if n not in LAUNCH_OPTIONS} | early
     assert set(constants) <= set(names), f"{case.name}: unknown constants {set(constants) - set(names)}"

@@ -172,6 +172,6 @@ def test_gpu_sized_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_number_of_splits() -> None:
-    assert attention.num_splits(1, 64, 132) == 32
+    assert attention.num_splits(1, 64, 132) == 16
     assert attention.num_splits(64, 64, 132) == 1
-    assert attention.num_splits(1, 2, 1_000) == 32
+    assert attention.num_splits(1, 2, 1_000) == 16

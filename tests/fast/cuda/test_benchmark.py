@@ -64,6 +64,13 @@ def test_operations_of_a_prompt() -> None:
     assert twice - 2 * once == pytest.approx(4 * 8_192**2 * 4096 * 36, rel=0.01)
 
 
+def test_the_page_has_the_results_tables() -> None:
+    root = FOLDER.parents[1]
+    page = (root / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert load("page").with_tables(page, FOLDER / "results") == page, "benchmarks/gpu/page.py writes them"
+    assert "| bfloat16 | bfloat16 | 1 | 32 | 261 |" in page and "345 in `q8`" in (root / "README.md").read_text()
+
+
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, str(FOLDER / "run.py"), "--device", "cpu", "--tiny", "--out", str(out), *arguments]
     return subprocess.run(program, capture_output=True, text=True)

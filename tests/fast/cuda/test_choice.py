@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from persimmon.errors import InputError
-from persimmon.fast.cuda.choice import DENSE, SPARSE, KernelTable, MlpTimes, load_table, table_for
+from persimmon.fast.cuda.choice import DENSE, MEASURED, SPARSE, KernelTable, MlpTimes, load_table, table_for
 
 TABLE = KernelTable(
     "GPU A", 0.1, {"bfloat16": {1: MlpTimes(40.0, 30.0), 4: MlpTimes(41.0, 40.5), 8: MlpTimes(42.0, 20.0)}}
@@ -36,6 +37,19 @@ def test_tables_are_kept_and_belong_to_a_gpu(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PERSIMMON_KERNEL_TABLE", str(file))
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert table_for("GPU A")[0] == TABLE
+
+
+def test_tables_that_come_along_are_those_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERSIMMON_KERNEL_TABLE", str(tmp_path / "none.json"))
+    results = Path(__file__).parents[3] / "benchmarks" / "gpu" / "results"
+    reports = {r["device"]["name"]: r for r in (json.loads(f.read_text()) for f in results.glob("*.json"))}
+    for table in MEASURED:
+        assert table_for(table.gpu)[0] is table
+        rows = reports[table.gpu]["sections"]["mlp"]["rows"]
+        for row in rows:
+            assert table.mlp[row["format"]][row["tokens"]] == MlpTimes(row["dense_us"], row["sparse_us"])
+        assert sum(len(by_tokens) for by_tokens in table.mlp.values()) == len(rows)
+    assert table_for("another GPU")[0] is DENSE
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,12 @@ def test_the_engine_says_what_is_missing() -> None:
         engines.choose_engine("cuda", "cpu")
 
 
-def test_auto_takes_it_for_quantized_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has not run on a GPU yet, so the reference goes first where both can run."""
+def test_auto_takes_it_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
     there = dataclasses.replace(engines.ENGINES["cuda"], why_unavailable=lambda: None)
     monkeypatch.setitem(engines.ENGINES, "cuda", there)
-    assert engines.choose_engine("auto", "cuda").value == "reference"
+    assert engines.choose_engine("auto", "cuda").value == "cuda"
     assert engines.choose_engine("auto", "cuda", packed=True).value == "cuda"
     assert engines.choose_engine("cuda", "cuda:1").value == "cuda"
 

@@ -73,6 +73,6 @@ def test_a_large_matrix_in_gpu_sized_tiles(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(matmul, "tile", lambda on_gpu, interpreted: on_gpu)
     for name in FORMATS:
         check(random(1, 600, seed=3), make(name, 40, 600), random(40, seed=4), squared=False)
-    check(random(20, 150, seed=3), make("q4", 70, 150), random(70, seed=4), squared=True)
+    check(random(20, 150, seed=3), make("q4", 200, 150), random(200, seed=4), squared=True)
     tiles = matmul.gemm_tiles(layouts.INT4, 20, 150)
-    assert tiles["BLOCK_N"] * tiles["BLOCK_M"] < 70 * 32, "several programs"
+    assert tiles["BLOCK_N"] < 200, "several programs"

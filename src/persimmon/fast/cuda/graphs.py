@@ -50,7 +50,7 @@ class StepGraphs:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Recording into CUDA graphs. Not tested on a GPU (docs/gpu.md)."""
+    """Recording into CUDA graphs."""
     memory = torch.cuda.graph_pool_handle()
 
     def capture(step: Step) -> Replay:

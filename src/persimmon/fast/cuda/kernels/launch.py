@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
@@ -35,29 +34,14 @@ def ceil_div(number: int, divisor: int) -> int:
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
-    """Opens every kernel of a decoding step. EARLY: lets the next kernel be set up, waits for what the last one wrote.
+    """Opens every kernel of a decoding step. EARLY: waits for what the last one wrote, lets the next one be set up.
 
     A kernel of a step takes some microseconds, of which one or two are its start: with this they pass while the kernel
-    before it ends. Whoever waits here waits for all that came before, as each of them did.
+    before it runs. Whoever waits here waits for all that came before, as each of them did.
     """
-    if EARLY == 1:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    if EARLY >= 2:
+    if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch(codes, row, real, row_bytes, EARLY: tl.constexpr, LINES: tl.constexpr):
-    """Bring the first LINES * 128 bytes of rows into the second cache, before `begin` waits: weights never change."""
-    if EARLY >= 3:
-        line = tl.arange(0, LINES) * 128
-        wanted = real[:, None] & (line < row_bytes)[None, :]
-        at = codes.to(tl.int64, bitcast=True) + row[:, None] * row_bytes + tl.where(wanted, line[None, :], 0)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
@@ -76,9 +60,9 @@ def is_last(arrivals, programs):
 def early(device: torch.device) -> dict[str, Any]:
     """Launch arguments of a kernel that opens with `begin`."""
     possible = device.type == "cuda" and _begins_early(device.index or 0)
-    return {"EARLY": int(os.environ.get("EARLY", "2")), "launch_pdl": True} if possible else {"EARLY": 0}
+    return {"EARLY": True, "launch_pdl": True} if possible else {"EARLY": False}
 
 
 @cache
 def _begins_early(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= _EARLY_CAPABILITY and not os.environ.get("NO_EARLY")
+    return torch.cuda.get_device_capability(index) >= _EARLY_CAPABILITY

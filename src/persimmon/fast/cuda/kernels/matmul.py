@@ -11,8 +11,8 @@ dequantize  the whole matrix into plain numbers, for the library's product over 
 Stored rows (`layouts.py`): `codes` [rows, columns]; groups of 32 along a row share a float16 scale.
     PLAIN   bfloat16 or float32
     INT8    w = code * scale
-    INT4    eight codes a word, w = (nibble - 8) * scale; bits 4 i of word j (0 .. 3) of a group hold its column 4 i + j:
-            a group is 16 bytes, which a thread loads at once and sums up by itself
+    INT4    eight codes a word, w = (nibble - 8) * scale; bits 4 i of word j (0 .. 3) of a group hold its column
+            4 i + j: a group is 16 bytes, which a thread loads at once and sums up by itself
     FP8     w = e4m3 code * scale of the stored row (float32)
     PLANES  two INT4 arrays, w = (16 high + low - 128) * scale; 16 input columns apart in float16, where the planes
             hold 0
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from persimmon.fast.cuda.kernels.launch import INTERPRETED, begin, ceil_div, early, power_of_two, prefetch, tile
+from persimmon.fast.cuda.kernels.launch import INTERPRETED, begin, ceil_div, early, power_of_two, tile
 from persimmon.fast.cuda.layouts import FP8, INT4, INT8, PLAIN, PLANES, Matrix
 
 NOTHING, BIAS, SQUARED_RELU = 0, 1, 2
@@ -154,17 +154,13 @@ def _finish(
 @triton.jit
 def gemv_kernel(
     x, codes, low, scales, outlier_weights, outlier_columns, bias, out, outputs, inputs, columns,
-    FORMAT: tl.constexpr, EPILOGUE: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr, EPILOGUE: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """X [K]; out [N]."""
+    begin(EARLY)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n.to(tl.int64)
     real = n < outputs
-    SIZE: tl.constexpr = codes.dtype.element_ty.primitive_bitwidth // 8
-    stride = columns // 8 if FORMAT == 2 or FORMAT == 4 else columns
-    prefetch(codes, row, real, stride * SIZE, EARLY, PREFETCH)
-    begin(EARLY)
     if FORMAT == 0 or FORMAT == 3:
         acc = tl.zeros([BLOCK_N], tl.float32)
         for first in range(0, inputs, BLOCK_K):
@@ -296,6 +292,9 @@ def dequantize_kernel(
         tl.store(line + column[None, :], w.to(out.dtype.element_ty), mask=real[:, None] & (column < width)[None, :])
 
 
+# The sizes below are the fastest of sweeps over the 8B's matrices on an H200 (docs/gpu.md).
+
+
 def gemv_tiles(matrix_format: int, inputs: int) -> dict[str, int]:
     """Tile sizes of gemv: rows, and 1 or 2 KiB of each a step. Few rows, as small matrices need many programs."""
     rows, wide = {PLAIN: (2, 1024), INT8: (4, 2048), FP8: (4, 2048), INT4: (8, 2048), PLANES: (8, 2048)}[matrix_format]
@@ -305,18 +304,18 @@ def gemv_tiles(matrix_format: int, inputs: int) -> dict[str, int]:
 def gemm_tiles(matrix_format: int, tokens: int, inputs: int) -> dict[str, int]:
     """Tile sizes of gemm, and how many steps of loads run ahead."""
     width = max(16, min(power_of_two(tokens), 64))
-    deep = 256 if width == 16 else 128
-    sizes = {
-        "BLOCK_N": tile(64, 512),
-        "BLOCK_M": width,
-        "BLOCK_K": min(tile(deep, 1024), max(128, power_of_two(inputs))),
-    }
-    return sizes | {"num_stages": 4}
+    rows, deep, warps = (64, 256, 4) if width == 16 else (64, 128, 4)
+    if width > 16 and matrix_format in (INT4, PLANES):
+        rows, warps = 128, 8
+    sizes = {"BLOCK_N": tile(rows, 512), "BLOCK_M": width}
+    sizes |= {"BLOCK_K": min(tile(deep, 1024), max(128, power_of_two(inputs)))}
+    return sizes | {"num_warps": warps, "num_stages": 3 if matrix_format == INT4 else 4}
 
 
-def dequantize_tiles() -> dict[str, int]:
-    """Compile-time tile sizes of dequantize."""
-    return {"BLOCK_R": tile(16, 1024), "BLOCK_C": tile(256, 1024)}
+def dequantize_tiles(matrix_format: int) -> dict[str, int]:
+    """Tile sizes of dequantize."""
+    rows, columns, warps = (4, 256, 8) if matrix_format in (INT4, PLANES) else (1, 1024, 4)
+    return {"BLOCK_R": tile(rows, 1024), "BLOCK_C": tile(columns, 1024), "num_warps": warps}
 
 
 def multiply(
@@ -361,10 +360,9 @@ def _launch(x: Tensor, matrix: Matrix, bias: Tensor | None, epilogue: int, split
     )  # fmt: skip
     if tokens == 1:
         tiles = gemv_tiles(matrix.format, matrix.inputs)
-        row_bytes = matrix.codes.stride(0) * matrix.codes.element_size()
         gemv_kernel[(ceil_div(matrix.outputs, tiles["BLOCK_N"]),)](
             x, *parts, matrix.outputs, matrix.inputs, matrix.columns, FORMAT=matrix.format, EPILOGUE=epilogue,
-            PREFETCH=min(64, power_of_two(ceil_div(row_bytes, 128))), **early(x.device), **tiles,
+            **early(x.device), **tiles,
         )  # fmt: skip
         return out
     tiles = gemm_tiles(matrix.format, tokens, matrix.inputs)
@@ -388,7 +386,7 @@ def dequantize(matrix: Matrix, dtype: torch.dtype) -> Tensor:
         return matrix.codes
     rows, width = matrix.stored_shape
     out = torch.empty(rows, width, dtype=dtype, device=matrix.codes.device)
-    tiles = dequantize_tiles()
+    tiles = dequantize_tiles(matrix.format)
     dequantize_kernel[(ceil_div(rows, tiles["BLOCK_R"]), ceil_div(width, tiles["BLOCK_C"]))](
         matrix.codes, _or(matrix.low, out), _or(matrix.scales, out), _or(matrix.outlier_weights, out),
         _or(matrix.outlier_columns, out), out, rows, width, matrix.columns, FORMAT=matrix.format, **tiles,

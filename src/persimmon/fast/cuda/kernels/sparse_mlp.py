@@ -175,15 +175,15 @@ def progressive_up_kernel(
 
 def down_tiles(width: int, outputs: int) -> dict[str, int]:
     """Tile sizes of down: rows at a time, and columns of a program."""
-    rows, columns, warps = {1: (32, 128, 4), 16: (16, 256, 8)}.get(width, (32, 128, 8))
+    rows, columns, warps = (64, 64, 2) if width == 1 else (32, 128, 8)  # the fastest of a sweep, as in matmul.py
     sizes = {"ACTIVE": tile(rows, 512), "BLOCK_H": min(tile(columns, 4096), max(32, power_of_two(outputs)))}
     return sizes | {"num_warps": warps}
 
 
 def down_splits(tokens: int, matrix: Matrix, processors: int) -> int:
-    """Ranges of neurons, so that four to eight programs per multiprocessor share them; at most 32."""
+    """Ranges of neurons, so that four to eight programs per multiprocessor share them; at most 16."""
     tiles = ceil_div(matrix.outputs, down_tiles(_width(tokens), matrix.outputs)["BLOCK_H"])
-    most = 32 if tokens <= MOST_ACTIVE_TOKENS else 8  # partial sums of more tokens are more to write and read
+    most = 16 if tokens <= MOST_ACTIVE_TOKENS else 8  # partial sums of more tokens are more to write and read
     return max(1, min(most, ceil_div(matrix.inputs, 64), 8 * processors // tiles))
 
 
