@@ -31,6 +31,9 @@ GATHER_BYTES = 32 << 20
 DECODE_ROWS = 64
 """Rows of the largest batch that is captured (graphs.py)."""
 
+MOST_PARTS = 8
+"""Ranges that a product of a full batch is split into: each leaves a partial sum of every row."""
+
 LOGIT_ROWS = 16
 """Positions whose logits exist at a time."""
 
@@ -99,7 +102,7 @@ def scratch_bytes(config: ModelConfig, weight_format: str, context: int, pass_to
     drawn = 2 * 4 * DECODE_ROWS * config.vocab_size  # rows of a pass that draw, as many at a time
     in_pass = max(tokens * attention + gathered, tokens * mlp + unpacked, drawn)
     # Logits in the buckets' common buffer, and in the graphs' memory the head's result or the sampler's exponentials.
-    decoding = 2 * 4 * DECODE_ROWS * config.vocab_size + DECODE_ROWS * max(attention, mlp)
+    decoding = 2 * 4 * DECODE_ROWS * config.vocab_size + DECODE_ROWS * (max(attention, mlp) + MOST_PARTS * 4 * hidden)
     return in_pass + decoding
 
 

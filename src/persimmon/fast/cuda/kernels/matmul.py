@@ -32,6 +32,7 @@ from torch import Tensor
 
 from persimmon.fast.cuda.kernels.launch import INTERPRETED, begin, ceil_div, early, power_of_two, tile
 from persimmon.fast.cuda.layouts import FP8, INT4, INT8, PLAIN, PLANES, Matrix
+from persimmon.fast.cuda.plan import MOST_PARTS
 
 NOTHING, BIAS, SQUARED_RELU = 0, 1, 2
 """Epilogues."""
@@ -340,12 +341,12 @@ def multiply_in_parts(x: Tensor, matrix: Matrix, processors: int) -> Tensor:
 
 
 def splits_for(tokens: int, matrix: Matrix, processors: int) -> int:
-    """Ranges of inputs, so that every processor has a program of gemm; at most 8, of whole steps."""
+    """Ranges of inputs, so that every processor has a program of gemm; at most MOST_PARTS, of whole steps."""
     if tokens == 1:
         return 1
     tiles = gemm_tiles(matrix.format, tokens, matrix.inputs)
     steps = ceil_div(matrix.inputs, tiles["BLOCK_K"])
-    return max(1, min(8, steps, processors // ceil_div(matrix.outputs, tiles["BLOCK_N"])))
+    return max(1, min(MOST_PARTS, steps, processors // ceil_div(matrix.outputs, tiles["BLOCK_N"])))
 
 
 def _launch(x: Tensor, matrix: Matrix, bias: Tensor | None, epilogue: int, splits: int, dtype: torch.dtype) -> Tensor:

@@ -39,6 +39,7 @@ from persimmon.fast.cuda.kernels.matmul import (
     packed_words,
 )
 from persimmon.fast.cuda.layouts import INT4, PLANES, Matrix
+from persimmon.fast.cuda.plan import MOST_PARTS
 
 MOST_ACTIVE_TOKENS = 8
 """Tokens that may share a list: their union grows (57 % of a layer at 10 % each, if independent)."""
@@ -181,9 +182,10 @@ def down_tiles(width: int, outputs: int) -> dict[str, int]:
 
 
 def down_splits(tokens: int, matrix: Matrix, processors: int) -> int:
-    """Ranges of neurons, so that four to eight programs per multiprocessor share them; at most 16."""
+    """Ranges of neurons, so that four to eight programs per multiprocessor share them; at most 2 * MOST_PARTS."""
     tiles = ceil_div(matrix.outputs, down_tiles(_width(tokens), matrix.outputs)["BLOCK_H"])
-    most = 16 if tokens <= MOST_ACTIVE_TOKENS else 8  # partial sums of more tokens are more to write and read
+    # Partial sums of more tokens are more to write and read, and to keep.
+    most = 2 * MOST_PARTS if tokens <= MOST_ACTIVE_TOKENS else MOST_PARTS
     return max(1, min(most, ceil_div(matrix.inputs, 64), 8 * processors // tiles))
 
 
