@@ -66,6 +66,16 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
 
 
+def staged(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`; from the host's memory to a CUDA device through pinned memory, in the order of its queue.
+
+    To any other device the copy is waited for: it may read a temporary's memory after that was given away (MPS does).
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of each rotated pair, [R / 2] float32 on the CPU: base^(-2i / R).
 
@@ -84,7 +94,7 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     (flash-attn `layers/rotary.py` with `pos_idx_in_fp32=False`).
     """
     dtype = torch.bfloat16 if config.rotary_precision == "bfloat16" else torch.float32
-    frequencies = inverse_frequencies(config).to(dtype).to(positions.device, non_blocking=True)
+    frequencies = staged(inverse_frequencies(config).to(dtype), positions.device)
     return positions.to(dtype)[..., None] * frequencies
 
 
@@ -339,7 +349,7 @@ class PersimmonModel(nn.Module):
         first, last = (int(edge) for edge in positions.aminmax())
         if first < 0 or last >= limit:
             raise ContextLengthError(f"positions must be in [0, {limit}), got {first} to {last}")
-        return positions.to(token_ids.device, non_blocking=True)
+        return staged(positions, token_ids.device)
 
     @torch.no_grad()
     def initialize(

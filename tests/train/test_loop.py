@@ -190,6 +190,19 @@ def test_fewer_rows_of_metrics_where_the_recipe_says_so(tmp_path: Path) -> None:
     assert len(seen) == 4
 
 
+def test_the_steps_before_a_failure_are_written_whatever_the_recipe_says(tmp_path: Path) -> None:
+    def spoil(row: dict[str, Any]) -> None:
+        if row["step"] == 3:
+            with torch.no_grad():
+                trainer.model.lm_head.weight[0, 0] = math.nan
+
+    trainer = build(LoopRecipe(log_every=2, evaluate_every=0), tmp_path, report=spoil)
+    with pytest.raises(TrainingStopped, match="step 4"):
+        trainer.run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3]  # 3 is the last before the failure, 1 was never to be written
+
+
 @pytest.mark.parametrize("name", ["micro_tokens", "keep_checkpoints", "log_every"])
 def test_counts_are_at_least_one(name: str) -> None:
     with pytest.raises(ConfigError, match=name):

@@ -23,6 +23,7 @@ from persimmon.model import PersimmonModel
 from persimmon.train import memory_plan, qlora
 from persimmon.train.activations import keep_activations
 from persimmon.train.loop import Batch
+from persimmon.train.loss import chunk_for
 from persimmon.train.memory_plan import Setup, advice, plan, total_bytes
 from persimmon.train.objective import AnswerLoss
 from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
@@ -67,6 +68,16 @@ def test_the_8b_without_any_of_it_does_not_fit_and_the_advice_leads_there() -> N
 def parts(setup: Setup, **changes: Any) -> dict[str, int]:
     config = preset("test", **SHAPE)
     return {part.name: part.bytes for part in plan(config, dataclasses.replace(setup, **changes))}
+
+
+def test_logits_are_counted_in_the_chunks_of_a_gpu() -> None:
+    """Small vocabularies take more positions at once there (loss.chunk_for); a packed head never does."""
+    config = preset("mini")
+    for weights, positions in (("bfloat16", chunk_for(torch.device("cuda"), config.vocab_size)), ("q4", 512)):
+        setup = dataclasses.replace(QLORA, weights=weights, micro_tokens=16_384)
+        (logits,) = (part for part in plan(config, setup) if part.name == "logits")
+        assert logits.bytes == positions * config.vocab_size * (20 if weights == "q4" else 12)
+        assert logits.what == f"{positions:,} positions at a time"
 
 
 def made_batch() -> Batch:

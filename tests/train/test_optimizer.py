@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from live_bytes import LiveBytes
 from persimmon.errors import ConfigError
 from persimmon.train.optimizer import MatrixParameter, Muon, OptimizerRecipe, build_optimizers, orthogonalize
 from tiny_model import tiny_model
@@ -133,6 +134,37 @@ def test_matrices_without_gradient_rest() -> None:
     before = resting.detach().clone()
     Muon([MatrixParameter(moving), MatrixParameter(resting)], 0.1, weight_decay=1.0).step()
     assert torch.equal(resting, before)
+
+
+def wide_and_tall(number: int) -> list[nn.Parameter]:
+    shapes = [(48, 96) if seed % 2 else (96, 48) for seed in range(number)]
+    parameters = [nn.Parameter(random_matrix(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
+    for seed, parameter in enumerate(parameters):
+        parameter.grad = random_matrix(*parameter.shape, seed=100 + seed)
+    return parameters
+
+
+def test_what_an_update_takes_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some six tensors of the matrices that are made at once, as memory_plan.py relies on, however many there are."""
+    monkeypatch.setattr("persimmon.train.optimizer._TOGETHER", 3 * 48 * 96)
+    parameters = wide_and_tall(24)
+    muon = Muon([MatrixParameter(parameter) for parameter in parameters], 0.1)
+    muon.step()  # makes the moments
+    with LiveBytes() as live:
+        muon.step()
+    at_once = 4 * 3 * 48 * 96
+    assert 3 * at_once < live.peak < 7 * at_once
+
+
+def test_small_batches_of_matrices_give_the_same_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for together in (1 << 26, 3 * 48 * 96, 1):
+        monkeypatch.setattr("persimmon.train.optimizer._TOGETHER", together)
+        parameters = wide_and_tall(8)
+        Muon([MatrixParameter(parameter) for parameter in parameters], 0.1, weight_decay=0.2).step()
+        found.append([parameter.detach() for parameter in parameters])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-6, rtol=1e-5)
 
 
 # -- which parameter gets what -----------------------------------------------------------------------

@@ -7,6 +7,8 @@ what AdamW and Muon make of that.
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from made_rows import RandomRows
 from persimmon.config import preset
 from persimmon.errors import ConfigError
 from persimmon.model import PersimmonModel, attend_documents
+from persimmon.train import optimizer
 from persimmon.train.attention import context_parallel, own_positions
 from persimmon.train.loop import LoopRecipe, Trainer
 from persimmon.train.loss import IGNORE, cross_entropy_by_position
@@ -33,9 +36,9 @@ def build(directory: Path, world: World, parallel: ParallelRecipe, matrices: str
     model = PersimmonModel(preset("test", hidden_size=32, num_heads=4, intermediate_size=64))
     model.initialize(torch.Generator().manual_seed(0), std=0.1)
     # Rates at which the loss falls steadily: a run near the edge of stability would amplify any rounding.
-    optimizer = OptimizerRecipe(matrices=matrices, matrix_lr=2e-3, vector_lr=2e-3)
+    settings = OptimizerRecipe(matrices=matrices, matrix_lr=2e-3, vector_lr=2e-3)
     recipe = LoopRecipe(
-        parallel=parallel, optimizer=optimizer, micro_tokens=64, evaluate_every=0,
+        parallel=parallel, optimizer=settings, micro_tokens=64, evaluate_every=0,
         sparsity_penalty=0.1, sparsity_target=0.7, sparsity_lift=0.5,
     )  # fmt: skip
     return Trainer(model, RandomRows(rows=4, length=32), STEPS, recipe, directory, world)
@@ -97,6 +100,37 @@ def test_every_layout_repeats_the_run_of_one_process(
         for layer in range(2):
             weights.pop(f"layers.{layer}.self_attn.k_layernorm.bias", None)
     assert result["weights"] == pytest.approx(expected["weights"], rel=1e-3, abs=1e-4)
+
+
+def count_whole_matrices(world: World, directory: Path) -> None:
+    """The most whole matrices that exist in this process at one time during an update by Muon."""
+    trainer = build(directory, world, ParallelRecipe(shard=True), "muon")
+    storages: list[weakref.ref[torch.UntypedStorage]] = []
+    alive: list[int] = []
+
+    def counted(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def made(update: torch.Tensor) -> torch.Tensor:
+            full = make(update)
+            storages.append(weakref.ref(full.untyped_storage()))
+            alive.append(sum(storage() is not None for storage in storages))
+            return full
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("whole", "_whole_like"):
+            patch.setattr(optimizer, name, counted(getattr(optimizer, name)))
+        trainer.train_step()
+    (directory / f"alive{world.rank}.json").write_text(json.dumps(alive))
+
+
+@pytest.mark.slow
+def test_an_update_gathers_few_matrices_at_a_time(tmp_path: Path) -> None:
+    run_processes(2, count_whole_matrices, tmp_path)
+    for rank in range(2):
+        alive = json.loads((tmp_path / f"alive{rank}.json").read_text())
+        assert len(alive) == 8 + 4  # all are gathered, half of them come back from the other process
+        assert max(alive) <= 3  # its own, the one before, and the one that arrives
 
 
 # -- the parts -----------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from persimmon.accounting import count_parameters
 from persimmon.cli.main import main
 from persimmon.config import preset
 from persimmon.errors import ConfigError, InputError
 from persimmon.model import PersimmonModel
 from persimmon.train.hardware import DEVICES, parse_hardware
+from persimmon.train.loss import chunk_for
 from persimmon.train.mesh import ParallelRecipe
 from persimmon.train.optimizer import OptimizerRecipe, build_optimizers
 from persimmon.train.plan import make_plan, render
@@ -48,6 +50,15 @@ def test_the_page_shows_the_plan_as_it_is() -> None:
     page = (ROOT / "docs/training.md").read_text()
     shown = render(make_plan(recipe("8b"), *parse_hardware("64xH100")))
     assert shown in page
+
+
+def test_chunks_of_logits_are_those_of_the_device() -> None:
+    gpu, laptop = (make_plan(recipe("mini"), *parse_hardware(name)).memory for name in ("1xA100", "laptop"))
+    head = 4 * count_parameters(preset("mini")).head
+    vocabulary = preset("mini").vocab_size
+    positions = chunk_for(torch.device("cuda"), vocabulary)
+    assert (gpu.logits, laptop.logits) == (head + 8 * vocabulary * positions, head + 12 * vocabulary * 512)
+    assert positions > 512
 
 
 def test_the_copy_of_a_checkpoint_counts_where_it_lies() -> None:

@@ -19,11 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from persimmon.errors import InputError
-from persimmon.model import Attend, attend_documents, check_boundaries
-from persimmon.train.transfer import staged
+from persimmon.model import Attend, attend_documents, check_boundaries, staged
 
 _QUERIES_AT_ONCE = 1024
 """Queries of a partly visible document per call: bounds the mask to 1,024 x 16,384 flags."""
+
+_FLASH_CAPABILITY = (8, 0)
+_FLASH_HEAD_DIM = 192
+"""What PyTorch's flash kernels want: compute capability 8.0 (Ampere), and head dimensions that 8 divides. Above 192 the
+backward pass runs on few cards only (flash-attention's README)."""
 
 
 class DocumentAttention:
@@ -116,13 +120,20 @@ def _attend_stretch(q: Tensor, k: Tensor, v: Tensor, start: int, documents: list
 
 
 def inside_documents(
-    documents: Sequence[int], num_rows: int, num_tokens: int, device: torch.device, dtype: torch.dtype
+    documents: Sequence[int], num_rows: int, num_tokens: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Attend:
-    """The best way to attend inside the documents of whole rows, for products in `dtype`."""
-    if device.type == "cuda" and dtype is torch.bfloat16:  # the kernels know no float32
+    """The best way to attend inside the documents of whole rows, for heads of `head_dim` and products in `dtype`."""
+    if device.type == "cuda" and dtype is torch.bfloat16 and _flash_knows(head_dim, device):
         check_boundaries(documents, num_rows, num_tokens)
         return variable_length(documents, device)
     return DocumentAttention(documents, num_rows, num_tokens)
+
+
+def _flash_knows(head_dim: int, device: torch.device) -> bool:
+    """Whether the flash kernels run on a GPU with such heads, backward pass included. They know no float32."""
+    if head_dim % 8 or head_dim > _FLASH_HEAD_DIM:
+        return False
+    return torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
 
 
 def variable_length(documents: Sequence[int], device: torch.device) -> Attend:

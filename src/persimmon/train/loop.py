@@ -1,7 +1,8 @@
 """The training loop: a plan of steps, and one step after the other until the plan is done.
 
 Everything random follows from (seed, step), so a run killed at any point and resumed from its last checkpoint
-repeats the same losses bit for bit (same number of processes, threads and dtype).
+repeats the same losses bit for bit on CPUs (same number of processes, threads and dtype). On a GPU data and schedule
+repeat, the losses up to rounding: the backward pass of its attention adds in no fixed order.
 """
 
 from __future__ import annotations
@@ -210,6 +211,8 @@ class Trainer:
                     saved = time.monotonic()
                 if result.signal or self._is_to_be_written(row):
                     tracker.write(row)
+                else:
+                    tracker.hold(row)
                 if self.world.is_main:
                     self._report(row)
                 if result.signal and self.step < self.num_steps:

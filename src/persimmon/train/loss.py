@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor
 from persimmon.errors import InputError
 from persimmon.train.kernels import DTYPES, multiplied, product, softmax_gradient_
 
+CHUNK = 512
+"""Positions whose logits exist at a time where nothing asks for more."""
+
 _GPU_LOGITS = 1 << 25
 """Numbers in a chunk of logits (128 MiB in float32): its dozen kernels then run longer than starting them takes."""
 
@@ -133,7 +136,12 @@ def chunked_cross_entropy(
 
 def chunk_for(device: torch.device, vocabulary: int) -> int:
     """Rows whose logits are to exist at a time: few on a CPU, whose caches are small, and as many as a GPU needs."""
-    return max(512, _GPU_LOGITS // vocabulary) if device.type == "cuda" else 512
+    return gpu_chunk(vocabulary) if device.type == "cuda" else CHUNK
+
+
+def gpu_chunk(vocabulary: int) -> int:
+    """`chunk_for` on a GPU, which plans of memory count with (memory_plan.py, plan.py)."""
+    return max(CHUNK, _GPU_LOGITS // vocabulary)
 
 
 def cross_entropy_by_position(

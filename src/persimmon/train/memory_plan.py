@@ -21,6 +21,7 @@ from persimmon.fast.cpu.packed import planned_bytes
 
 if TYPE_CHECKING:
     from persimmon.train.finetune_recipe import FinetuneRecipe
+from persimmon.train.loss import CHUNK, gpu_chunk
 from persimmon.train.optimizer import OptimizerRecipe
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -41,7 +42,6 @@ _KEPT = {"float32": (44, 8), "bfloat16": (32, 4)}
 # ... and what its backward pass makes at the same time: the gradients of both F-wide tensors and a product of them.
 _GRADIENT_WIDTHS = 3
 
-_LOGIT_CHUNK = 512  # train/objective.py, train/loss.py
 _LOGIT_BYTES = {"plain": 12, "packed": 20}  # logits, their float32 form, probabilities, gradients of a chunk
 _SLICE_BYTES = 64 << 20  # train/qlora.py
 _SLICE_FORMS = 5  # packed codes, codes in plain order, float32, scaled, in the type of the product
@@ -157,8 +157,10 @@ def _activations(config: ModelConfig, setup: Setup) -> list[Part]:
 
 def _loss(config: ModelConfig, setup: Setup) -> Part:
     kind = "packed" if setup.weights in PACKED else "plain"
-    size = _LOGIT_BYTES[kind] * min(_LOGIT_CHUNK, setup.micro_tokens) * config.vocab_size
-    what = f"{_LOGIT_CHUNK} positions at a time"
+    # As on a GPU, where the chunks of a small vocabulary are larger; a packed head takes the small ones everywhere.
+    chunk = CHUNK if kind == "packed" else gpu_chunk(config.vocab_size)
+    size = _LOGIT_BYTES[kind] * min(chunk, setup.micro_tokens) * config.vocab_size
+    what = f"{chunk:,} positions at a time"
     if setup.lora is None:  # the head's gradient is summed in float32, chunk by chunk
         size += (4 + ITEM_BYTES[setup.compute]) * config.vocab_size * config.hidden_size
         what += ", and the head's gradient while it is summed"

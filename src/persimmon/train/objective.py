@@ -17,16 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from persimmon.model import Observer, PersimmonModel, document_positions
+from persimmon.model import Observer, PersimmonModel, document_positions, staged
 from persimmon.train.attention import inside_documents
 from persimmon.train.fused import in_use
-from persimmon.train.loss import IGNORE, chunked_cross_entropy
+from persimmon.train.loss import CHUNK, IGNORE, chunked_cross_entropy
 
 if TYPE_CHECKING:
     from persimmon.train.passes import Batch
-
-CHUNK = 512
-"""Positions whose logits exist at a time."""
 
 
 class Objective(Protocol):
@@ -48,7 +45,7 @@ def features(model: PersimmonModel, batch: Batch, observe: Observer | None = Non
     device = batch.token_ids.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     rows, tokens = batch.token_ids.shape
-    attend = inside_documents(batch.documents, rows, tokens, device, dtype)
+    attend = inside_documents(batch.documents, rows, tokens, model.config.head_dim, device, dtype)
     return model.features(batch.token_ids, positions=positions, attend=attend, observe=observe)
 
 
@@ -126,7 +123,7 @@ def noisy_embeddings(model: PersimmonModel, batch: Batch, alpha: float) -> Itera
         return
 
     def add(module: nn.Module, arguments: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-        return embedded + embedding_noise(batch, embedded.shape[-1], alpha).to(embedded)
+        return embedded + staged(embedding_noise(batch, embedded.shape[-1], alpha), embedded.device).to(embedded.dtype)
 
     handle = model.embed_tokens.register_forward_hook(add)
     try:

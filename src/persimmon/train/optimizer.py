@@ -7,6 +7,7 @@ matrix is three matrices for this purpose and is taken apart first.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +25,13 @@ from persimmon.train.mesh import own_part, whole
 # Quintic iteration coefficients of the Muon reference: fast, to a singular value of about 0.7-1.2.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+_TOGETHER = 1 << 26
+"""Numbers of the matrices that are orthogonalised at once (256 MiB in float32): the largest of the 8B alone, and many
+small ones. Some six tensors of this size exist meanwhile, less than the backward pass took before."""
+
+Updates = list[tuple["MatrixParameter", Tensor]]
+"""Matrices, each with a gradient or an update of its shape."""
+
 
 @dataclass(frozen=True)
 class MatrixParameter:
@@ -38,6 +46,12 @@ class MatrixParameter:
             return update[None]
         heads, dim = self.fused_heads
         return update.view(heads, 3, dim, -1).transpose(0, 1).reshape(3, heads * dim, -1)
+
+    @property
+    def part_shape(self) -> tuple[int, int]:
+        """[rows, cols] of each part."""
+        rows, columns = self.parameter.shape
+        return rows if self.fused_heads is None else rows // 3, columns
 
     def join(self, parts: Tensor) -> Tensor:
         """The inverse of `split`."""
@@ -66,6 +80,11 @@ def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def _whole_like(update: Tensor) -> Tensor:
+    """Memory for the whole of a tensor that is split over processes."""
+    return torch.empty(update.shape, dtype=update.dtype, device=update.device)
+
+
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum. `lr` is the spectral size of one update of a square matrix."""
 
@@ -85,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; matrices of equal shape are orthogonalised together."""
+        """One update; matrices of equal shape are orthogonalised together and moved before the next ones' turn."""
         group = self.param_groups[0]
         lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
         matrices = [matrix for matrix in self._matrices if matrix.parameter.grad is not None]
@@ -95,15 +114,15 @@ class Muon(torch.optim.Optimizer):
         gradients = [cast(Tensor, matrix.parameter.grad) for matrix in matrices]
         averages = [self._momentum(matrix.parameter) for matrix in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, averages, momentum)
-        own: list[tuple[MatrixParameter, Tensor]] = []
-        shared: list[tuple[MatrixParameter, Tensor]] = []
-        for matrix, update in zip(matrices, updates, strict=True):
-            (shared if isinstance(matrix.parameter, DTensor) else own).append((matrix, update))
-        steps = [*self._orthogonalized_alike(own), *self._orthogonalized_together(shared)]
-        parameters = [_local(matrix.parameter) for matrix, _ in steps]
-        torch._foreach_mul_(parameters, 1 - lr * decay)
-        torch._foreach_add_(parameters, [step for _, step in steps], alpha=-lr)
+        own: Updates = []
+        shared: Updates = []
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            (shared if isinstance(matrix.parameter, DTensor) else own).append((matrix, gradient))
+        for steps in itertools.chain(self._orthogonalized_alike(own), self._orthogonalized_in_turn(shared)):
+            parameters = [_local(matrix.parameter) for matrix, _ in steps]
+            torch._foreach_mul_(parameters, 1 - lr * decay)
+            torch._foreach_add_(parameters, [step for _, step in steps], alpha=-lr)
+            steps.clear()
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
@@ -112,42 +131,60 @@ class Muon(torch.optim.Optimizer):
         average: Tensor = state["momentum"]
         return average
 
-    def _orthogonalized_alike(
-        self, own: list[tuple[MatrixParameter, Tensor]]
-    ) -> Iterator[tuple[MatrixParameter, Tensor]]:
-        """Scaled updates of whole matrices; those of equal shape are made together."""
-        batches: dict[tuple[int, int], list[tuple[MatrixParameter, bool, Tensor]]] = {}
-        for matrix, update in own:
-            parts = matrix.split(update)
-            tall = parts.shape[1] > parts.shape[2]
-            parts = parts.mT if tall else parts
-            batches.setdefault((parts.shape[1], parts.shape[2]), []).append((matrix, tall, parts))
-        for (short, long), batch in batches.items():
-            together = orthogonalize(torch.cat([parts for *_, parts in batch]), dtype=self._dtype)
-            sizes = [len(parts) for *_, parts in batch]
-            for (matrix, tall, _), update in zip(batch, together.split(sizes), strict=True):
-                # A tall matrix moves its outputs as far as a square one when scaled by sqrt(rows / cols).
-                yield matrix, matrix.join(update.mT * (long / short) ** 0.5 if tall else update)
+    def _nesterov(self, some: Updates) -> Updates:
+        """Momentum looked ahead: each gradient moved towards its average, in new memory."""
+        averages = [self._momentum(matrix.parameter) for matrix, _ in some]
+        updates = torch._foreach_lerp([gradient for _, gradient in some], averages, self.param_groups[0]["momentum"])
+        return [(matrix, update) for (matrix, _), update in zip(some, updates, strict=True)]
 
-    def _orthogonalized_together(
-        self, shared: list[tuple[MatrixParameter, Tensor]]
-    ) -> Iterator[tuple[MatrixParameter, Tensor]]:
+    def _orthogonalized_alike(self, own: Updates) -> Iterator[Updates]:
+        """Scaled updates of whole matrices; those of equal shape are made together, up to `_TOGETHER` numbers."""
+        batches: dict[tuple[int, int], list[Updates]] = {}
+        for matrix, gradient in own:
+            short, long = sorted(matrix.part_shape)
+            alike = batches.setdefault((short, long), [[]])
+            if sum(one.numel() for _, one in alike[-1]) + gradient.numel() > _TOGETHER and alike[-1]:
+                alike.append([])
+            alike[-1].append((matrix, gradient))
+        for batch in itertools.chain.from_iterable(batches.values()):
+            yield self._orthogonalized(batch)
+
+    def _orthogonalized(self, batch: Updates) -> Updates:
+        """Scaled updates of whole matrices whose parts all have one shape, on its side or not."""
+        split = [matrix.split(update) for matrix, update in self._nesterov(batch)]
+        tall = [parts.shape[1] > parts.shape[2] for parts in split]
+        wide = [parts.mT if on_end else parts for parts, on_end in zip(split, tall, strict=True)]
+        together = orthogonalize(torch.cat(wide), dtype=self._dtype)
+        # A tall matrix moves its outputs as far as a square one when scaled by sqrt(rows / cols).
+        scale = (together.shape[2] / together.shape[1]) ** 0.5
+        updates = together.split([len(parts) for parts in split])
+        return [
+            (matrix, matrix.join(update.mT * scale if on_end else update))
+            for (matrix, _), update, on_end in zip(batch, updates, tall, strict=True)
+        ]
+
+    def _orthogonalized_in_turn(self, shared: Updates) -> Iterator[Updates]:
         """This process's part of the scaled updates of matrices that are split over processes.
 
-        Every process takes part. Each matrix is gathered whole, one process in turn orthogonalises it and sends the
-        result to the others, so that the work is divided and the mathematics is that of one process.
+        Every process takes part. Each matrix is gathered whole, and kept by one process in turn, which orthogonalises
+        it and sends the result to the others: the work is divided, the mathematics is that of one process, and each
+        holds two whole matrices, its own and the one that arrives.
         """
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for start in range(0, len(shared), size):
-            turn = shared[start : start + size]
-            gathered = [whole(update) for _, update in turn]
-            for owner, ((matrix, _), full) in enumerate(zip(turn, gathered, strict=True)):
-                if owner == rank:
-                    full = self._scaled_update(matrix, full).contiguous()
+            turn = self._nesterov(shared[start : start + size])
+            mine: Tensor | None = None
+            for owner, (_, update) in enumerate(turn):
+                full = whole(update)
+                mine = full if owner == rank else mine
+            if mine is not None:  # after the last one is gathered: all processes do this at the same time
+                mine = self._scaled_update(turn[rank][0], mine).contiguous()
+            for owner, (matrix, update) in enumerate(turn):
+                assert isinstance(matrix.parameter, DTensor)
+                full = mine if mine is not None and owner == rank else _whole_like(update)
                 if size > 1:
                     dist.broadcast(full, src=owner)
-                assert isinstance(matrix.parameter, DTensor)
-                yield matrix, own_part(full, matrix.parameter)
+                yield [(matrix, own_part(full, matrix.parameter))]
 
     def _scaled_update(self, matrix: MatrixParameter, full: Tensor) -> Tensor:
         parts = matrix.split(full)

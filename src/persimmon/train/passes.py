@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from persimmon.errors import ConfigError
-from persimmon.model import Attend, Observer, PersimmonModel, document_positions
+from persimmon.model import Attend, Observer, PersimmonModel, document_positions, staged
 from persimmon.train.attention import context_parallel, inside_documents, own_positions
 from persimmon.train.fused import in_use
 from persimmon.train.loss import IGNORE, cross_entropy_by_position
@@ -22,7 +22,7 @@ from persimmon.train.objective import Objective
 from persimmon.train.parallel import World
 from persimmon.train.settings import LoopRecipe
 from persimmon.train.sparsity import LayerStatistics, shares_of_zeros, silent_neurons
-from persimmon.train.transfer import Ahead, staged
+from persimmon.train.transfer import Ahead
 
 BUCKET = 2048
 """Positions per bucket of the loss by position."""
@@ -228,7 +228,8 @@ class StepPasses:
         # Documents count from 0: it matters where positions are rounded (rotary_precision bfloat16).
         positions = document_positions(batch.documents, rows, tokens)
         if self._layout.context_size == 1:
-            attend = inside_documents(batch.documents, rows, tokens, self._world.device, self._dtype)
+            heads = self._model.config.head_dim
+            attend = inside_documents(batch.documents, rows, tokens, heads, self._world.device, self._dtype)
             return (batch.token_ids, batch.targets, positions), attend
         assert self._layout.context_group is not None
         own = own_positions(tokens, self._layout.context_rank, self._layout.context_size)

@@ -13,14 +13,13 @@ from persimmon.accounting import count_parameters, training_flops_per_token
 from persimmon.config import ModelConfig, preset
 from persimmon.errors import ConfigError
 from persimmon.train.hardware import Device
+from persimmon.train.loss import CHUNK, gpu_chunk
 from persimmon.train.memory_plan import optimizer_bytes, optimizer_kind
 from persimmon.train.mesh import ParallelRecipe
 from persimmon.train.pretrain import PretrainRecipe, plan_phases
 
 USABLE = 0.92
 """Share of a device's memory that a plan fills: the rest goes to the driver, communication and fragmentation."""
-
-_LOSS_CHUNK = 512  # rows whose logits exist at once, train/loss.py
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ def device_memory(recipe: PretrainRecipe, config: ModelConfig, devices: int, dev
     longest = max(phase.row_length for phase in recipe.phases)
     tokens = max(loop.micro_tokens, longest / parallel.context)
     per_token = _activations_per_token(config, loop.activations, parallel.tensor)
-    logits = _LOSS_CHUNK * config.vocab_size * (4 + 2 * low) + 4 * count.head
+    chunk = CHUNK if device.is_host else gpu_chunk(config.vocab_size // parallel.tensor)
+    logits = min(chunk, tokens) * config.vocab_size * (4 + 2 * low) + 4 * count.head
     return DeviceMemory(
         weights=weights, gradients=4 * own, optimizer=optimizer,
         gathered=gathered, activations=low * per_token * tokens, logits=logits / parallel.tensor,

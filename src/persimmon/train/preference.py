@@ -20,7 +20,7 @@ from torch import Tensor
 from persimmon import chat
 from persimmon.data.preferences import Preference
 from persimmon.errors import ConfigError
-from persimmon.model import Observer, PersimmonModel
+from persimmon.model import Observer, PersimmonModel, staged
 from persimmon.tokenizer import Tokenizer
 from persimmon.train.conversation_rows import (
     ConversationRows,
@@ -81,8 +81,9 @@ def answer_log_probabilities(model: PersimmonModel, batch: Batch, observe: Obser
     """Summed log-probability of the targets of every document, [documents]."""
     hidden = features(model, batch, observe).flatten(0, 1)
     tokens = token_log_probabilities(model.lm_head, hidden, batch.targets.flatten())
-    sizes = torch.tensor([end - start for start, end in pairwise(batch.documents)], device=tokens.device)
-    document = torch.arange(len(sizes), device=tokens.device).repeat_interleave(sizes)
+    # Made on the host: a GPU would have to say how long the repeated numbers are.
+    sizes = torch.tensor([end - start for start, end in pairwise(batch.documents)])
+    document = staged(torch.arange(len(sizes)).repeat_interleave(sizes), tokens.device)
     return torch.zeros(len(sizes), dtype=tokens.dtype, device=tokens.device).index_add(0, document, tokens)
 
 
@@ -110,8 +111,8 @@ def preference_margins(model: PersimmonModel, batch: Batch, observe: Observer | 
     """How much more than the reference the model prefers the chosen answers, in nats: d of every pair."""
     assert isinstance(batch, PreferenceBatch) and batch.reference is not None
     sums = answer_log_probabilities(model, batch, observe)
-    chosen = torch.tensor(batch.chosen, device=sums.device)
-    return sums[chosen] - sums[chosen + 1] - batch.reference.to(sums)
+    chosen = staged(torch.tensor(batch.chosen), sums.device)
+    return sums[chosen] - sums[chosen + 1] - staged(batch.reference, sums.device).to(sums.dtype)
 
 
 class PreferenceSource:
@@ -157,14 +158,17 @@ class PreferenceSource:
 
 @torch.no_grad()
 def reference_margins(model: PersimmonModel, items: Sequence[Item], progress: Callable[[int], None]) -> Tensor:
-    """Log-probability of every chosen answer minus that of its rejected one, [items], under the model as it is."""
+    """Log-probability of every chosen answer minus that of its rejected one, under the model as it is.
+
+    [items] in the host's memory, from where every batch takes its own.
+    """
     model.eval()
     margins, device = [], next(model.parameters()).device
     for number, item in enumerate(items):
         sums = answer_log_probabilities(model, pair_batch(item, device))
         margins.append(sums[0] - sums[1])
         progress(number + 1)
-    return torch.stack(margins)
+    return torch.stack(margins).cpu()
 
 
 def pair_batch(item: Item, device: torch.device | None = None) -> Batch:

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from persimmon.model import PersimmonModel
+from persimmon.model import PersimmonModel, staged
 
 
 class LayerStatistics:
@@ -51,7 +51,7 @@ class LayerStatistics:
     def counts(self) -> Tensor:
         """[layers, F + 1] float: tokens for which each neuron was active so far, and in the last column all tokens."""
         rows = [torch.stack(counts).sum(0) for counts in self._active]
-        tokens = torch.tensor(self._tokens, dtype=torch.float32).to(rows[0].device, non_blocking=True)
+        tokens = staged(torch.tensor(self._tokens, dtype=torch.float32), rows[0].device)
         return torch.cat((torch.stack(rows).float(), tokens[:, None]), dim=1)
 
 

@@ -66,6 +66,7 @@ class Tracker:
         self._stream: Any = None
         self._board: Any = None
         self._wandb: Any = None
+        self._held: list[dict[str, Any]] = []
 
     def __enter__(self) -> Tracker:
         """Open the files; rows after the resumed step are dropped."""
@@ -81,13 +82,25 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files."""
-        for thing, close in ((self._stream, "close"), (self._board, "close"), (self._wandb, "finish")):
-            if thing is not None:
-                getattr(thing, close)()
+        """Write what is held, where the run fails, and close the files."""
+        try:
+            for row in self._held if kind is not None else ():
+                self._add(row)
+        finally:
+            for thing, close in ((self._stream, "close"), (self._board, "close"), (self._wandb, "finish")):
+                if thing is not None:
+                    getattr(thing, close)()
+
+    def hold(self, row: dict[str, Any]) -> None:
+        """Keep a step's row until the next one is written: should the run fail before, it is wanted after all."""
+        self._held.append(row)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a step's row."""
+        """Add a step's row, and forget those that are held."""
+        self._held.clear()
+        self._add(row)
+
+    def _add(self, row: dict[str, Any]) -> None:
         if not self._main:
             return
         self._stream.write(json.dumps(row) + "\n")

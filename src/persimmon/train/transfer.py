@@ -1,4 +1,4 @@
-"""Batches on their way: prepared ahead of their step, and copied to a GPU without anybody waiting.
+"""Batches on their way: prepared ahead of their step, to be copied to a GPU without anybody waiting (`model.staged`).
 
 A GPU works off a queue that the program fills. Reading one number from it, or copying to it from ordinary memory, waits
 until the queue is empty, after which the GPU idles until new work arrives. So a training step waits for it once.
@@ -10,17 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
-
 T = TypeVar("T")
-
-
-def staged(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's memory on `device`; to a GPU through pinned memory, in the order of its queue."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Ahead(Generic[T]):
