@@ -20,7 +20,7 @@ from persimmon.config import preset
 from persimmon.errors import InputError
 from persimmon.fast.cpu.quantize import quantize
 from persimmon.model import PersimmonModel
-from persimmon.train import memory_plan, qlora
+from persimmon.train import memory_plan, optimizer, qlora
 from persimmon.train.activations import keep_activations
 from persimmon.train.loop import Batch
 from persimmon.train.loss import chunk_for
@@ -78,6 +78,18 @@ def test_logits_are_counted_in_the_chunks_of_a_gpu() -> None:
         (logits,) = (part for part in plan(config, setup) if part.name == "logits")
         assert logits.bytes == positions * config.vocab_size * (20 if weights == "q4" else 12)
         assert logits.what == f"{positions:,} positions at a time"
+
+
+@pytest.mark.parametrize("name", ["mini", "125m", "1b", "8b"])
+def test_an_update_by_muon_takes_less_than_the_backward_pass(name: str) -> None:
+    """With as few tokens as the plan advises; test_optimizer.py counts the five tensors of what is made at once."""
+    config = preset(name)
+    setup = Setup("float32", "bfloat16", None, "muon", 1024, recompute=True)
+    gone = ("block inputs", "hidden states", "one block", "logits")
+    backward = sum(part.bytes for part in plan(config, setup) if part.name in gone)
+    layers, hidden = config.num_layers, config.hidden_size
+    largest = max(2 * layers * hidden * config.intermediate_size, 4 * layers * hidden**2)
+    assert 5 * 4 * min(optimizer._TOGETHER, largest) < backward
 
 
 def made_batch() -> Batch:
@@ -146,8 +158,8 @@ def test_every_part_is_what_a_step_takes(setup: Setup, tmp_path: Path, monkeypat
     assert peak <= moved
     assert peak >= 0.5 * moved
     optimizers = optimizers_of(model, setup)
-    for optimizer in optimizers:
-        optimizer.step()
+    for one in optimizers:
+        one.step()
     moments = size(t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step")
     # Small parameters keep float32 moments under int8; in a model this small they are a larger share than in the 8B.
     assert moments == pytest.approx(planned["optimizer"], rel=0.12 if setup.optimizer == "int8" else 0)

@@ -81,7 +81,11 @@ class Part:
 
 
 def plan(config: ModelConfig, setup: Setup) -> list[Part]:
-    """All parts of the peak, which is in the backward pass of the last block."""
+    """All parts of the peak, which is in the backward pass of the last block.
+
+    Muon's update comes when activations and logits are gone, and takes less: five tensors of the matrices that it makes
+    at once (optimizer.py).
+    """
     parts = [_model(config, setup), *_training_state(config, setup), *_activations(config, setup)]
     parts += [_loss(config, setup), Part("reserve", RESERVE_BYTES, "GPU context and allocator; an allowance")]
     if setup.weights in PACKED:

@@ -27,7 +27,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 _TOGETHER = 1 << 26
 """Numbers of the matrices that are orthogonalised at once (256 MiB in float32): the largest of the 8B alone, and many
-small ones. Some six tensors of this size exist meanwhile, less than the backward pass took before."""
+small ones. Five tensors of this size exist meanwhile, less than the backward pass took before (memory_plan.py)."""
 
 Updates = list[tuple["MatrixParameter", Tensor]]
 """Matrices, each with a gradient or an update of its shape."""
