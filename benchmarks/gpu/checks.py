@@ -19,6 +19,7 @@ from persimmon.fast.cuda import synthesize
 from persimmon.fast.cuda.kernels import attention, matmul, norm, sampling, sparse_mlp
 from persimmon.fast.cuda.kernels.cache_write import cache_write
 from persimmon.fast.cuda.layouts import FP8, INT4, INT8, PLAIN, PLANES, Matrix
+from persimmon.fast.cuda.network import ARRIVALS
 from persimmon.fast.cuda.pool import Pool
 from persimmon.model import apply_rotary, rotary_tables
 
@@ -75,7 +76,7 @@ def products(name: str, config: ModelConfig, device: torch.device, dtype: torch.
     generator = torch.Generator(device=device).manual_seed(1)
     bias = torch.randn(neurons, generator=generator, device=device) - 1.0
     up = synthesize.random_matrix(kind, neurons, hidden, False, dtype, generator)
-    for tokens in (1, 8, 64):
+    for tokens in (1, 8, 64) if kind != PLAIN else (1,):  # a library has the others
         x = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
         expected = (x.float() @ numbers(up).T + bias).relu().square()
         yield f"{name} x {tokens}", distance(matmul.multiply(x, up, bias, squared_relu=True), expected), limit
@@ -103,7 +104,7 @@ def sparse(name: str, down: Matrix, generator: torch.Generator, dtype: torch.dty
         hidden = ((hidden - 1.28).relu().square()).to(dtype)
         expected = hidden.float() @ numbers(down).T
         for skip in (False, True) if tokens <= sparse_mlp.MOST_ACTIVE_TOKENS else (False,):
-            arrivals = torch.zeros(1 << 16, dtype=torch.int32, device=hidden.device)
+            arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=hidden.device)
             result = sparse_mlp.down(hidden, down, 4 if tokens == 32 else 32, arrivals, skip=skip)
             kind = "active" if skip else "all"
             yield f"{name} {kind} rows x {tokens}", distance(result, expected), PRODUCT_LIMIT[dtype]

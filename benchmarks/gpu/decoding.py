@@ -84,7 +84,7 @@ class CountingNetwork(Network):
         self.active = self.all = 0
 
     def _mlp(self, x: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
-        self.active += int(self._hidden(x, layer, None).any(0).sum())
+        self.active += int(self.hidden(x, layer).any(0).sum())
         self.all += layer.up.outputs
         return super()._mlp(x, layer, index)
 

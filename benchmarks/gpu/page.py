@@ -18,7 +18,9 @@ Rows = list[dict[str, Any]]
 
 def tables(report: dict[str, Any]) -> Iterator[str]:
     """Markdown of one report, section by section."""
-    sections: dict[str, Rows] = {name: section["rows"] for name, section in report["sections"].items()}
+    sections: dict[str, Rows] = {name: [] for name in ("ceilings", "decode", "pairs", "prefill", "quality")}
+    for name, section in report["sections"].items():
+        sections[name] = [row for row in section["rows"] if "error" not in row and "skipped" not in row]
     device = report["device"]
     ceilings = {row["what"]: row for row in sections["ceilings"]}
     yield (
@@ -39,7 +41,7 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
             "of the copy bandwidth",
             "MLP",
         ),
-        (decode_cells(row) for row in sections["decode"] if "tokens_per_second" in row),
+        (decode_cells(row) for row in sections["decode"]),
     )
     yield markdown(
         ("weights", "tokens/s dense", "sparse", "ratio", "ids"),

@@ -21,8 +21,7 @@ from persimmon.bench.subject import Subject
 from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, repeat
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, UnavailableError
-from persimmon.infer.decoder import Chunk
-from persimmon.infer.drawing import Picked
+from persimmon.infer.decoder import Chunk, Logits
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,12 @@ class Decoding:
         """Tokens per second, all sequences together."""
         steps = steps or self._work.tokens
         ids = [1] * self._work.batch
-        picked: list[Picked] = []
+        logits: list[Logits] = []
         with Stopwatch() as watch:
             for _ in range(steps):
-                picked = self._cache.step(ids)
-                ids = [row if isinstance(row, int) else int(np.argmax(row)) for row in picked]
-        exact = [np.isfinite(row).sum() for row in picked if not isinstance(row, int)]
-        if exact:
-            self.head_rows = float(np.mean(exact))
+                logits = self._cache.step(ids)
+                ids = [int(np.argmax(row)) for row in logits]
+        self.head_rows = float(np.mean([np.isfinite(row).sum() for row in logits]))
         self._cache.rewind()
         return steps * self._work.batch / watch.seconds
 

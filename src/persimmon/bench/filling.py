@@ -9,16 +9,12 @@ and is read like any other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from persimmon.bench.subject import Subject, random_ids
 from persimmon.errors import UnavailableError
-from persimmon.infer.decoder import Chunk
-from persimmon.infer.drawing import Draw, DrawingDecoder, Picked
+from persimmon.infer.decoder import Chunk, Logits
 from persimmon.infer.paged import PagedChunk, page
-from persimmon.infer.params import SamplingParams
 
 FILLS = ("read", "copy")
 
@@ -26,16 +22,11 @@ _BLOCK = 32  # tokens
 _BLOCK_BY_ENGINE = {"cpu": 64}  # one tile of its attention kernel, as in a sequence's own cache
 
 
-_GREEDY = Draw(SamplingParams(temperature=0.0), 0, 0)
-_NOTHING = np.empty(0, np.int64)
-"""Banned ids."""
-
-
 class FilledCache(Protocol):
     """Several sequences of equal depth."""
 
-    def step(self, ids: Sequence[int]) -> list[Picked]:
-        """Append one token to each; the next greedy ones, or logits of which the largest is exact."""
+    def step(self, ids: Sequence[int]) -> list[Logits]:
+        """Append one token to each; logits of which the largest is exact."""
 
     def rewind(self) -> None:
         """Forget the tokens of all steps."""
@@ -61,9 +52,10 @@ class ReadCache:
         ids = [random_ids(subject.config, depth, seed) for seed in range(batch)]
         self._decoder.forward([Chunk(s, prompt, "none") for s, prompt in zip(self._sequences, ids, strict=True)])
 
-    def step(self, ids: Sequence[int]) -> list[Picked]:
+    def step(self, ids: Sequence[int]) -> list[Logits]:
         """See FilledCache."""
-        return _step(self._decoder, [Chunk(s, [token]) for s, token in zip(self._sequences, ids, strict=True)])
+        chunks = [Chunk(sequence, [token]) for sequence, token in zip(self._sequences, ids, strict=True)]
+        return [row for row in self._decoder.forward(chunks, exact_top=1) if row is not None]
 
     def rewind(self) -> None:
         """See FilledCache."""
@@ -92,11 +84,11 @@ class CopiedCache:
             self._decoder.forward([PagedChunk(table, 0, ids, "none")])
             self._decoder.copy_blocks((table[0], block) for block in table[1:])
 
-    def step(self, ids: Sequence[int]) -> list[Picked]:
+    def step(self, ids: Sequence[int]) -> list[Logits]:
         """See FilledCache."""
         chunks = [PagedChunk(table, self._length, [token]) for table, token in zip(self._tables, ids, strict=True)]
         self._length += 1
-        return _step(self._decoder, chunks)
+        return [row for row in self._decoder.forward(chunks, exact_top=1) if row is not None]
 
     def rewind(self) -> None:
         """See FilledCache."""
@@ -105,12 +97,3 @@ class CopiedCache:
     def close(self) -> None:
         """See FilledCache: the cache goes with the decoder over it."""
         del self._decoder
-
-
-def _step(decoder: Any, chunks: Sequence[Any]) -> list[Picked]:
-    """Run single tokens the way that generating does: the decoder picks greedy tokens where it can."""
-    if isinstance(decoder, DrawingDecoder) and decoder.can_draw(_GREEDY.params):
-        found = decoder.draw(chunks, [_GREEDY] * len(chunks), _NOTHING)
-    else:
-        found = decoder.forward(chunks, exact_top=1)
-    return [row for row in found if row is not None]

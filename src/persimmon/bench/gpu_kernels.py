@@ -20,7 +20,6 @@ from persimmon.config import ModelConfig
 from persimmon.errors import InputError
 from persimmon.fast.cuda.choice import DENSE, SPARSE, KernelTable, MlpTimes
 from persimmon.fast.cuda.graphs import cuda_capture
-from persimmon.fast.cuda.kernels.matmul import multiply
 from persimmon.fast.cuda.kernels.sparse_mlp import MOST_ACTIVE_TOKENS
 from persimmon.fast.cuda.network import Network
 from persimmon.fast.cuda.synthesize import FORMATS, synthesize
@@ -78,7 +77,7 @@ def measure_mlp(weights: Weights, tokens: Sequence[int], median: MedianSeconds) 
         for kind, table in (("dense_us", DENSE), ("sparse_us", SPARSE)):
             run = captured(all_mlps(Network(weights, table), x), weights.device)
             times[kind] = round(median(run) / config.num_layers * 1e6, 2)
-        used = multiply(x, layer.up, layer.up_bias, squared_relu=True).any(0)
+        used = Network(weights, DENSE).hidden(x, layer).any(0)
         rows[str(count)] = {**times, "active_union": round(int(used.sum()) / layer.up.outputs, 4)}
     return rows
 

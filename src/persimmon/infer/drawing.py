@@ -1,10 +1,9 @@
 """Tokens that a decoder picks where its logits are, so that one number comes to the host and not a whole vocabulary.
 
-A decoder that can do so has `draw` beside `forward`, and says which requests it knows how to sample: the cpu engine the
-greedy ones, the cuda engine those with a temperature too. What moves single logits, or wants to see them, goes through
-`infer/sampling.py` on the host as everywhere. The draw of token i of a request depends on its seed and i alone: not on
-what else runs, nor on pausing and resuming. A GPU's is another random stream than the host's: the same distribution,
-other tokens for the same seed.
+A decoder that can do so has `draw` beside `forward`. It is asked for tokens of requests whose sampling it knows; what
+moves single logits, or wants to see them, goes through `infer/sampling.py` on the host as everywhere. The draw of token
+i of a request depends on its seed and i alone: not on what else runs, nor on pausing and resuming. It is another random
+stream than the host's: the same distribution, other tokens for the same seed.
 """
 
 from __future__ import annotations
@@ -38,9 +37,6 @@ class Draw(NamedTuple):
 class DrawingDecoder(Protocol):
     """A Decoder or PagedDecoder that picks tokens itself."""
 
-    def can_draw(self, params: SamplingParams) -> bool:
-        """Whether it picks the tokens of such requests."""
-
     def draw(
         self, chunks: Sequence[Any], draws: Sequence[Draw | None], banned: NDArray[np.int64]
     ) -> list[Picked | None]:
@@ -52,6 +48,6 @@ class DrawingDecoder(Protocol):
 
 
 def can_draw(params: SamplingParams) -> bool:
-    """Whether a decoder may pick such tokens: nothing moves single logits, and nobody wants to see them."""
+    """Whether a device picks such tokens: nothing moves single logits, and nobody wants to see them."""
     warm = params.greedy or params.temperature >= _COOLEST
     return warm and params.logprobs is None and not params.penalized and not params.logit_bias

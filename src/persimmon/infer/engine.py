@@ -21,7 +21,7 @@ from persimmon.infer.blocks import BlockAllocator
 from persimmon.infer.completion import Completion, Piece, Usage
 from persimmon.infer.constraint import Constraint, Grammar, GrammarCompiler
 from persimmon.infer.decoder import Logits
-from persimmon.infer.drawing import Draw, DrawingDecoder, Picked
+from persimmon.infer.drawing import Draw, DrawingDecoder, Picked, can_draw
 from persimmon.infer.paged import PagedChunk, PagedDecoder
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.sampling import TokenLogprob, banned_ids, log_probability
@@ -238,7 +238,7 @@ class Engine:
         outcomes: list[Outcome] = []
         try:
             if chunks:
-                draws = [self._draw(item) for item in work]
+                draws = [self._draw(item) for item in work] if self._drawing is not None else []
                 if self._drawing is not None and any(draws):
                     outcomes += self._drawing.draw(chunks, draws, self._banned)
                 else:
@@ -261,9 +261,7 @@ class Engine:
         """The next token of a request, where a decoder can pick it itself."""
         running = self._by_scheduled[work.request]
         params = running.request.params
-        if not work.samples or running.scoring or running.constraint is not None:
-            return None
-        if self._drawing is None or not self._drawing.can_draw(params):
+        if not work.samples or running.scoring or running.constraint is not None or not can_draw(params):
             return None
         return Draw(params, running.completion.sampler.seed, len(running.completion.token_ids))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from persimmon.errors import ContextLengthError
 from persimmon.infer.completion import Completion, Generation, Piece, Timings, Usage
 from persimmon.infer.decoder import Decoder, check_token_ids
-from persimmon.infer.drawing import Draw, DrawingDecoder, Picked
+from persimmon.infer.drawing import Draw, DrawingDecoder, Picked, can_draw
 from persimmon.infer.lookup import Lookup, check_lookup
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.prompt_file import check_place
@@ -74,7 +74,7 @@ class Stream(Iterator[Piece]):
             tokenizer, params, banned, config.vocab_size, self._prompt_ids, skip_space=skip_space
         )
         self._params, self._bos_id = params, tokenizer.bos_id
-        self._draws = not lookup and isinstance(decoder, DrawingDecoder) and decoder.can_draw(params)
+        self._draws = not lookup and can_draw(params) and isinstance(decoder, DrawingDecoder)
         self._progress, self._prompt_cache = progress, prompt_cache
         self._max_guess, self._lookup = lookup, Lookup(self._prompt_ids) if lookup else None
         self._guessed = self._guesses_right = 0

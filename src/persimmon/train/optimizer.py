@@ -25,9 +25,9 @@ from persimmon.train.mesh import own_part, whole
 # Quintic iteration coefficients of the Muon reference: fast, to a singular value of about 0.7-1.2.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-_TOGETHER = 1 << 26
-"""Numbers of the matrices that are orthogonalised at once (256 MiB in float32): the largest of the 8B alone, and many
-small ones. Five tensors of this size exist meanwhile, less than the backward pass took before (memory_plan.py)."""
+_TOGETHER = 1 << 24
+"""Numbers of the matrices that are orthogonalised at once (64 MiB in float32), or one larger matrix: all 12 of a shape
+of the mini, 7 of a 125m. Five tensors of this size exist, less than the backward pass took (memory_plan.py)."""
 
 Updates = list[tuple["MatrixParameter", Tensor]]
 """Matrices, each with a gradient or an update of its shape."""

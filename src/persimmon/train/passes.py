@@ -134,7 +134,8 @@ class StepPasses:
     def run(self, step: int, signal: int = 0, save: bool = False, penalty: float = 0.0) -> StepResult:
         """Clipped gradients of the whole step in every process; `penalty` is the weight of the L1 on activations.
 
-        All numbers of the result come over at once, at the end: the only time that a step waits for a GPU.
+        All numbers of the result come over at once, at the end: the only time that a step waits for a GPU, where one
+        process trains.
         """
         batches = self._batches(step) if self._ahead is None else self._ahead.take(step)
         copies = self._layout.tensor_size  # processes with the same rows and tokens

@@ -30,6 +30,9 @@ CODES = {PLAIN: "*bf16", INT8: "*i8", INT4: "*i32", FP8: "*fp8e4nv", PLANES: "*i
 NAMES = {PLAIN: "bfloat16", INT8: "int8", INT4: "int4", FP8: "fp8", PLANES: "planes"}
 CACHES = {"bfloat16": ("*bf16", 0), "float32": ("*fp32", 0), "int8": ("*i8", 1), "fp8": ("*fp8e4nv", 2)}
 
+WIDE_LOADS = re.compile(r"ld\.global[\w.:]*\.v[24]\.b32|cp\.async\.c[ag]\.shared\.global[^;]*, 0x(?:8|10)\b")
+"""Of several words, into registers or past them."""
+
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
 """Among a kernel's tile sizes: how it is compiled, no arguments of its own."""
 
@@ -95,27 +98,19 @@ def matmul_cases() -> Iterator[Case]:
     for number, name in NAMES.items():
         types = matrix_types(number)
         for epilogue in (matmul.BIAS, matmul.SQUARED_RELU):
-            constants = {"FORMAT": number, "EPILOGUE": epilogue, **matmul.gemv_tiles(number, HIDDEN)}
-            yield Case(f"gemv-{name}-{epilogue}", matmul.gemv_kernel, types, constants)
-            constants = {"FORMAT": number, "EPILOGUE": epilogue, "UPCAST": False}
+            constants = {"FORMAT": number, "EPILOGUE": epilogue}
             yield Case(
-                f"gemm-{name}-{epilogue}", matmul.gemm_kernel, types, constants | matmul.gemm_tiles(number, 8, HIDDEN)
+                f"gemv-{name}-{epilogue}", matmul.gemv_kernel, types, constants | matmul.gemv_tiles(number, HIDDEN)
             )
-        for tokens in (32, 64):
-            constants = {"FORMAT": number, "EPILOGUE": matmul.NOTHING, "UPCAST": False, "EVEN": True}
+        for tokens, even in ((8, True), (8, False), (32, True), (64, True)) if number != PLAIN else ():
+            constants = {"FORMAT": number, "EPILOGUE": matmul.BIAS, "UPCAST": False, "EVEN": even}
             constants |= matmul.gemm_tiles(number, tokens, HIDDEN)
-            yield Case(f"gemm-{name}-{tokens}", matmul.gemm_kernel, types, constants)
+            yield Case(f"gemm-{name}-{tokens}{'' if even else '-odd'}", matmul.gemm_kernel, types, constants)
         constants = {"FORMAT": number, **matmul.dequantize_tiles(number)}
         yield Case(f"dequantize-{name}", matmul.dequantize_kernel, types, constants)
-    yield from float32_cases()
-
-
-def float32_cases() -> Iterator[Case]:
     types = matrix_types(PLAIN) | {"codes": "*fp32", "x": "*fp32", "out": "*fp32"}
     constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, **matmul.gemv_tiles(PLAIN, HIDDEN)}
     yield Case("gemv-float32", matmul.gemv_kernel, types, constants)
-    constants = {"FORMAT": PLAIN, "EPILOGUE": matmul.BIAS, "UPCAST": False, "EVEN": True}
-    yield Case("gemm-float32", matmul.gemm_kernel, types, constants | matmul.gemm_tiles(PLAIN, 8, HIDDEN))
 
 
 def sparse_cases() -> Iterator[Case]:
@@ -157,7 +152,7 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
     cubin = compiled.asm["cubin"]
     return {
         "ptx": len(ptx), "cubin": len(cubin), "mma": bool(re.search(r"\bw?g?mma\.", ptx)),
-        "wide_loads": bool(re.search(r"ld\.global[\w.:]*\.v[24]\.b32", ptx)), "shared": compiled.metadata.shared,
+        "wide_loads": bool(WIDE_LOADS.search(ptx)), "shared": compiled.metadata.shared,
         **resources(cubin),
     }  # fmt: skip
 

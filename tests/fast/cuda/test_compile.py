@@ -25,8 +25,8 @@ STACK = 16
 """Bytes per thread that may not fit into registers: ptxas leaves four words of one product on sm_86."""
 
 DEMANDING = (
-    "gemv-int4-3", "gemv-planes-3", "gemm-int8-64", "gemm-planes-64", "gemm-fp8-64", "gemm-fp8-neurons", "gemm-int4-32",
-    "gemm-float32", "down-int8", "down-bfloat16-16", "down-fp8-16", "residual_layer_norm-8",
+    "gemv-int4", "gemv-planes", "gemm-int8-8", "gemm-int8-64", "gemm-planes-8", "gemm-planes-64", "gemm-fp8-8",
+    "gemm-fp8-64", "gemm-int4-8", "gemm-int4-32", "down-int8", "down-bfloat16-16", "down-fp8", "residual_layer_norm-8",
     "decode_attention-int8-True", "cache_write-fp8-True", "progressive_up", "threshold", "dequantize-planes",
 )  # fmt: skip
 """Of every kernel those that take most registers or shared memory."""
@@ -50,7 +50,7 @@ def compile_for(architecture: int, names: Sequence[str] = ()) -> dict[str, Any]:
 @pytest.mark.parametrize("architecture", [86, 89, 120])
 def test_demanding_kernels_fit_cards_with_less_shared_memory(architecture: int) -> None:
     compiled = compile_for(architecture, DEMANDING)
-    assert len(compiled) > (14 if architecture == 86 else 20)
+    assert len(compiled) > (22 if architecture == 86 else 30)
     assert any("fp8" in name for name in compiled) == (architecture >= 89)
 
 
@@ -60,10 +60,10 @@ def test_demanding_kernels_fit_cards_with_less_shared_memory(architecture: int) 
 def test_every_kernel_compiles(architecture: int) -> None:
     compiled = compile_for(architecture)
     # fp8 needs compute capability 8.9.
-    assert len(compiled) > (65 if architecture == 80 else 90)
+    assert len(compiled) > (60 if architecture == 80 else 80)
     assert any("fp8" in name for name in compiled) == (architecture >= 89)
     for name, facts in compiled.items():
-        tensor_cores = (name.startswith("gemm") and "float32" not in name) or "-16-True" in name
+        tensor_cores = name.startswith("gemm") or (name.startswith("down") and "-1-" not in name)
         assert facts["mma"] == tensor_cores, f"{name}: matrix units {facts['mma']}"
         if name.startswith(("gemv", "decode_attention", "cache_write", "progressive")):
             assert facts["wide_loads"], f"{name} loads single words"

@@ -13,6 +13,8 @@ from persimmon.fast.cuda.kernels import matmul
 from persimmon.fast.cuda.layouts import Matrix
 
 FORMATS = ["float32", "bfloat16", "fp8", "q8", "q4", "planes"]
+QUANTIZED = FORMATS[2:]
+"""A library multiplies the others by several tokens."""
 DEVICE = triton_interpreter.DEVICE
 
 # Sums of products near 1 in another order. bfloat16 activations: results and, with several tokens, weights are rounded
@@ -32,8 +34,7 @@ def check(x: Tensor, matrix: Matrix, bias: Tensor | None, squared: bool) -> None
     torch.testing.assert_close(result.double(), expected, rtol=limits["rtol"], atol=limits["atol"] * scale)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 20])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "tokens"), [(n, 1) for n in FORMATS] + [(n, t) for n in QUANTIZED for t in (2, 20)])
 def test_products_equal_torch(name: str, tokens: int) -> None:
     """Odd sizes, one token and several, with and without epilogues."""
     for outputs, inputs in ((24, 64), (37, 80), (1, 300)):
@@ -43,13 +44,12 @@ def test_products_equal_torch(name: str, tokens: int) -> None:
     check(x, matrix, None, squared=False)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "tokens"), [(n, 1) for n in FORMATS] + [(n, 5) for n in QUANTIZED])
 def test_bfloat16_activations(name: str, tokens: int) -> None:
     check(random(tokens, 80, seed=3).bfloat16(), make(name, 24, 80), random(24, seed=4), squared=False)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_partial_sums(name: str) -> None:
     """Ranges of inputs by themselves; outliers are in one of them."""
     matrix, x = make(name, 70, 300), random(3, 300, seed=3)
@@ -65,7 +65,16 @@ def test_hard_inputs(name: str) -> None:
     one = torch.zeros(3, 96, device=DEVICE)
     one[1, 95] = 1.0
     for x in (torch.zeros(1, 96, device=DEVICE), one, random(1, 96) * 1e4, random(2, 96) * 1e-20):
-        check(x, matrix, bias, squared=False)
+        for some in [x] if name in QUANTIZED else x.split(1):
+            check(some, matrix, bias, squared=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_is_no_number_stays_visible(tokens: int) -> None:
+    x = random(tokens, 64, seed=3)
+    x[-1, 5] = float("nan")
+    result = matmul.multiply(x, make("q8", 40, 64), random(40, seed=4), squared_relu=True)
+    assert result[-1].isnan().all() and not result[:-1].isnan().any()
 
 
 def test_a_large_matrix_in_gpu_sized_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,10 @@ def test_scratch_counts_the_batches_that_are_captured() -> None:
     config = preset("8b")
     logits, rows, tokens = 4 * 262_144, 12 * 4096 + 4 * 16_384, 512
     unpacked = 2 * 4096 * 16_384
-    assert scratch_bytes(config, "q4", 16_384, tokens) == 2 * 64 * logits + 64 * (rows + 8 * 4 * 4096) + tokens * rows + unpacked
+    assert (
+        scratch_bytes(config, "q4", 16_384, tokens)
+        == 2 * 64 * logits + 64 * (rows + 8 * 4 * 4096) + tokens * rows + unpacked
+    )
 
 
 def test_buckets_share_their_logits(checkpoint: Path) -> None:

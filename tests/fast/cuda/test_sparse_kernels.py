@@ -62,6 +62,18 @@ def test_all_rows(kind: str, tokens: int) -> None:
     torch.testing.assert_close(result.double(), hidden.double() @ as_numbers(down).T, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("skip", [True, False])
+def test_all_tiles_of_a_gpu(tokens: int, skip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs over columns and splits, the last of which is not full: lists and counters of their own."""
+    monkeypatch.setattr(sparse_mlp, "tile", lambda on_gpu, interpreted: on_gpu)
+    down, arrivals = make("q8", 200, 333, neuron_major=True), zeros(16)
+    hidden = (random(tokens, 333, seed=5) - 1.0).relu().square()
+    result = sparse_mlp.down(hidden, down, 5, arrivals, skip=skip)
+    torch.testing.assert_close(result.double(), hidden.double() @ as_numbers(down).T, rtol=1e-4, atol=1e-3)
+    assert not arrivals.any(), "ready for the next call"
+
+
 def progressive(x: Tensor, up: Matrix, bias: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """The definition in float64: activations, and which neurons have their low plane read."""
     columns = up.outlier_columns[up.outlier_columns >= 0].long()

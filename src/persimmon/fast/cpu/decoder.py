@@ -17,9 +17,7 @@ from persimmon.fast.cpu.formats import Format, why_unfit
 from persimmon.fast.cpu.memory import GIB, kv_bytes_per_token
 from persimmon.fast.cpu.native_module import native
 from persimmon.infer.decoder import Chunk, Logits, Scored, check_token_ids
-from persimmon.infer.drawing import Draw, Picked, can_draw
 from persimmon.infer.identity import fingerprint
-from persimmon.infer.params import SamplingParams
 from persimmon.infer.stored_sequence import StoredSequence, own_sequences
 from persimmon.machine import check_threads, cpu_threads, memory_available
 
@@ -124,8 +122,6 @@ class CpuDecoder:
             raise CheckpointError(str(error)) from None
         self._model.margin = sparsity_margin
         self._model.audit_every = audit_every
-        self._banned_array: NDArray[np.int64] | None = None  # whose ids _banned_ids are
-        self._banned_ids: frozenset[int] = frozenset()
 
     @property
     def config(self) -> ModelConfig:
@@ -239,52 +235,6 @@ class CpuDecoder:
             sequence.advance(len(chunk.token_ids))
         ends = np.cumsum([len(wanted) for wanted in targets])[:-1]
         return [Scored(*parts) for parts in zip(np.split(scores, ends), np.split(likeliest, ends), strict=True)]
-
-    def can_draw(self, params: SamplingParams) -> bool:
-        """See infer/drawing.py: greedy tokens. Where the head is in planes, `forward` reads less of it."""
-        return params.greedy and can_draw(params) and not self._form.packed
-
-    def draw(
-        self, chunks: Sequence[Chunk], draws: Sequence[Draw | None], banned: NDArray[np.int64]
-    ) -> list[Picked | None]:
-        """As `forward`, but the token where a chunk has a draw (see infer/drawing.py)."""
-        sequences = self._check(chunks)
-        places = [sequence.place() for sequence in sequences]
-        results = self.pick(places, [(c.token_ids, c.logits) for c in chunks], draws, banned)
-        for sequence, chunk in zip(sequences, chunks, strict=True):
-            sequence.advance(len(chunk.token_ids))
-        return results
-
-    def pick(
-        self, places: Sequence[Place], chunks: Sequence[tuple[Sequence[int], Wanted]], draws: Sequence[Draw | None],
-        banned: NDArray[np.int64],
-    ) -> list[Picked | None]:  # fmt: skip
-        """Store checked chunks; the largest logit's token where there is a draw, or else the logits that are wanted.
-
-        Where one of those tokens is banned or no number, the call is repeated for its logits, which the host looks at.
-        """
-        if any(wanted != "none" and draw is None for (_, wanted), draw in zip(chunks, draws, strict=True)):
-            return list(self.run(places, chunks, None))
-        rows = sum(draw is not None for draw in draws)
-        calls = [
-            (*place, np.asarray(token_ids, np.int32), int(draw is not None))
-            for place, (token_ids, _), draw in zip(places, chunks, draws, strict=True)
-        ]
-        targets, scores, found = np.zeros(rows, np.int32), np.empty(rows, np.float64), np.empty(rows, np.int32)
-        try:
-            self._model.score(calls, targets, scores, found)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
-        tokens = found.tolist()
-        if not (self._are_allowed(tokens, banned) and math.isfinite(scores.sum())):
-            return list(self.run(places, chunks, None))
-        following = iter(tokens)
-        return [None if draw is None else next(following) for draw in draws]
-
-    def _are_allowed(self, tokens: Sequence[int], banned: NDArray[np.int64]) -> bool:
-        if banned is not self._banned_array:
-            self._banned_array, self._banned_ids = banned, frozenset(banned.tolist())
-        return self._banned_ids.isdisjoint(tokens)
 
     def run(
         self, places: Sequence[Place], chunks: Sequence[tuple[Sequence[int], Wanted]], exact_top: int | None

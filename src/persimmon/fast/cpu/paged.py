@@ -10,17 +10,14 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from persimmon.config import ModelConfig
 from persimmon.errors import InputError
 from persimmon.infer.decoder import Logits, check_token_ids
-from persimmon.infer.drawing import Draw, Picked
 from persimmon.infer.paged import PagedChunk
-from persimmon.infer.params import SamplingParams
 
 if TYPE_CHECKING:
-    from persimmon.fast.cpu.decoder import CpuDecoder, Place
+    from persimmon.fast.cpu.decoder import CpuDecoder
 
 
 class PagedCpu:
@@ -49,30 +46,17 @@ class PagedCpu:
 
     def forward(self, chunks: Sequence[PagedChunk], *, exact_top: int | None = None) -> list[Logits | None]:
         """Store each chunk in its blocks; float32 logits None, [V] or [T, V]."""
+        for chunk in chunks:
+            self._check(chunk)
         if not chunks:
             return []
-        return self._decoder.run(self._places(chunks), [(c.token_ids, c.logits) for c in chunks], exact_top)
-
-    def can_draw(self, params: SamplingParams) -> bool:
-        """See CpuDecoder."""
-        return self._decoder.can_draw(params)
-
-    def draw(
-        self, chunks: Sequence[PagedChunk], draws: Sequence[Draw | None], banned: NDArray[np.int64]
-    ) -> list[Picked | None]:
-        """The same, but the token where a chunk has a draw (see infer/drawing.py)."""
-        return self._decoder.pick(self._places(chunks), [(c.token_ids, c.logits) for c in chunks], draws, banned)
+        places = [(self._cache, np.asarray(chunk.blocks, np.int32), chunk.start) for chunk in chunks]
+        return self._decoder.run(places, [(chunk.token_ids, chunk.logits) for chunk in chunks], exact_top)
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy blocks (source, target) in all layers, in order."""
         for source, target in pairs:
             self._cache.copy_block(source, target)
-
-    def _places(self, chunks: Sequence[PagedChunk]) -> list[Place]:
-        """Where checked chunks go."""
-        for chunk in chunks:
-            self._check(chunk)
-        return [(self._cache, np.asarray(chunk.blocks, np.int32), chunk.start) for chunk in chunks]
 
     def _check(self, chunk: PagedChunk) -> None:
         """Refuse a call before it changes anything."""

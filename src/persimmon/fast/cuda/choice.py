@@ -1,8 +1,9 @@
-"""Dense or sparse MLP, kernel or library: decided by a table measured on this very GPU, never by hope. No torch.
+"""Dense or sparse MLP: decided by a table that was measured on such a GPU, never by hope. No torch.
 
 Published sparse kernels are often slower than dense ones on a GPU, so sparse has to win by measurement or stays off. A
 table is written by `persimmon bench kernels --device cuda` and read from a file that names the GPU. Without a file the
-tables of MEASURED serve their GPUs; on any other everything is dense.
+tables of MEASURED serve their GPUs; on any other everything is dense. A table is about layers of the size and the
+share of active neurons that it was measured at: a model that is far from both deserves one of its own.
 
     {"version": 1, "gpu": NAME, "active": 0.1, "mlp": {"bfloat16": {"1": {"dense_us": 40.1, "sparse_us": 29.3}, ...}}}
 """

@@ -24,7 +24,7 @@ from persimmon.fast.cuda.pool import CACHE_DTYPES, FreeBlocks, Pool
 from persimmon.fast.cuda.runner import MAX_PASS_TOKENS, Decoded, Piece, Runner
 from persimmon.fast.cuda.weights import Weights
 from persimmon.infer.decoder import Chunk, Logits
-from persimmon.infer.drawing import Draw, Picked, can_draw
+from persimmon.infer.drawing import Draw, Picked
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.stored_sequence import StoredSequence, own_sequences
 
@@ -154,10 +154,6 @@ class CudaDecoder:
         """Append each chunk to its sequence; its float32 logits: None, [V] or [T, V] (see infer.decoder)."""
         del exact_top  # all logits are exact
         return cast(list[Logits | None], self.draw(chunks, [None] * len(chunks), np.array([], np.int64)))
-
-    def can_draw(self, params: SamplingParams) -> bool:
-        """See infer/drawing.py: all that a decoder may draw."""
-        return can_draw(params)
 
     def draw(
         self, chunks: Sequence[Chunk], draws: Sequence[Draw | None], banned: NDArray[np.int64]

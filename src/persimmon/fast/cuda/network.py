@@ -35,7 +35,8 @@ from persimmon.fast.cuda.weights import Layer, Norm, Weights
 SHORT_PIECE = 16
 """Tokens of a sequence that the decode kernel takes; longer pieces read their keys once for all. Not measured."""
 
-_ARRIVALS = 1 << 16
+ARRIVALS = 1 << 16
+"""Counters of kernels whose last program joins what the others wrote: more than any of their grids has tiles."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ class Network:
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         )
-        # Counters of kernels whose last program joins what the others wrote; more than any of their grids has tiles.
-        self._arrivals = torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)
+        self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
         self._attention_biases = [layer.query_key_value_bias.to(weights.dtype) for layer in weights.layers]
         self._outliers = [outlier_mask(la.up) if la.up.format == PLANES else None for la in weights.layers]
 
@@ -183,10 +183,10 @@ class Network:
     def _mlp(self, x: Tensor, layer: Layer, index: int) -> Tensor:
         """Partial sums [P, T, H] of the MLP of x [T, H], without bias."""
         skip = self.runs_sparse(x.shape[0])
-        hidden = self._hidden(x, layer, self._outliers[index] if skip else None)
+        hidden = self.hidden(x, layer, self._outliers[index] if skip else None)
         return self._down(hidden, layer.down, skip)
 
-    def _hidden(self, x: Tensor, layer: Layer, outliers: Tensor | None) -> Tensor:
+    def hidden(self, x: Tensor, layer: Layer, outliers: Tensor | None = None) -> Tensor:
         """relu(.)^2 of the up projection [T, F]; with `outliers` one token reads the low plane where it must."""
         tokens = x.shape[0]
         if outliers is not None and tokens == 1:

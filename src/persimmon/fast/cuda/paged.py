@@ -12,9 +12,8 @@ from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError
 from persimmon.fast.cuda.runner import Piece, Runner
 from persimmon.infer.decoder import Logits, check_token_ids
-from persimmon.infer.drawing import Draw, Picked, can_draw
+from persimmon.infer.drawing import Draw, Picked
 from persimmon.infer.paged import PagedChunk
-from persimmon.infer.params import SamplingParams
 
 
 class PagedCuda:
@@ -36,10 +35,6 @@ class PagedCuda:
         """Append each chunk to its blocks; float32 logits None, [V] or [T, V]. All of them are exact."""
         del exact_top
         return cast(list[Logits | None], self.draw(chunks, [None] * len(chunks), np.array([], np.int64)))
-
-    def can_draw(self, params: SamplingParams) -> bool:
-        """See infer/drawing.py: all that a decoder may draw."""
-        return can_draw(params)
 
     def draw(
         self, chunks: Sequence[PagedChunk], draws: Sequence[Draw | None], banned: NDArray[np.int64]

@@ -34,7 +34,7 @@ def ceil_div(number: int, divisor: int) -> int:
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
-    """Opens every kernel of a decoding step. EARLY: waits for what the last one wrote, lets the next one be set up.
+    """Opens every kernel of the layers in a decoding step. EARLY: waits for the last one, lets the next one be set up.
 
     A kernel of a step takes some microseconds, of which one or two are its start: with this they pass while the kernel
     before it runs. Whoever waits here waits for all that came before, as each of them did.

@@ -3,8 +3,9 @@
 gemv        one token times a row-major matrix. A program has BLOCK_N rows and walks along them, so weights stream
             through once; products and sums are float32 on the ordinary cores: one token gives matrix units no work.
             Sums of groups stay apart until the end, so that threads of a row meet once and not at every step.
-gemm        2 to 64 tokens, padded to 16, times a row-major matrix: the weights are the tall operand of the matrix
-            units, so they still stream once. Ranges of inputs give partial sums where one leaves processors idle.
+gemm        2 to 64 tokens, padded to 16, times a row-major matrix that is quantized: the weights are the tall operand
+            of the matrix units, so they still stream once. Ranges of inputs give partial sums where one leaves
+            processors idle. Plain matrices of several tokens are the library's.
 dequantize  the whole matrix into plain numbers, for the library's product over a prompt's chunk: unpacking costs a
             fraction of a product with hundreds of tokens.
 
@@ -39,8 +40,6 @@ NOTHING, BIAS, SQUARED_RELU = 0, 1, 2
 
 MOST_TOKENS = 64
 """Beyond it the matrix is unpacked and a library multiplies."""
-
-OUTLIERS = 16
 
 _ASSEMBLY = tl.constexpr(not INTERPRETED)
 
@@ -138,6 +137,13 @@ def byte_tile(
 
 
 @triton.jit
+def squared_relu(x):
+    """relu(x)^2; what is no number stays so, which the hardware's maximum would lose."""
+    x = tl.where(x < 0.0, 0.0, x)
+    return x * x
+
+
+@triton.jit
 def _finish(
     acc, bias, out, n, token, outputs, tokens, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +151,7 @@ def _finish(
     if EPILOGUE > 0:
         acc += tl.load(bias + n, mask=n < outputs, other=0.0)[:, None]
     if EPILOGUE > 1:
-        acc = tl.maximum(acc, 0.0)
-        acc = acc * acc
+        acc = squared_relu(acc)
     inside = (n < outputs)[:, None] & (token < tokens)[None, :]
     at = token.to(tl.int64)[None, :] * outputs + n[:, None]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
@@ -195,12 +200,12 @@ def gemv_kernel(
             sums += tl.sum(tl.reshape(product, (BLOCK_N, BLOCK_K // 32, 4)), axis=2) * scale
         acc = tl.sum(sums, axis=1)
     if FORMAT == 4:
-        acc += _outlier_products(x, outlier_weights, outlier_columns, row, real)
+        acc += outlier_products(x, outlier_weights, outlier_columns, row, real)
     _finish(acc[:, None], bias, out, n, tl.arange(0, 1), outputs, 1, EPILOGUE)
 
 
 @triton.jit
-def _outlier_products(x, weights, columns, row, real):
+def outlier_products(x, weights, columns, row, real):
     """The 16 input columns of a PLANES matrix that are stored apart."""
     place = tl.arange(0, 16)
     column = tl.load(columns + place)
@@ -354,6 +359,7 @@ def _launch(x: Tensor, matrix: Matrix, bias: Tensor | None, epilogue: int, split
     assert x.is_contiguous() and x.shape[1] == matrix.inputs, "x is [tokens, inputs]"
     assert not matrix.neuron_major, "rows are outputs"
     tokens = x.shape[0]
+    assert tokens == 1 or matrix.format != PLAIN, "a library multiplies plain weights by several tokens"
     out = torch.empty(splits, tokens, matrix.outputs, dtype=dtype, device=x.device)
     parts = (
         matrix.codes, _or(matrix.low, x), _or(matrix.scales, x), _or(matrix.outlier_weights, x),

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from persimmon.fast.cuda.kernels.launch import begin, ceil_div, early, power_of_two, tile
+from persimmon.fast.cuda.kernels.matmul import squared_relu
 
 
 @triton.jit
@@ -76,8 +77,7 @@ def bias_squared_relu_kernel(x, bias, out, count, width, EARLY: tl.constexpr, BL
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(bias + at % width, mask=inside, other=0.0)
-    value = tl.maximum(value, 0.0)
-    tl.store(out + at, (value * value).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, squared_relu(value).to(out.dtype.element_ty), mask=inside)
 
 
 def activation_tiles() -> dict[str, int]:

@@ -26,17 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from persimmon.fast.cpu.formats import OUTLIERS
 from persimmon.fast.cuda.kernels.launch import INTERPRETED, begin, ceil_div, early, is_last, power_of_two, tile
 from persimmon.fast.cuda.kernels.matmul import (
-    OUTLIERS,
-    _outlier_products,
     byte_tile,
     gemv_tiles,
     group_scales,
+    outlier_products,
     packed_code,
     packed_column,
     packed_unit,
     packed_words,
+    squared_relu,
 )
 from persimmon.fast.cuda.layouts import INT4, PLANES, Matrix
 from persimmon.fast.cuda.plan import MOST_PARTS
@@ -156,11 +157,11 @@ def progressive_up_kernel(
         )
         estimates += scale * (16.0 * sums + 7.5 * total[None, :])  # 16 high - 120.5 is 16 (high - 8) + 7.5
         variances += scale * scale * energy[None, :]
-    estimate = tl.sum(estimates, axis=1) + _outlier_products(x, outlier_weights, outlier_columns, row, real)
+    estimate = tl.sum(estimates, axis=1) + outlier_products(x, outlier_weights, outlier_columns, row, real)
     estimate += tl.load(bias + n, mask=real, other=0.0)
     spread = tl.sqrt(tl.sum(variances, axis=1) * (256.0 / 12.0))
-    wanted = real & (estimate > -margin * spread)
-    wanted = tl.where(margin == float("inf"), real, wanted)  # inf * 0 is no number
+    inactive = estimate <= -margin * spread  # false where either is no number: inf * 0, and what must stay visible
+    wanted = real & (inactive == 0)
     if tl.max(wanted.to(tl.int32), axis=0) > 0:
         rest = tl.zeros([BLOCK_N, BLOCK_K // 32], tl.float32)
         for first in range(0, inputs, BLOCK_K):
@@ -169,8 +170,8 @@ def progressive_up_kernel(
             )
             rest += scale * (sums + 0.5 * total[None, :])  # low - 7.5 is (low - 8) + 0.5
         estimate += tl.sum(rest, axis=1)
-    activation = tl.where(wanted, tl.maximum(estimate, 0.0), 0.0)
-    tl.store(hidden + n, (activation * activation).to(hidden.dtype.element_ty), mask=real)
+    activation = squared_relu(tl.where(wanted, estimate, 0.0))
+    tl.store(hidden + n, activation.to(hidden.dtype.element_ty), mask=real)
     tl.store(read + tl.program_id(0), tl.sum(wanted.to(tl.int32), axis=0))
 
 
