@@ -6,7 +6,7 @@ order and scales in an array of their own; the numbers are the same to the last 
 FP8, whose weights come from plain ones.
 
     q8 row          INT8: int8 codes, a float16 scale per 32
-    q4 row          INT4: eight codes a word (kernels/matmul.py); down records become such rows again
+    q4 row          INT4: eight codes a word (kernels/weight_tiles.py); down records become such rows again
     head planes     INT8: 16 high + low - 128 is the int8 code
     p44 hot, cold   PLANES for the up projection, INT8 neuron-major for the down projection
     plain           PLAIN: as it is; the down projection neuron-major

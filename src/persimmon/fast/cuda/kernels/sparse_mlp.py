@@ -28,16 +28,15 @@ from torch import Tensor
 
 from persimmon.fast.cpu.formats import OUTLIERS
 from persimmon.fast.cuda.kernels.launch import INTERPRETED, begin, ceil_div, early, is_last, power_of_two, tile
-from persimmon.fast.cuda.kernels.matmul import (
+from persimmon.fast.cuda.kernels.matmul import gemv_tiles, squared_relu
+from persimmon.fast.cuda.kernels.weight_tiles import (
     byte_tile,
-    gemv_tiles,
     group_scales,
     outlier_products,
     packed_code,
     packed_column,
     packed_unit,
     packed_words,
-    squared_relu,
 )
 from persimmon.fast.cuda.layouts import INT4, PLANES, Matrix
 from persimmon.fast.cuda.plan import MOST_PARTS
