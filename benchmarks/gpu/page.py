@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from persimmon.bench.report import between
+
 BEGIN, END = "<!-- measured on GPUs: benchmarks/gpu/page.py -->", "<!-- end -->"
 
 Rows = list[dict[str, Any]]
@@ -90,11 +92,9 @@ def markdown(head: Sequence[str], lines: Iterator[tuple[str, ...]]) -> str:
 
 def with_tables(page: str, results: Path) -> str:
     """The page with the tables of every report in the folder between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
     reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))]
     body = "\n".join(table for report in reports for table in tables(report))
-    return f"{before}{BEGIN}\n\n{body}\n{END}{after}"
+    return between(page, BEGIN, END, f"\n{body}")
 
 
 if __name__ == "__main__":

@@ -123,11 +123,16 @@ def summary(row: Row) -> list[str]:
 
 def with_rows(page: str, rows: Mapping[str, Row]) -> str:
     """The page with the table between its marks. Raises InputError for a page without them."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError(f"the page has no place for the rows: {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+    return between(page, BEGIN, END, table(rows))
+
+
+def between(page: str, begin: str, end: str, body: str) -> str:
+    """The page with `body` between two marks. Raises InputError for a page without them."""
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise InputError(f"the page has no place for the rows: {begin} ... {end}")
+    return f"{before}{begin}\n{body}\n{end}{after}"
 
 
 _QUOTE = re.compile(r"\[([^\]]+)\]\(([^)\s]*benchmarks/results/[\w.-]+\.json)\s+\"([\w.]+)\"\)")

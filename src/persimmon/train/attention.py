@@ -26,8 +26,8 @@ _QUERIES_AT_ONCE = 1024
 
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_HEAD_DIM = 192
-"""What PyTorch's flash kernels want: compute capability 8.0 (Ampere), and head dimensions that 8 divides. Above 192 the
-backward pass runs on few cards only (flash-attention's README)."""
+"""What the flash path is taken for: compute capability 8.0 (Ampere), and head dimensions up to 192 that 8 divides. A
+careful bound: larger heads were tried nowhere."""
 
 
 class DocumentAttention:

@@ -112,6 +112,17 @@ def test_a_dry_run_and_its_continuation(tmp_path: Path) -> None:
     assert [row["what"] for row in sections["baselines"]["rows"]][-1] == "transformers generate"
 
 
+@pytest.mark.slow
+def test_a_part_of_the_sizes(tmp_path: Path) -> None:
+    out = tmp_path / "part.json"
+    sizes = ["--layers", "1", "--batches", "2", "--contexts", "48", "--repeats", "1"]
+    result = run(out, *sizes, "--formats", "bfloat16", "--sections", "decode")
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(out.read_text())
+    assert report["layers"] == 1
+    assert [(row["batch"], row["room"]) for row in report["sections"]["decode"]["rows"]] == [(2, 48)]
+
+
 def test_without_time_nothing_is_claimed(tmp_path: Path) -> None:
     out, table = tmp_path / "gpu.json", tmp_path / "table.json"
     result = run(out, "--budget", "0", "--table", str(table))

@@ -50,11 +50,12 @@ def test_bfloat16_activations(name: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_partial_sums(name: str) -> None:
-    """Ranges of inputs by themselves; outliers are in one of them."""
+def test_partial_sums(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges of inputs by themselves, the last one shorter; outliers are in one of them."""
+    monkeypatch.setattr(matmul, "tile", lambda on_gpu, interpreted: on_gpu)
     matrix, x = make(name, 70, 300), random(3, 300, seed=3)
     parts = matmul.multiply_in_parts(x, matrix, processors=4)
-    assert 1 <= parts.shape[0] <= 8 and parts.shape[1:] == (3, 70)
+    assert parts.shape == (2, 3, 70)
     torch.testing.assert_close(parts.sum(0).double(), x.double() @ as_numbers(matrix).T, rtol=1e-5, atol=1e-3)
 
 

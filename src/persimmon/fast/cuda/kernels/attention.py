@@ -122,7 +122,7 @@ def gather_kernel(
 
 
 def attention_tiles(head_dim: int) -> dict[str, int]:
-    """Tile sizes of decode_attention, and the steps that loads run ahead: the fastest of a sweep, as in matmul.py."""
+    """Tile sizes of decode_attention, and the steps that loads run ahead: by a sweep, the fastest for bfloat16."""
     return {"BLOCK_N": tile(32, 2048), "BLOCK_D": power_of_two(head_dim), "STAGES": 2, "num_warps": 1}
 
 

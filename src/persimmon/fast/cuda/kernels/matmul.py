@@ -113,11 +113,11 @@ def gemv_kernel(
 
 
 @triton.jit
-def _dot(w, inputs, UPCAST: tl.constexpr):
-    """[N, K] float32 codes times [K, M] inputs, in the inputs' type, summed in float32."""
+def dot(a, b, UPCAST: tl.constexpr):
+    """[N, K] times [K, M] of one type, summed in float32."""
     if UPCAST:  # the interpreter's product of bfloat16 is wrong
-        return tl.dot(w.to(inputs.dtype).to(tl.float32), inputs.to(tl.float32), input_precision="ieee")
-    return tl.dot(w.to(inputs.dtype), inputs, input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -149,18 +149,20 @@ def gemm_kernel(
             for i in tl.static_range(8):
                 w = packed_code(words, rest, i, FORMAT)
                 w = grouped(w, scale * packed_unit(i, FORMAT), BLOCK_N, BLOCK_K // 32, 4)
-                acc += _dot(w, _input_tile(x, token, tokens, packed_column(word, i), inputs, EVEN), UPCAST)
+                part = _input_tile(x, token, tokens, packed_column(word, i), inputs, EVEN)
+                acc += dot(w.to(part.dtype), part, UPCAST)
         else:
             k = first + tl.arange(0, BLOCK_K)
             w = byte_tile(codes, scales, row, ones, first, real, inputs, columns, FORMAT, BLOCK_N, BLOCK_K)
-            acc += _dot(w, _input_tile(x, token, tokens, k, inputs, EVEN), UPCAST)
+            part = _input_tile(x, token, tokens, k, inputs, EVEN)
+            acc += dot(w.to(part.dtype), part, UPCAST)
     if FORMAT == 4 and split == 0:
         place = tl.arange(0, 16)
         column = tl.load(outlier_columns + place)
         w = tl.load(outlier_weights + row[:, None] * 16 + place[None, :], mask=real[:, None], other=0.0)
         held = (column >= 0)[:, None] & (token < tokens)[None, :]
         chosen = tl.load(x + token.to(tl.int64)[None, :] * inputs + column[:, None], mask=held, other=0.0)
-        acc += _dot(w.to(tl.float32), chosen, UPCAST)
+        acc += dot(w.to(chosen.dtype), chosen, UPCAST)
     out += split.to(tl.int64) * tokens * outputs
     _finish(acc, bias, out, n, token, outputs, tokens, EPILOGUE)
 
@@ -196,7 +198,8 @@ def dequantize_kernel(
         tl.store(line + column[None, :], w.to(out.dtype.element_ty), mask=real[:, None] & (column < width)[None, :])
 
 
-# The sizes below are the fastest of sweeps over the 8B's matrices on an H200 (docs/gpu.md).
+# The sizes below come from sweeps over the 8B's matrices on an H200 (docs/LOG.md): for each format the fastest of its
+# largest matrix, or near it.
 
 
 def gemv_tiles(matrix_format: int, inputs: int) -> dict[str, int]:
