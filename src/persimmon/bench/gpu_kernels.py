@@ -71,8 +71,11 @@ def measure_mlp(weights: Weights, tokens: Sequence[int], median: MedianSeconds) 
     """The times by number of tokens."""
     rows: dict[str, Times] = {}
     layer, config = weights.layers[0], weights.config
+    # The first few of the same inputs each time: more tokens never have fewer active neurons by chance.
+    generator = torch.Generator(device=weights.device).manual_seed(0)
+    inputs = torch.randn(max(tokens), config.hidden_size, generator=generator, device=weights.device).to(weights.dtype)
     for count in tokens:
-        x = torch.randn(count, config.hidden_size, device=weights.device).to(weights.dtype)
+        x = inputs[:count].contiguous()
         times: Times = {}
         for kind, table in (("dense_us", DENSE), ("sparse_us", SPARSE)):
             run = captured(all_mlps(Network(weights, table), x), weights.device)
