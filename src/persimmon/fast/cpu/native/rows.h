@@ -53,12 +53,15 @@ INLINE void estimate_row(const uint8_t* row, int blocks, const ActivationBlock* 
   }
 }
 
-// What the low plane adds to the estimates of one row and N tokens; the scales lie in the high row.
+// What the low plane adds to the estimates of one row and N tokens; the scales lie in the high row. `next`: the low plane
+// that is wanted after this one, or null; it is fetched piece by piece meanwhile.
 template <int N>
-INLINE void low_row(const uint8_t* low, const uint8_t* high, int blocks, const ActivationBlock* const* x, float* out) {
+INLINE void low_row(const uint8_t* low, const uint8_t* high, int blocks, const ActivationBlock* const* x, float* out,
+                    const uint8_t* next = nullptr) {
   f32x8 sum[N];
   for (int t = 0; t < N; t++) sum[t] = zero8();
   for (int s = 0; s < blocks; s++) {
+    if (next) prefetch(next + s * Low::bytes, Low::bytes);
     const Weights w = Low::load(low + s * Low::bytes);
     const f32x8 scale = load_half8(high + s * High::bytes + High::scales_at);
     for (int t = 0; t < N; t++)

@@ -194,9 +194,9 @@ static void add_neurons(const MlpArgs& a, int block, const ActiveBlock& active, 
   }
 }
 
-// p44, one token: the estimates of a block in one stream, without a branch between its rows; then the cold records that are
-// needed, each read from end to end. Nothing is prefetched there: records are long enough for the processor's own
-// prefetchers, and anything more made it slower (docs/LOG.md, 2026-11-26).
+// p44, one token: the estimates of a block in one stream, without a branch between its rows; then the low planes that are
+// wanted; then the down rows of what is active. Each of the three knows what it reads next, and fetches it while it works:
+// records lie far apart, and the processor's own prefetchers begin anew with each (docs/LOG.md, 2026-11-26).
 static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
   const ActivationBlock* x[1] = {static_cast<const ActivationBlock*>(a.x)};
   const int begin = block * kNeuronBlock, end = min_int(begin + kNeuronBlock, a.neurons);
@@ -210,22 +210,18 @@ static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* cou
     pre[candidates] = p, list[candidates] = r;
     candidates += !(p <= -a.margin * spread);
   }
-  const uint8_t *row[kRowsAtOnce], *next[kRowsAtOnce] = {};
-  float value[kRowsAtOnce];
-  int waiting = 0;
+  ActiveBlock active;
+  active.count = 0;
   for (int k = 0; k < candidates; k++) {
     const uint8_t *hot = a.up + list[k] * a.up_bytes, *cold = a.down + list[k] * a.down_bytes;
+    const uint8_t* next = a.down + list[min_int(k + 1, candidates - 1)] * a.down_bytes;
     float low;
-    low_row<1>(cold, hot, a.blocks, x, &low);
+    low_row<1>(cold, hot, a.blocks, x, &low, next);
     const float p = pre[k] + low;
-    if (p > 0.0f) {
-      row[waiting] = cold + a.down_offset, value[waiting] = p * p;
-      waiting++, counts->active++;
-    }
-    if (waiting == kRowsAtOnce) add_rows<Int8Down, kRowsAtOnce>(row, value, next, a.blocks, sum), waiting = 0;
+    if (p > 0.0f) append(&active, list[k] - begin, p);
   }
-  for (int k = 0; k < waiting; k++) add_rows<Int8Down, 1>(row + k, value + k, next, a.blocks, sum);
-  counts->candidates += candidates;
+  add_neurons(a, block, active, 0, sum);
+  counts->candidates += candidates, counts->active += active.count;
 }
 
 constexpr int kNeuronsAtOnce = 64;  // rows of the up projection between two looks at the down projection
