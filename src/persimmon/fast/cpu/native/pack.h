@@ -22,5 +22,6 @@ void pack_planes(const PackArgs& args, uint8_t* high, size_t high_stride, uint8_
 void pack_neurons(const PackArgs& args, uint8_t* out, size_t stride);
 
 uint16_t float_to_half(float value);
+float half_value(uint16_t half);  // finite ones
 
 }  // namespace persimmon
