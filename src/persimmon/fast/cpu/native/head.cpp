@@ -17,6 +17,7 @@ namespace {
 
 constexpr float kHeadSigmas = 6.0f;
 constexpr int kHeadChunk = 1024;     // rows a thread ranks at a time
+constexpr int kGlance = 64;         // values that are compared at a time before one by one; divides kHeadChunk
 constexpr int kScoreRows = 256;      // rows whose logits are kept at a time when only scores are wanted
 constexpr int kMostTop = 256;        // above this many wanted logits the full head is as fast
 constexpr size_t kMostSketched = 64 << 20;  // bytes of a float head that gets an int8 copy
@@ -32,6 +33,16 @@ void keep_best(std::vector<Ranked>* ranked, int count) {
   if (static_cast<int>(ranked->size()) <= count) return;
   std::nth_element(ranked->begin(), ranked->begin() + count, ranked->end(), better);
   ranked->resize(count);
+}
+
+// The first of the stretches of kGlance rows from `row` on that may hold a value of `least` or more; `end` when none does.
+int next_to_reach(const float* values, int row, int end, float least) {
+  for (; row + kGlance <= end; row += kGlance) {
+    int reach = 0;
+    for (int i = 0; i < kGlance; i++) reach |= values[row + i] >= least;
+    if (reach) return row;
+  }
+  return row;  // fewer are looked at one by one
 }
 
 }  // namespace
@@ -119,6 +130,8 @@ void Model::two_passes(int tokens, int top, float* logits, Estimate&& estimate, 
         std::vector<Ranked>& best = ranked[static_cast<size_t>(t) * chunks + c];
         float least = -HUGE_VALF;  // the worst of the best so far
         for (int r = first; r < last; r++) {
+          if (r % kGlance == 0) r = next_to_reach(estimates_.data() + t * stride, r, last, least);
+          if (r == last) break;
           const float value = estimates_[t * stride + r];
           if (!(value >= least)) continue;
           best.push_back({value, r});
@@ -139,11 +152,15 @@ void Model::two_passes(int tokens, int top, float* logits, Estimate&& estimate, 
     for (const Ranked& row : best) threshold[t] = std::min(threshold[t], exact(t, row.row, 0));
   }
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
-    for (int t = 0; t < tokens; t++)
-      for (int r = begin * kHeadChunk; r < std::min(end * kHeadChunk, vocab); r++) {
-        const size_t at = t * stride + r;
-        logits[at] = bounds_[at] >= threshold[t] ? exact(t, r, thread) : -HUGE_VALF;
+    const int first = begin * kHeadChunk, last = std::min(end * kHeadChunk, vocab);
+    for (int t = 0; t < tokens; t++) {
+      const float* bounds = bounds_.data() + t * stride;
+      std::fill(logits + t * stride + first, logits + t * stride + last, -HUGE_VALF);
+      for (int r = first; r < last; r++) {
+        if (r % kGlance == 0) r = next_to_reach(bounds, r, last, threshold[t]);
+        if (r < last && bounds[r] >= threshold[t]) logits[t * stride + r] = exact(t, r, thread);
       }
+    }
   });
 }
 
