@@ -37,9 +37,10 @@ $(VENV)/base.done: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(INSTALL) --editable .
 	touch $@
 
+# Extras of what base.done installed: pip adds what they name, and the engine is not compiled a second time.
 $(VENV)/dev.done: $(VENV)/base.done
 	echo "installing the test and development tools (once)" >&2
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) 'persimmon[dev]'
 	touch $@
 
 # For tests/browser; without it, that one test says so and is skipped.
@@ -53,7 +54,7 @@ chat: $(VENV)/base.done
 
 $(VENV)/serve.done: $(VENV)/base.done
 	echo "installing what the server needs (once)" >&2
-	$(INSTALL) --editable '.[serve]'
+	$(INSTALL) 'persimmon[serve]'
 	touch $@
 
 serve: $(VENV)/serve.done
