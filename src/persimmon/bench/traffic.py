@@ -60,7 +60,7 @@ def in_batch(uses: Sequence[MlpUse], batch: int, config: ModelConfig) -> list[Ml
 
 
 def step_weight_bytes(config: ModelConfig, form: Format, uses: Sequence[MlpUse], *, head_rows: float) -> float:
-    """Weights that one step of the CPU engine reads. head_rows: rows of a packed head whose low plane was read."""
+    """Weights that one step of the CPU engine reads. head_rows: rows of the head whose logits are exact."""
     hidden = config.hidden_size
     vectors = sum(tensor.num_bytes for tensor in layer_tensors(config, form, 0) if tensor.dtype == "F32")
     attention = 4 * hidden * row_bytes(form.attention, hidden)
@@ -81,11 +81,13 @@ def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
     return up + use.active * row_bytes("int8" if form.mlp == "q8" else form.mlp, hidden)
 
 
-def head_bytes(config: ModelConfig, form: Format, low_rows: float) -> float:
+def head_bytes(config: ModelConfig, form: Format, exact_rows: float) -> float:
     """Final norm and head, and one row of the embedding."""
     hidden, rows = config.hidden_size, config.vocab_size
     if form.head == "planes":
-        matrix = rows * row_bytes("high", hidden) + low_rows * row_bytes("low", hidden)
+        matrix = rows * row_bytes("high", hidden) + exact_rows * row_bytes("low", hidden)
+    elif exact_rows < rows:  # the int8 copy with its two bounds per row, and what these left (native/sketch.h)
+        matrix = rows * (row_bytes("q8", hidden) + 2 * _FLOAT_BYTES) + exact_rows * row_bytes(form.head, hidden)
     else:
         matrix = rows * row_bytes(form.head, hidden)
     embedding = hidden * (_FLOAT_BYTES if form.name == "float32" else 2)

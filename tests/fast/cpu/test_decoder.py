@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,56 @@ def test_two_pass_head_returns_the_exact_largest(name: str, top: int, packed: di
         assert np.array_equal(found[best], exact[best])
         assert np.all(np.isneginf(found) | (found == exact))
     assert np.isneginf(rows).mean() > 0.5
+
+
+def largest_are_exact(decoder: CpuDecoder, top: int) -> float:
+    """Check step after step against the whole head, to the bit; the share of logits that were left out."""
+    full, sequence, rows = all_logits(decoder), decoder.new_sequence(len(IDS)), []
+    for token, exact in zip(IDS, full, strict=True):
+        (found,) = decoder.forward([Chunk(sequence, [token])], exact_top=top)
+        assert found is not None and found.argmax() == exact.argmax()
+        best = np.argsort(-exact, kind="stable")[:top]
+        assert np.array_equal(found[best], exact[best])
+        assert np.all(np.isneginf(found) | (found == exact))
+        rows.append(np.isneginf(found).mean())
+    return float(np.mean(rows))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("top", [1, 5, 64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_sketch_of_a_float_head_finds_the_exact_largest(isa: str, top: int, dtype: str, checkpoint: Path) -> None:
+    assert largest_are_exact(load_decoder(checkpoint, isa=isa, dtype=dtype), top) > 0.5
+
+
+def with_head(checkpoint: Path, directory: Path, change: Callable[[torch.Tensor], None]) -> CpuDecoder:
+    model = hub.load_model(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        change(model.lm_head.weight)
+    hub.save_model(model, None, directory)
+    return load_decoder(directory)
+
+
+def test_sketch_of_rows_that_are_nearly_equal(checkpoint: Path, tmp_path: Path) -> None:
+    def nearly_equal(weight: torch.Tensor) -> None:  # no int8 number tells them apart, and some are the same
+        weight[:] = weight[:1] * (1 + 1e-6 * torch.arange(len(weight), dtype=torch.float32)[:, None].remainder(7))
+
+    assert largest_are_exact(with_head(checkpoint, tmp_path / "equal", nearly_equal), 1) < 0.9
+
+
+def test_sketch_of_outliers_and_of_empty_rows(checkpoint: Path, tmp_path: Path) -> None:
+    def uneven(weight: torch.Tensor) -> None:
+        weight[::2, ::32] *= 1000
+        weight[1::4] = 0
+
+    largest_are_exact(with_head(checkpoint, tmp_path / "uneven", uneven), 5)
+
+
+def test_a_head_that_int8_cannot_hold_is_read_whole(checkpoint: Path, tmp_path: Path) -> None:
+    def huge(weight: torch.Tensor) -> None:
+        weight[7] = 1e6
+
+    assert largest_are_exact(with_head(checkpoint, tmp_path / "huge", huge), 1) == 0
 
 
 def test_exact_mode_reads_the_whole_head(packed: dict[str, Path]) -> None:

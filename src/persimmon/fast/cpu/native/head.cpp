@@ -5,6 +5,8 @@
 // cannot be below; every row whose estimate plus kHeadSigmas deviations reaches it is computed exactly. A row among
 // the true top is lost only if its error is beyond kHeadSigmas deviations, 1e-9 for a normal distribution (which a sum of
 // thousands of roundings is, unless the weights were built against it). An infinite sparsity margin always reads all.
+// Float weights and one token: the estimates are those of an int8 copy (sketch.h), whose bounds are certain; the exact logits are those
+// of the full head, bit for bit.
 #include <algorithm>
 #include <cmath>
 
@@ -15,8 +17,10 @@ namespace {
 
 constexpr float kHeadSigmas = 6.0f;
 constexpr int kHeadChunk = 1024;     // rows a thread ranks at a time
+constexpr int kGlance = 64;         // values that are compared at a time before one by one; divides kHeadChunk
 constexpr int kScoreRows = 256;      // rows whose logits are kept at a time when only scores are wanted
 constexpr int kMostTop = 256;        // above this many wanted logits the full head is as fast
+constexpr size_t kMostSketched = 64 << 20;  // bytes of a float head that gets an int8 copy
 constexpr int kTokensAtOnce = kTileTokens;  // bounds the estimates to 16 * vocabulary
 
 struct Ranked {
@@ -31,6 +35,16 @@ void keep_best(std::vector<Ranked>* ranked, int count) {
   ranked->resize(count);
 }
 
+// The first of the stretches of kGlance rows from `row` on that may hold a value of `least` or more; `end` when none does.
+int next_to_reach(const float* values, int row, int end, float least) {
+  for (; row + kGlance <= end; row += kGlance) {
+    int reach = 0;
+    for (int i = 0; i < kGlance; i++) reach |= values[row + i] >= least;
+    if (reach) return row;
+  }
+  return row;  // fewer are looked at one by one
+}
+
 }  // namespace
 
 void Model::head(const std::vector<int>& wanted, const Output& output) {
@@ -41,8 +55,9 @@ void Model::head(const std::vector<int>& wanted, const Output& output) {
   if (output.targets) return head_scores(count, output);
   const int exact_top = output.exact_top;
   float* logits = output.logits;
-  const bool two_pass = lm_head_.format == Format::planes && exact_top > 0 && exact_top <= kMostTop &&
-                        shape_.vocab > 4 * kHeadChunk && std::isfinite(margin);
+  const bool few = exact_top > 0 && exact_top <= kMostTop && shape_.vocab > 4 * kHeadChunk;
+  if (few && !packed_inputs_ && count == 1 && sketch_head()) return head_top_float(exact_top, logits);
+  const bool two_pass = few && lm_head_.format == Format::planes && std::isfinite(margin);
   if (!two_pass) return multiply(lm_head_, input(), count, logits, shape_.vocab, Epilogue::store);
   for (int first = 0; first < count; first += kTokensAtOnce) {
     RowsArgs args = rows_args(lm_head_, packed_.get() + static_cast<size_t>(first) * lm_head_.blocks,
@@ -100,28 +115,26 @@ void Model::score_pieces(const Group& group, int begin, int end, const Output& o
   }
 }
 
-void Model::head_top(const RowsArgs& args, int top, float* logits) {
-  const int vocab = shape_.vocab, tokens = args.tokens, chunks = (vocab + kHeadChunk - 1) / kHeadChunk;
+// estimate(first, last, thread) fills in estimates_ and bounds_ of these rows, exact(token, row, thread) gives the product itself.
+template <class Estimate, class Exact>
+void Model::two_passes(int tokens, int top, float* logits, Estimate&& estimate, Exact&& exact) {
+  const int vocab = shape_.vocab, chunks = (vocab + kHeadChunk - 1) / kHeadChunk;
   const size_t stride = vocab;
   estimates_.resize(tokens * stride), bounds_.resize(tokens * stride);
   std::vector<std::vector<Ranked>> ranked(static_cast<size_t>(tokens) * chunks);
-  const bool in_tiles = tiled(tokens);
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     for (int c = begin; c < end; c++) {
       const int first = c * kHeadChunk, last = std::min(first + kHeadChunk, vocab);
-      if (args.eights)
-        kernels_->eight_estimates(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride);
-      else if (in_tiles)
-        kernels_->tiled_estimates(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride, tile_scratch(thread));
-      else
-        kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates_.data(), bounds_.data(), stride);
+      estimate(first, last, thread);
       for (int t = 0; t < tokens; t++) {
         std::vector<Ranked>& best = ranked[static_cast<size_t>(t) * chunks + c];
         float least = -HUGE_VALF;  // the worst of the best so far
         for (int r = first; r < last; r++) {
-          const float estimate = estimates_[t * stride + r];
-          if (!(estimate >= least)) continue;
-          best.push_back({estimate, r});
+          if (r % kGlance == 0) r = next_to_reach(estimates_.data() + t * stride, r, last, least);
+          if (r == last) break;
+          const float value = estimates_[t * stride + r];
+          if (!(value >= least)) continue;
+          best.push_back({value, r});
           if (static_cast<int>(best.size()) < 2 * top) continue;
           keep_best(&best, top);
           least = std::max_element(best.begin(), best.end(), better)->value;
@@ -136,14 +149,62 @@ void Model::head_top(const RowsArgs& args, int top, float* logits) {
     for (int c = 0; c < chunks; c++)
       best.insert(best.end(), ranked[static_cast<size_t>(t) * chunks + c].begin(), ranked[static_cast<size_t>(t) * chunks + c].end());
     keep_best(&best, top);
-    for (const Ranked& row : best) threshold[t] = std::min(threshold[t], kernels_->refine_row(args, t, row.row, row.value));
+    for (const Ranked& row : best) threshold[t] = std::min(threshold[t], exact(t, row.row, 0));
   }
-  pool_.parallel_for(chunks, 1, [&](int begin, int end, int) {
-    for (int t = 0; t < tokens; t++)
-      for (int r = begin * kHeadChunk; r < std::min(end * kHeadChunk, vocab); r++) {
-        const size_t at = t * stride + r;
-        logits[at] = bounds_[at] >= threshold[t] ? kernels_->refine_row(args, t, r, estimates_[at]) : -HUGE_VALF;
+  pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
+    const int first = begin * kHeadChunk, last = std::min(end * kHeadChunk, vocab);
+    for (int t = 0; t < tokens; t++) {
+      const float* bounds = bounds_.data() + t * stride;
+      std::fill(logits + t * stride + first, logits + t * stride + last, -HUGE_VALF);
+      for (int r = first; r < last; r++) {
+        if (r % kGlance == 0) r = next_to_reach(bounds, r, last, threshold[t]);
+        if (r < last && bounds[r] >= threshold[t]) logits[t * stride + r] = exact(t, r, thread);
       }
+    }
+  });
+}
+
+// Rows in planes.
+void Model::head_top(const RowsArgs& args, int top, float* logits) {
+  const size_t stride = shape_.vocab;
+  const bool in_tiles = tiled(args.tokens);
+  const auto estimate = [&](int first, int last, int thread) {
+    float *estimates = estimates_.data(), *bounds = bounds_.data();
+    if (args.eights) kernels_->eight_estimates(args, first, last, kHeadSigmas, estimates, bounds, stride);
+    else if (in_tiles) kernels_->tiled_estimates(args, first, last, kHeadSigmas, estimates, bounds, stride, tile_scratch(thread));
+    else kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates, bounds, stride);
+  };
+  two_passes(args.tokens, top, logits, estimate,
+             [&](int t, int row, int) { return kernels_->refine_row(args, t, row, estimates_[t * stride + row]); });
+}
+
+// Makes head_sketch_ when first asked; false where there is none, because of the head's size or of a weight that int8 cannot hold.
+bool Model::sketch_head() {
+  if (head_sketch_ || !sketchable_) return sketchable_;
+  sketchable_ = lm_head_.row_bytes * lm_head_.rows <= kMostSketched;
+  try {
+    if (sketchable_)
+      head_sketch_ = std::make_unique<Sketch>(lm_head_.format, lm_head_.weights, lm_head_.row_bytes, lm_head_.rows, shape_.hidden, pool_.threads());
+  } catch (const std::domain_error&) {
+    sketchable_ = false;
+  }
+  return sketchable_;
+}
+
+// Float rows and one token; normalize() has left its input in normed_ and, where the kernels want it, in panels.
+void Model::head_top_float(int top, float* logits) {
+  const Sketch& sketch = *head_sketch_;
+  std::vector<ActivationBlock> packed(sketch.blocks());
+  if (!kernels_->quantize(normed_.data(), shape_.hidden, sketch.blocks(), packed.data())) finite_ = false;
+  const Sketch::Token token = sketch.token(normed_.data(), packed.data());
+  const RowsArgs rows = rows_args(lm_head_, input(), 1, logits, shape_.vocab, Epilogue::store);
+  const auto estimate = [&](int first, int last, int) {
+    kernels_->rows(sketch.args(packed.data(), estimates_.data()), first, last);
+    sketch.bounds(token, estimates_.data(), first, last, bounds_.data());
+  };
+  two_passes(1, top, logits, estimate, [&](int, int row, int thread) {
+    multiply_range(rows, row, row + 1, thread);
+    return logits[row];
   });
 }
 

@@ -11,6 +11,7 @@
 #include "kv_cache.h"
 #include "pool.h"
 #include "resolver.h"
+#include "sketch.h"
 
 namespace persimmon {
 
@@ -160,7 +161,11 @@ class Model {
   void head(const std::vector<int>& wanted, const Output& output);
   void head_scores(int tokens, const Output& output);
   void score_pieces(const Group& group, int begin, int end, const Output& output);
+  template <class Estimate, class Exact>
+  void two_passes(int tokens, int top, float* logits, Estimate&& estimate, Exact&& exact);
   void head_top(const RowsArgs& args, int top, float* logits);
+  bool sketch_head();
+  void head_top_float(int top, float* logits);
   RowsArgs rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride, Epilogue epilogue) const;
 
   Shape shape_;
@@ -172,6 +177,8 @@ class Model {
   std::vector<Layer> layers_;
   Norm final_norm_;
   Linear lm_head_;
+  std::unique_ptr<Sketch> head_sketch_;  // made when first wanted
+  bool sketchable_ = true;
   int width_;          // hidden size padded to 256
   int neuron_blocks_;  // blocks of kNeuronBlock neurons
   int neuron_groups_;  // groups of kGroup neurons
