@@ -75,10 +75,17 @@ def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
         low, down = row_bytes("low", hidden), row_bytes("int8", hidden)
         return neurons * hot_bytes(config) + use.candidates * low + use.active * down
     up = neurons * row_bytes(form.mlp, hidden)
+    if not form.packed and use.candidates < neurons:
+        up = neurons * sketch_bytes(hidden) + use.candidates * row_bytes(form.mlp, hidden)
     if form.mlp == "q4":
         scales, row = record_parts(hidden)
         return up + use.active * row + use.groups * scales
     return up + use.active * row_bytes("int8" if form.mlp == "q8" else form.mlp, hidden)
+
+
+def sketch_bytes(hidden: int) -> int:
+    """Bytes of a row in the sketch of a float matrix (native/layout.h): int8 codes and five numbers."""
+    return -(-hidden // GROUP) * GROUP + 5 * _FLOAT_BYTES
 
 
 def head_bytes(config: ModelConfig, form: Format, exact_rows: float) -> float:
@@ -86,8 +93,8 @@ def head_bytes(config: ModelConfig, form: Format, exact_rows: float) -> float:
     hidden, rows = config.hidden_size, config.vocab_size
     if form.head == "planes":
         matrix = rows * row_bytes("high", hidden) + exact_rows * row_bytes("low", hidden)
-    elif exact_rows < rows:  # the int8 copy with its two bounds per row, and what these left (native/sketch.h)
-        matrix = rows * (row_bytes("q8", hidden) + 2 * _FLOAT_BYTES) + exact_rows * row_bytes(form.head, hidden)
+    elif exact_rows < rows:
+        matrix = rows * sketch_bytes(hidden) + exact_rows * row_bytes(form.head, hidden)
     else:
         matrix = rows * row_bytes(form.head, hidden)
     embedding = hidden * (_FLOAT_BYTES if form.name == "float32" else 2)

@@ -238,11 +238,24 @@ def test_sketch_of_outliers_and_of_empty_rows(checkpoint: Path, tmp_path: Path) 
     largest_are_exact(with_head(checkpoint, tmp_path / "uneven", uneven), 5)
 
 
-def test_a_head_that_int8_cannot_hold_is_read_whole(checkpoint: Path, tmp_path: Path) -> None:
+def test_rows_that_int8_cannot_hold_are_read(checkpoint: Path, tmp_path: Path) -> None:
     def huge(weight: torch.Tensor) -> None:
-        weight[7] = 1e6
+        weight[7], weight[8], weight[9] = 1e30, 1e-42, 0.0
 
-    assert largest_are_exact(with_head(checkpoint, tmp_path / "huge", huge), 1) == 0
+    largest_are_exact(with_head(checkpoint, tmp_path / "huge", huge), 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_sketched_neurons_change_no_bit(isa: str, dtype: str, checkpoint: Path) -> None:
+    decoder = load_decoder(checkpoint, isa=isa, dtype=dtype)
+    together = all_logits(decoder)  # many tokens in one step, without a sketch
+    decoder.reset_counts()
+    sequence = decoder.new_sequence(len(IDS))
+    rows = [decoder.forward([Chunk(sequence, [token])])[0] for token in IDS]
+    assert np.array_equal(np.stack([row for row in rows if row is not None]), together)
+    for layer in decoder.layer_counts():
+        assert layer["active"] <= layer["candidates"] < layer["tokens"] * decoder.config.intermediate_size
 
 
 def test_exact_mode_reads_the_whole_head(packed: dict[str, Path]) -> None:

@@ -78,6 +78,7 @@ class Mlp:
         tiled: bool = False,
         panels: bool = False,
         eights: bool = False,
+        sketched: bool = False,
     ) -> tuple[np.ndarray, int, int]:
         outliers = np.zeros((len(x), 16), np.float32)
         if self.kind == "planes":
@@ -98,6 +99,7 @@ class Mlp:
             tiled,
             panels,
             eights,
+            sketched,
         )
         return y[:, : self.hidden], candidates, active
 
@@ -134,6 +136,7 @@ def check(mlp: Mlp, x: np.ndarray) -> None:
                 assert np.array_equal(mlp.run(x, together=together, isa=isa)[0], first), (isa, together)
             if mlp.kind in ("float32", "bfloat16"):
                 assert np.array_equal(mlp.run(x, together=True, isa=isa, panels=True)[0], first), isa
+                assert np.array_equal(mlp.run(x, isa=isa, sketched=True)[0], first), isa
             elif isa in TILED_ISAS:
                 assert np.array_equal(mlp.run(x, together=True, isa=isa, tiled=True)[0], first), isa
             if isa in EIGHT_ISAS and mlp.kind in ("q8", "planes") and len(x) <= 8:

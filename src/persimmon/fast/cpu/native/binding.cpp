@@ -13,6 +13,7 @@
 #include "cpu.h"
 #include "model.h"
 #include "pack.h"
+#include "sketch.h"
 #include "train_binding.h"
 
 namespace nb = nanobind;
@@ -334,6 +335,21 @@ std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In
   return {estimate.array({tokens, count}), bound.array({tokens, count}), exact.array({tokens, count})};
 }
 
+// What the sketch of float rows says of one token: estimates of weights . x and bounds that they are not above, [R] each.
+std::tuple<FloatArray, FloatArray> sketched_rows(const std::string& format, In<uint8_t, 2> weights, In<float, 1> center, In<float, 1> x,
+                                                 const std::string& isa) {
+  const Kernels* kernels = find_kernels(isa);
+  const int rows = static_cast<int>(weights.shape(0)), inputs = static_cast<int>(x.size());
+  require(center.size() == x.size(), "the center has the wrong size");
+  const LargeMemory sketch(sketch_bytes(rows, inputs));
+  make_sketch(parse_format(format), weights.data(), weights.shape(1), rows, inputs, center.data(), sketch.data());
+  std::vector<uint8_t> parts(2 * round_up(inputs, kSketchInputs));
+  Owned<float> estimate(round_up(rows, kSketchRows)), bound(round_up(rows, kSketchRows));
+  const SketchInput token = kernels->sketch_input(x.data(), center.data(), inputs, parts.data());
+  kernels->sketch_rows(sketch.data(), token, 0, rows, estimate.data, bound.data);
+  return {estimate.array({weights.shape(0)}), bound.array({weights.shape(0)})};
+}
+
 // The MLP of all tokens of a call together, as for batches and prompts; `tiles` is scratch memory of the tiled kernels or null.
 void mlp_together(const Kernels* kernels, const MlpArgs& args, uint8_t* tiles, Panels* panels, float* y, MlpCounts* counts) {
   const int tokens = args.tokens, width = args.blocks * kSuperblock;
@@ -383,14 +399,19 @@ void int4_together(const Kernels* kernels, const MlpArgs& args, bool tiled, floa
   else kernels->int4_columns(down, 0, width, sums.data());
 }
 
-// The same token by token, as in decoding.
-void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float, 2>& x, float* y, MlpCounts* counts) {
+// The same token by token, as in decoding; with a sketch whose center is the first token.
+void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float, 2>& x, bool sketched, float* y, MlpCounts* counts) {
   const bool packed = args.format != Format::f32 && args.format != Format::bf16;
   const size_t width = static_cast<size_t>(args.blocks) * kSuperblock;
   const size_t input_bytes = args.blocks * (packed ? sizeof(ActivationBlock) : kSuperblock * sizeof(float));
+  const int inputs = static_cast<int>(x.shape(1));
+  const LargeMemory sketch(sketched ? sketch_bytes(args.neurons, inputs) : 0);
+  if (sketched) make_sketch(args.format, args.up, args.up_bytes, args.neurons, inputs, x.data(), sketch.data());
+  std::vector<uint8_t> parts(2 * round_up(inputs, kSketchInputs));
   std::vector<float> sum(width);
   for (int t = 0; t < args.tokens; t++) {
     MlpArgs one = args;
+    if (sketched) one.sketch = sketch.data(), one.sketched = kernels->sketch_input(x.data() + t * x.shape(1), x.data(), inputs, parts.data());
     one.tokens = 1, one.x = static_cast<const uint8_t*>(args.x) + t * input_bytes, one.outliers = args.outliers + t * kOutliers;
     std::optional<Panels> panels;
     if (Panels::always(kernels, args.format)) {
@@ -410,7 +431,7 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float,
 std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_name, In<uint8_t, 2> up, In<uint8_t, 2> down, int down_offset,
                                                     In<float, 1> bias, In<float, 2> x, In<float, 2> outliers,
                                                     float margin, bool together, const std::string& isa, bool tiled,
-                                                    bool in_panels, bool in_eights) {
+                                                    bool in_panels, bool in_eights, bool sketched) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
@@ -418,7 +439,7 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   const size_t width = round_up(x.shape(1), kSuperblock);
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
-                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr, nullptr};
+                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr, nullptr, nullptr, {}};
   std::optional<Tiles> tiles;
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
   std::optional<Panels> panels;
@@ -430,7 +451,7 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   std::fill_n(y.data, tokens * width, 0.0f);
   if (together && format == Format::q4) int4_together(kernels, args, tiled, y.data, &counts);
   else if (together) mlp_together(kernels, args, tiles ? tiles->scratch() : nullptr, panels ? &*panels : nullptr, y.data, &counts);
-  else mlp_one_by_one(kernels, args, x, y.data, &counts);
+  else mlp_one_by_one(kernels, args, x, sketched, y.data, &counts);
   return {y.array({static_cast<size_t>(tokens), width}), counts.candidates, counts.active};
 }
 
@@ -553,12 +574,15 @@ NB_MODULE(_native, m) {
         "eights: by those for up to 8 tokens of packed rows.");
   m.def("head_rows", &head_rows, "high"_a, "low"_a, "x"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
         "eights"_a = false, "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
+  m.def("sketched_rows", &sketched_rows, "format"_a, "weights"_a, "center"_a, "x"_a, "isa"_a = "auto",
+        "Estimates of weights . x from the sketch of float rows, and bounds that the products are not above, [R] each.");
   m.def("tiled_tokens", [](const std::string& isa) { return find_kernels(isa)->tiled_tokens; }, "isa"_a = "auto",
         "Fewest tokens for which the tiled kernels are used; 0 where there are none.");
   m.def("fewest_eights", [](const std::string& isa) { return find_kernels(isa)->fewest_eights; }, "isa"_a = "auto",
         "Fewest tokens for which the kernels for few tokens are used, up to 8; 0 where there are none.");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
-        "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "eights"_a = false, "MLP output without its bias, candidates, active.");
+        "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "eights"_a = false,
+        "sketched"_a = false, "MLP output without its bias, candidates, active.");
   m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "table"_a, "block_size"_a, "int8"_a, "isa"_a = "auto");
   m.def("fingerprint", [](In<uint8_t, 1> data, const std::string& isa) {
           const Kernels* kernels = find_kernels(isa);

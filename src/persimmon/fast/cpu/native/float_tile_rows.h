@@ -91,6 +91,24 @@ INLINE void streamed_rows(const FloatTileArgs& a, int row, int blocks, float* sc
   }
 }
 
+// One token and the rows of a list, gathered sixteen at a time: finish(place in the list, products of 16 rows of it).
+template <class Finish>
+INLINE void listed_rows(const FloatTileArgs& a, const int* list, int count, float* scratch, Finish&& finish) {
+  uint8_t* const copies = reinterpret_cast<uint8_t*>(scratch);
+  alignas(64) float c[kTileFloats];
+  if (count) configure_rows(kPanelRows);
+  for (int k = 0; k < count; k += kPanelRows) {
+    for (int i = 0; i < kPanelRows; i++) {
+      const uint8_t* from = a.weights + list[min_int(k + i, count - 1)] * a.row_bytes;
+      for (size_t at = 0; at < a.row_bytes; at += 64) _mm512_store_si512(copies + i * a.row_bytes + at, _mm512_loadu_si512(from + at));
+    }
+    const WeightTiles w = {copies, a.row_bytes, 0, 2 * kStepInputs};
+    panel_sums(w, 1, a.panels, a.tile(), 1, a.inputs / kStepInputs, c, false);
+    finish(k, first_products(c));
+  }
+  release();
+}
+
 constexpr int kBlocksAtOnce = 2;  // of 16 rows: with their sums they take half of the first cache
 
 // `blocks` blocks of rows, of which the last may be cut, uncut by inputs.

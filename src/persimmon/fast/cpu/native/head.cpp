@@ -5,8 +5,8 @@
 // cannot be below; every row whose estimate plus kHeadSigmas deviations reaches it is computed exactly. A row among
 // the true top is lost only if its error is beyond kHeadSigmas deviations, 1e-9 for a normal distribution (which a sum of
 // thousands of roundings is, unless the weights were built against it). An infinite sparsity margin always reads all.
-// Float weights and one token: the estimates are those of an int8 copy (sketch.h), whose bounds are certain; the exact logits are those
-// of the full head, bit for bit.
+// Float weights and one token: the estimates are those of a sketch (sketch.h), whose bounds are certain; the exact logits are those of
+// the full head, bit for bit.
 #include <algorithm>
 #include <cmath>
 
@@ -20,7 +20,6 @@ constexpr int kHeadChunk = 1024;     // rows a thread ranks at a time
 constexpr int kGlance = 64;         // values that are compared at a time before one by one; divides kHeadChunk
 constexpr int kScoreRows = 256;      // rows whose logits are kept at a time when only scores are wanted
 constexpr int kMostTop = 256;        // above this many wanted logits the full head is as fast
-constexpr size_t kMostSketched = 64 << 20;  // bytes of a float head that gets an int8 copy
 constexpr int kTokensAtOnce = kTileTokens;  // bounds the estimates to 16 * vocabulary
 
 struct Ranked {
@@ -39,7 +38,7 @@ void keep_best(std::vector<Ranked>* ranked, int count) {
 int next_to_reach(const float* values, int row, int end, float least) {
   for (; row + kGlance <= end; row += kGlance) {
     int reach = 0;
-    for (int i = 0; i < kGlance; i++) reach |= values[row + i] >= least;
+    for (int i = 0; i < kGlance; i++) reach |= !(values[row + i] < least);
     if (reach) return row;
   }
   return row;  // fewer are looked at one by one
@@ -56,7 +55,7 @@ void Model::head(const std::vector<int>& wanted, const Output& output) {
   const int exact_top = output.exact_top;
   float* logits = output.logits;
   const bool few = exact_top > 0 && exact_top <= kMostTop && shape_.vocab > 4 * kHeadChunk;
-  if (few && !packed_inputs_ && count == 1 && sketch_head()) return head_top_float(exact_top, logits);
+  if (few && head_sketch_ && count == 1) return head_top_float(exact_top, logits);
   const bool two_pass = few && lm_head_.format == Format::planes && std::isfinite(margin);
   if (!two_pass) return multiply(lm_head_, input(), count, logits, shape_.vocab, Epilogue::store);
   for (int first = 0; first < count; first += kTokensAtOnce) {
@@ -119,8 +118,8 @@ void Model::score_pieces(const Group& group, int begin, int end, const Output& o
 template <class Estimate, class Exact>
 void Model::two_passes(int tokens, int top, float* logits, Estimate&& estimate, Exact&& exact) {
   const int vocab = shape_.vocab, chunks = (vocab + kHeadChunk - 1) / kHeadChunk;
-  const size_t stride = vocab;
-  estimates_.resize(tokens * stride), bounds_.resize(tokens * stride);
+  const size_t stride = vocab, size = round_up(tokens * stride, kSketchRows);
+  estimates_.resize(size), bounds_.resize(size);
   std::vector<std::vector<Ranked>> ranked(static_cast<size_t>(tokens) * chunks);
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     for (int c = begin; c < end; c++) {
@@ -158,7 +157,7 @@ void Model::two_passes(int tokens, int top, float* logits, Estimate&& estimate, 
       std::fill(logits + t * stride + first, logits + t * stride + last, -HUGE_VALF);
       for (int r = first; r < last; r++) {
         if (r % kGlance == 0) r = next_to_reach(bounds, r, last, threshold[t]);
-        if (r < last && bounds[r] >= threshold[t]) logits[t * stride + r] = exact(t, r, thread);
+        if (r < last && !(bounds[r] < threshold[t])) logits[t * stride + r] = exact(t, r, thread);
       }
     }
   });
@@ -178,29 +177,12 @@ void Model::head_top(const RowsArgs& args, int top, float* logits) {
              [&](int t, int row, int) { return kernels_->refine_row(args, t, row, estimates_[t * stride + row]); });
 }
 
-// Makes head_sketch_ when first asked; false where there is none, because of the head's size or of a weight that int8 cannot hold.
-bool Model::sketch_head() {
-  if (head_sketch_ || !sketchable_) return sketchable_;
-  sketchable_ = lm_head_.row_bytes * lm_head_.rows <= kMostSketched;
-  try {
-    if (sketchable_)
-      head_sketch_ = std::make_unique<Sketch>(lm_head_.format, lm_head_.weights, lm_head_.row_bytes, lm_head_.rows, shape_.hidden, pool_.threads());
-  } catch (const std::domain_error&) {
-    sketchable_ = false;
-  }
-  return sketchable_;
-}
-
 // Float rows and one token; normalize() has left its input in normed_ and, where the kernels want it, in panels.
 void Model::head_top_float(int top, float* logits) {
-  const Sketch& sketch = *head_sketch_;
-  std::vector<ActivationBlock> packed(sketch.blocks());
-  if (!kernels_->quantize(normed_.data(), shape_.hidden, sketch.blocks(), packed.data())) finite_ = false;
-  const Sketch::Token token = sketch.token(normed_.data(), packed.data());
+  const SketchInput x = sketch_input(final_norm_);
   const RowsArgs rows = rows_args(lm_head_, input(), 1, logits, shape_.vocab, Epilogue::store);
   const auto estimate = [&](int first, int last, int) {
-    kernels_->rows(sketch.args(packed.data(), estimates_.data()), first, last);
-    sketch.bounds(token, estimates_.data(), first, last, bounds_.data());
+    kernels_->sketch_rows(head_sketch_, x, first, last, estimates_.data() + first, bounds_.data() + first);
   };
   two_passes(1, top, logits, estimate, [&](int, int row, int thread) {
     multiply_range(rows, row, row + 1, thread);

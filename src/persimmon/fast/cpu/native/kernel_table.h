@@ -8,7 +8,7 @@
 #include "float_tile_rows.h"
 #include "int4_scale.h"
 #include "panels.h"
-#include "sparse_mlp.h"
+#include "sketched_mlp.h"
 #include "tiled_int4.h"
 
 namespace persimmon {
@@ -17,6 +17,7 @@ namespace PERSIMMON_ISA {
 // One token, one block of neurons of any format.
 static void any_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, [[maybe_unused]] float* scratch) {
   if (a.format == Format::q4) return int4_block(a, block, sum, counts);
+  if (a.sketch) return sketched_block(a, block, sum, counts, scratch);
 #if defined(__AMX_BF16__)
   if (a.format == Format::bf16) return float_tile_block(a, block, sum, counts, scratch);
 #endif
@@ -37,8 +38,8 @@ static constexpr Kernels table(const char* name) {
 #else
   constexpr PanelKernels bf16 = panels;
 #endif
-  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, estimate_rows, refine_row,
-          activate, any_block, down_columns, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8,
+  return {name,     quantize,    layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, sketch_input, sketch_rows,
+          estimate_rows, refine_row, activate, any_block, down_columns, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8,
           attend_float, quantize_head, int4_scale, fingerprint};
 }
 

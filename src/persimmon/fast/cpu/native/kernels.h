@@ -36,6 +36,16 @@ struct ActiveBlock {
   float value[kNeuronBlock];    // relu(pre-activation)^2
 };
 
+// One token as a sketch meets it: its inputs, rounded and cut into two parts (sketch_rows.h).
+struct SketchInput {
+  const uint8_t *high, *low;
+  int quads;            // of inputs, padded
+  float step;           // x - center = step * (128 * (high - 64) + low), about
+  float length, sum;    // of x - center: its length and the sum of its magnitudes
+  float error;          // length of what the parts do not hold, with what rounding adds
+  float rounding;       // what rounding adds for each unit of the length of a row
+};
+
 struct MlpArgs {
   Format format;         // f32, bf16, q8, q4, or planes for p44
   const uint8_t* up;     // rows of the up projection; p44: hot rows
@@ -53,6 +63,8 @@ struct MlpArgs {
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
   const uint16_t* panels;  // panel kernels: x by PanelKernels::make
   const EightTokens* eights;  // kernels for few tokens: x by make_eights
+  const uint8_t* sketch;      // f32 and bf16, one token: of the up projection (sketch.h), or null
+  SketchInput sketched;       // ... and x for it
 };
 
 struct MlpCounts {
@@ -149,6 +161,10 @@ struct Kernels {
   void (*eight_estimates)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound, size_t stride);
   void (*eight_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts);
   PanelKernels float_panels, bf16_panels;  // panels.h, float_tiles.h
+  // Sketches: parts [2][inputs rounded up to kSketchInputs] of x, whose center is that of the sketch; then estimates of rows [begin, end), begin a multiple of kSketchRows, and
+  // bounds that their products are not above, to estimate[0 ..) and bound[0 ..). Whole blocks of rows are written.
+  SketchInput (*sketch_input)(const float* x, const float* center, int n, uint8_t* parts);
+  void (*sketch_rows)(const uint8_t* sketch, const SketchInput& x, int begin, int end, float* estimate, float* bound);
   // Planes: estimate[t * stride + r] from the high plane, and bound = estimate + sigmas standard deviations of its error.
   void (*estimate_rows)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
                         size_t stride);

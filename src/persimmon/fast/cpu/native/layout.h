@@ -19,6 +19,7 @@
 // p44, one neuron: hot row  [high superblocks of its up row][16 float16 weights of the outlier columns]
 //                  cold row [low superblocks of its up row][int8 superblocks of its down column]
 // Head: high superblocks of every vocabulary row in one array, low superblocks in another.
+// Sketch of float rows, in memory alone: blocks of 16 rows, [inputs padded to 32 / 4][16 rows][4 int8][SketchFacts].
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -37,6 +38,19 @@ constexpr int kInt4Piece = 128;      // outputs of 64 bytes of a row of an int4 
 constexpr int kOutliers = 16;       // input columns of an up projection kept in float16
 constexpr int kOutlierBytes = 2 * kOutliers;
 constexpr int kNeuronBlock = 256;   // neurons whose contributions are summed on their own before they join the output
+
+constexpr int kSketchRows = 16;     // rows of a block of a sketch
+constexpr int kSketchInputs = 32;   // inputs are padded to a multiple
+
+// What is known of the rows of a block: row = scale * codes + what was lost, of each number at most half a scale.
+struct alignas(64) SketchFacts {
+  float scale[kSketchRows];
+  float error[kSketchRows];   // length of what was lost, rounded up
+  float length[kSketchRows];  // of scale * codes, likewise
+  float center[kSketchRows];  // product of the row with the center of its inputs; infinite for a row that int8 cannot hold
+  int32_t sum[kSketchRows];   // of the codes
+};
+static_assert(sizeof(SketchFacts) == 320, "five cache lines");
 
 enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3, planes = 4 };
 
@@ -71,5 +85,8 @@ struct alignas(64) EightTokens {
 static_assert(sizeof(EightTokens) == 4864, "76 cache lines");
 
 constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+constexpr size_t sketch_block_bytes(int inputs) { return round_up(inputs, kSketchInputs) * kSketchRows + sizeof(SketchFacts); }
+constexpr size_t sketch_bytes(int rows, int inputs) { return round_up(rows, kSketchRows) / kSketchRows * sketch_block_bytes(inputs); }
 
 }  // namespace persimmon

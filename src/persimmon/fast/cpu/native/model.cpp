@@ -13,6 +13,7 @@ constexpr int kTiledRows = 64;         // rows a thread takes at a time when tok
 constexpr int kPanelGrain = 128;       // ... when they lie in panels: what float_tiles.h reads together
 constexpr int kMostHeads = 4;          // whose rows a thread multiplies before it attends
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
+constexpr size_t kMostSketched = 64 << 20;  // bytes of sketches: what no memory plan needs to count
 constexpr int kSumPiece = 16;          // outputs of a cache line
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
@@ -49,6 +50,7 @@ Model::Model(const Shape& shape, const Formats& formats, const std::map<std::str
   for (int i = 0; i < shape.layers; i++) layers_.push_back(resolve_layer(resolver, i));
   final_norm_ = resolve_norm(resolver, "final_layernorm", shape.hidden);
   lm_head_ = resolve_linear(resolver, "lm_head", formats.head, shape.vocab, shape.hidden);
+  make_sketches();
 }
 
 Model::Linear Model::resolve_linear(const Resolver& tensors, const std::string& name, Format format, int rows,
@@ -120,6 +122,25 @@ void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, 
   }
   layer->neuron_bytes = formats_.mlp == Format::q8 ? static_cast<size_t>(blocks) * kInt8Bytes : row_bytes(formats_.mlp, blocks);
   layer->neurons = tensors.bytes(prefix + "dense_4h_to_h.neurons", layer->neuron_bytes * neurons);
+}
+
+// Float rows that a token need not all read get a sketch each, if all of them are small.
+void Model::make_sketches() {
+  const size_t up = sketch_bytes(shape_.intermediate, shape_.hidden), head = sketch_bytes(shape_.vocab, shape_.hidden);
+  const size_t bytes = up * shape_.layers + head;
+  if (packed_inputs_ || bytes > kMostSketched) return;
+  sketches_ = std::make_unique<LargeMemory>(bytes);
+  sketch_parts_.resize(2 * round_up(shape_.hidden, kSketchInputs));
+  const auto at = [&](int layer) { return sketches_->data() + up * layer; };
+  pool_.parallel_for(shape_.layers + 1, 1, [&](int begin, int end, int) {
+    for (int i = begin; i < end; i++) {
+      const Linear& linear = i < shape_.layers ? layers_[i].up : lm_head_;
+      const Norm& norm = i < shape_.layers ? layers_[i].post : final_norm_;
+      make_sketch(linear.format, linear.weights, linear.row_bytes, linear.rows, shape_.hidden, norm.bias, at(i));
+    }
+  });
+  for (int i = 0; i < shape_.layers; i++) layers_[i].up_sketch = at(i);
+  head_sketch_ = at(shape_.layers);
 }
 
 std::unique_ptr<KvCache> Model::new_cache(int num_blocks, int block_size, bool int8) const {
@@ -411,12 +432,13 @@ MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
   return {formats_.mlp,        layer.up.weights, layer.up.row_bytes,  layer.neurons,        layer.neuron_bytes,
           layer.neuron_offset, layer.up_bias,    shape_.intermediate, width_ / kSuperblock, input(),
           outliers_.data(),    margin,           tokens,              tiles_.data(),        panels(),
-          in_eights(tokens) ? eights_.data() : nullptr};
+          in_eights(tokens) ? eights_.data() : nullptr, nullptr, {}};
 }
 
 void Model::mlp(const Layer& layer, int index, int tokens) {
   counts[index].tokens += tokens;
-  const MlpArgs args = mlp_args(layer, tokens);
+  MlpArgs args = mlp_args(layer, tokens);
+  if (tokens == 1 && layer.up_sketch) args.sketch = layer.up_sketch, args.sketched = sketch_input(layer.post);
   MlpCounts found;
   if (tokens > 1) {
     found = formats_.mlp == Format::q4 ? mlp_many_int4(layer, tokens) : mlp_many(args, layer.down_bias);
@@ -428,6 +450,11 @@ void Model::mlp(const Layer& layer, int index, int tokens) {
   counts[index].candidates += found.candidates;
   counts[index].active += found.active;
   counts[index].groups += found.groups;
+}
+
+// The token that `norm` has normalised, for sketches; its bias is the center.
+SketchInput Model::sketch_input(const Norm& norm) {
+  return kernels_->sketch_input(normed_.data(), norm.bias, shape_.hidden, sketch_parts_.data());
 }
 
 // One token: up and down in one region, block by block. output[0 .. width) = sum of the neurons' contributions.
@@ -496,7 +523,7 @@ MlpCounts Model::total_counts() const {
 // The same token without skipping: what the margin missed and what that did to the output.
 void Model::audit(const MlpArgs& args, const MlpCounts& found, LayerCounts* counts) {
   MlpArgs exact = args;
-  exact.margin = HUGE_VALF;
+  exact.margin = HUGE_VALF, exact.sketch = nullptr;
   const MlpCounts all = mlp_one(exact, audited_output_.data());
   counts->audited++;
   counts->audited_active += all.active;

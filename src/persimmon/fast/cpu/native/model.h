@@ -89,6 +89,7 @@ class Model {
   struct Layer {
     Norm input, post, q, k;
     Linear qkv, dense, up;
+    const uint8_t* up_sketch;  // of float rows, or null
     const uint8_t* neurons;  // neuron-major rows; q4: records
     size_t neuron_bytes;
     int neuron_offset;
@@ -164,7 +165,8 @@ class Model {
   template <class Estimate, class Exact>
   void two_passes(int tokens, int top, float* logits, Estimate&& estimate, Exact&& exact);
   void head_top(const RowsArgs& args, int top, float* logits);
-  bool sketch_head();
+  void make_sketches();
+  SketchInput sketch_input(const Norm& norm);
   void head_top_float(int top, float* logits);
   RowsArgs rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride, Epilogue epilogue) const;
 
@@ -177,8 +179,8 @@ class Model {
   std::vector<Layer> layers_;
   Norm final_norm_;
   Linear lm_head_;
-  std::unique_ptr<Sketch> head_sketch_;  // made when first wanted
-  bool sketchable_ = true;
+  std::unique_ptr<LargeMemory> sketches_;  // of float up projections and head, or null
+  const uint8_t* head_sketch_ = nullptr;
   int width_;          // hidden size padded to 256
   int neuron_blocks_;  // blocks of kNeuronBlock neurons
   int neuron_groups_;  // groups of kGroup neurons
@@ -197,6 +199,7 @@ class Model {
   std::vector<float> qkv_;         // [T][3 * hidden], [head, 3, head_dim]
   std::vector<float> attended_;    // [T][width]
   std::vector<float> squared_;     // q4: per thread, [T][kNeuronBlock]
+  std::vector<uint8_t> sketch_parts_;  // of one token, SketchInput
   std::vector<float> outliers_;    // [T][kOutliers]
   std::vector<float> block_sums_;  // one token: [blocks of neurons][width]
   std::vector<float> output_, audited_output_;  // [width]

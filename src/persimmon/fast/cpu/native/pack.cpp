@@ -19,6 +19,12 @@ namespace {
 
 constexpr float kLargestHalf = 65504.0f;
 
+float half_value(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const float magnitude = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24);
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
 // Nearest integer, ties to even, within [low, high]; the constant's last mantissa bit is worth 1. Unlike a library call it
 // is turned into vector code.
 float round_clamped(float value, float low, float high) {
@@ -103,12 +109,6 @@ void for_each_group(const PackArgs& a, Encoder encode_group, Put put) {
 }
 
 }  // namespace
-
-float half_value(uint16_t half) {
-  const int exponent = half >> 10 & 31, mantissa = half & 1023;
-  const float magnitude = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24);
-  return half & 0x8000 ? -magnitude : magnitude;
-}
 
 uint16_t float_to_half(float value) {
   const float magnitude = std::fabs(value);

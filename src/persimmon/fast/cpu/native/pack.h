@@ -26,6 +26,5 @@ void pack_neurons(const PackArgs& args, uint8_t* out, size_t stride);
 void pack_int4_records(const PackArgs& args, int first, int width, uint8_t* out, size_t stride);
 
 uint16_t float_to_half(float value);
-float half_value(uint16_t half);  // finite ones
 
 }  // namespace persimmon

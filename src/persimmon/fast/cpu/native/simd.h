@@ -62,6 +62,7 @@ INLINE f32x8 sub(f32x8 a, f32x8 b) { return _mm256_sub_ps(a, b); }
 INLINE f32x8 mul(f32x8 a, f32x8 b) { return _mm256_mul_ps(a, b); }
 INLINE f32x8 fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE f32x8 maximum(f32x8 a, f32x8 b) { return _mm256_max_ps(a, b); }
+INLINE f32x8 minimum(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
 INLINE f32x8 magnitude(f32x8 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 INLINE f32x8 round_even(f32x8 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE f32x8 load_half8(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
@@ -119,6 +120,9 @@ INLINE f32x8 each8(f32x8 a, f32x8 b, F f) {
 INLINE f32x8 maximum(f32x8 a, f32x8 b) {
   return each8(a, b, [](float x, float y) { return x > y ? x : y; });
 }
+INLINE f32x8 minimum(f32x8 a, f32x8 b) {
+  return each8(a, b, [](float x, float y) { return x < y ? x : y; });
+}
 INLINE f32x8 magnitude(f32x8 a) {
   return each8(a, a, [](float x, float) { return __builtin_fabsf(x); });
 }
@@ -165,6 +169,7 @@ INLINE void store16(float* p, f32x16 a) { _mm512_storeu_ps(p, a); }
 INLINE f32x16 add(f32x16 a, f32x16 b) { return _mm512_add_ps(a, b); }
 INLINE f32x16 mul(f32x16 a, f32x16 b) { return _mm512_mul_ps(a, b); }
 INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE f32x16 minimum(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
 INLINE f32x16 load_half16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 INLINE f32x16 load_bf16x16(const uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -187,6 +192,7 @@ INLINE void store16(float* p, f32x16 a) { store8(p, a.lo), store8(p + 8, a.hi); 
 INLINE f32x16 add(f32x16 a, f32x16 b) { return {add(a.lo, b.lo), add(a.hi, b.hi)}; }
 INLINE f32x16 mul(f32x16 a, f32x16 b) { return {mul(a.lo, b.lo), mul(a.hi, b.hi)}; }
 INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)}; }
+INLINE f32x16 minimum(f32x16 a, f32x16 b) { return {minimum(a.lo, b.lo), minimum(a.hi, b.hi)}; }
 INLINE f32x16 load_half16(const void* p) { return {load_half8(p), load_half8(static_cast<const char*>(p) + 16)}; }
 INLINE f32x16 load_bf16x16(const uint16_t* p) { return {load_bf16x8(p), load_bf16x8(p + 8)}; }
 INLINE f32x16 load_int8x16(const int8_t* p) { return {load_int8x8(p), load_int8x8(p + 8)}; }

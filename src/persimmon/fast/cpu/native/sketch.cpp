@@ -1,17 +1,19 @@
 #include "sketch.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-
-#include "pack.h"
+#include <new>
+#include <vector>
 
 namespace persimmon {
 namespace {
 
-constexpr int kRowsAtOnce = 1024;          // rows that become floats to be packed
-constexpr float kUp = 1.0f + 0x1p-20f;     // more than rounding can have taken from a length
-constexpr int kMoreTerms = 64;             // of a sum, beyond its products: scales, folding of lanes, bias
+constexpr size_t kLargePage = 2 << 20;
+constexpr int kLargestCode = 127;
+constexpr double kUp = 1 + 0x1p-20;  // more than rounding to float32 can take from a length
 
 void widen(Format format, const uint8_t* row, int count, float* out) {
   if (format == Format::f32) {
@@ -26,58 +28,52 @@ void widen(Format format, const uint8_t* row, int count, float* out) {
   }
 }
 
-// Input i of a row of superblocks in lane order: its group, and its place in the superblock.
-int group_of(int i) { return i % kSuperblock / kGroup; }
-int place_of(int i) { return 32 * (i % kGroup / 4) + 4 * group_of(i) + i % 4; }
-
-float length_of(double squares) { return static_cast<float>(std::sqrt(squares)) * kUp; }
+// One row as row `r` of its block: codes at codes[4 * kSketchRows * quad + 4 * r + input % 4].
+void sketch_row(const std::vector<float>& row, const float* center, int r, int8_t* codes, SketchFacts* facts) {
+  float largest = 0;
+  bool finite = true;
+  for (const float v : row) largest = std::max(largest, std::fabs(v)), finite = finite && std::isfinite(v);
+  const float scale = largest / kLargestCode;
+  finite = finite && std::isfinite(1.0f / scale * largest);  // also false for rows of zeros and of the smallest numbers
+  double error = 0, length = 0, product = 0;
+  for (size_t i = 0; i < row.size(); i++) {
+    const int code = finite ? static_cast<int>(std::nearbyint(row[i] / scale)) : 0;
+    codes[4 * kSketchRows * (i / 4) + 4 * r + i % 4] = static_cast<int8_t>(code);
+    const double kept = static_cast<double>(scale) * code, lost = row[i] - kept;
+    length += kept * kept, error += lost * lost, product += static_cast<double>(row[i]) * center[i];
+    facts->sum[r] += code;
+  }
+  const bool held = finite || largest == 0.0f;
+  facts->scale[r] = finite ? scale : 0.0f;
+  facts->length[r] = finite ? static_cast<float>(std::sqrt(length) * kUp) : 0.0f;
+  facts->error[r] = finite ? static_cast<float>(std::sqrt(error) * kUp) : 0.0f;
+  facts->center[r] = held ? static_cast<float>(product) : HUGE_VALF;
+}
 
 }  // namespace
 
-Sketch::Sketch(Format format, const uint8_t* weights, size_t row_bytes, int rows, int inputs, int threads)
-    : inputs_(inputs), blocks_(static_cast<int>(round_up(inputs, kSuperblock) / kSuperblock)),
-      row_bytes_(static_cast<size_t>(blocks_) * kQ8Bytes), rows_(row_bytes_ * rows), errors_(rows), lengths_(rows) {
-  std::vector<float> floats(static_cast<size_t>(kRowsAtOnce) * inputs);
-  for (int first = 0; first < rows; first += kRowsAtOnce) {
-    const int count = std::min(kRowsAtOnce, rows - first);
-    for (int r = 0; r < count; r++) widen(format, weights + (first + r) * row_bytes, inputs, floats.data() + static_cast<size_t>(r) * inputs);
-    pack_rows({floats.data(), count, inputs, nullptr, threads}, Format::q8, rows_.data() + first * row_bytes_, row_bytes_);
-    for (int r = 0; r < count; r++) {
-      double error = 0, length = 0;
-      for (int i = 0; i < inputs; i++) {
-        const uint8_t* block = rows_.data() + (first + r) * row_bytes_ + static_cast<size_t>(i) / kSuperblock * kQ8Bytes;
-        uint16_t half;
-        memcpy(&half, block + kSuperblock + 2 * group_of(i), 2);
-        const double kept = static_cast<double>(half_value(half)) * static_cast<int8_t>(block[place_of(i)]);
-        const double lost = floats[static_cast<size_t>(r) * inputs + i] - kept;
-        length += kept * kept, error += lost * lost;
-      }
-      errors_[first + r] = length_of(error), lengths_[first + r] = length_of(length);
-    }
+LargeMemory::LargeMemory(size_t bytes) : bytes_(bytes + kLargePage) {
+  void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  mapped_ = static_cast<uint8_t*>(memory);
+  data_ = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<size_t>(mapped_), kLargePage));
+#if defined(MADV_HUGEPAGE)
+  madvise(mapped_, bytes_, MADV_HUGEPAGE);  // a wish; small pages do as well
+#endif
+}
+
+LargeMemory::~LargeMemory() { munmap(mapped_, bytes_); }
+
+void make_sketch(Format format, const uint8_t* weights, size_t row_bytes, int rows, int inputs, const float* center, uint8_t* out) {
+  const size_t block_bytes = sketch_block_bytes(inputs);
+  std::vector<float> row(inputs);
+  memset(out, 0, sketch_bytes(rows, inputs));
+  for (int r = 0; r < rows; r++) {
+    uint8_t* block = out + r / kSketchRows * block_bytes;
+    widen(format, weights + r * row_bytes, inputs, row.data());
+    sketch_row(row, center, r % kSketchRows, reinterpret_cast<int8_t*>(block),
+               reinterpret_cast<SketchFacts*>(block + block_bytes - sizeof(SketchFacts)));
   }
-}
-
-RowsArgs Sketch::args(const ActivationBlock* x, float* y) const {
-  RowsArgs args = {};
-  args.format = Format::q8, args.weights = rows_.data(), args.row_bytes = row_bytes_, args.blocks = blocks_;
-  args.x = x, args.tokens = 1, args.y = y, args.epilogue = Epilogue::store;
-  return args;
-}
-
-Sketch::Token Sketch::token(const float* x, const ActivationBlock* packed) const {
-  double error = 0, length = 0;
-  for (int i = 0; i < inputs_; i++) {
-    const ActivationBlock& block = packed[i / kSuperblock];
-    const double lost = x[i] - static_cast<double>(block.scale[group_of(i)]) * block.code[place_of(i)];
-    length += static_cast<double>(x[i]) * x[i], error += lost * lost;
-  }
-  const float whole = length_of(length), off = length_of(error);
-  const float rounding = static_cast<float>(inputs_ + kMoreTerms) * 0x1p-24f;  // of one sum; there are two, of at most |x| + |x - x'|
-  return {whole * (1 + rounding), off + 2 * rounding * (whole + off)};
-}
-
-void Sketch::bounds(const Token& token, const float* estimates, int begin, int end, float* out) const {
-  for (int r = begin; r < end; r++) out[r] = estimates[r] + (errors_[r] * token.length + lengths_[r] * token.error) * kUp;
 }
 
 }  // namespace persimmon

@@ -1,37 +1,34 @@
-// An int8 copy of float rows that says how far from the rows its products can be.
+// Sketches: int8 copies of float rows that say how far from the rows their products can be.
 //
-// With w a row and x an input, w' and x' what the copy holds of them: |w . x - w' . x'| <= |w - w'| |x| + |w'| |x - x'| (Cauchy-Schwarz),
-// and float32 sums of n products are off by at most n 2^-24 |w| |x|. So who looks for the largest products reads half of the
-// bytes or a quarter, and then only those rows whose bound reaches the largest: a handful. Nothing is left to chance.
+// With w a row, x an input less its center c, and w' and x' what the copies hold of them, w . (c + x) is w . c, which is known, plus w' . x',
+// up to |w - w'| |x| + |w'| |x - x'| (Cauchy-Schwarz), where the first may be max|w - w'| sum|x| as well; and float32 sums of n
+// products are off by at most n 2^-24 |w| |c + x|. Centers are the biases of the norms before: what all tokens have in common is large,
+// and would make all bounds wide. So one token reads half or a quarter of the bytes, and then
+// only the rows whose bound says that they may matter: neurons that may be positive, logits that may be the largest. What they are
+// is computed from the rows themselves, as without a sketch: nothing is left to chance, and not a bit changes.
 #pragma once
-#include <vector>
+#include <cstddef>
 
 #include "kernels.h"
 
 namespace persimmon {
 
-class Sketch {
+// Memory that large pages may back, of zeros.
+class LargeMemory {
  public:
-  // Rows of f32 or bf16, of which `inputs` numbers count, padded to 256 * blocks. Throws std::domain_error for rows that are not finite.
-  Sketch(Format format, const uint8_t* weights, size_t row_bytes, int rows, int inputs, int threads);
-
-  // Rows [begin, end) with one token: its rounded inputs, and y[begin .. end).
-  RowsArgs args(const ActivationBlock* x, float* y) const;
-
-  // What products of the token's inputs x (rounded to `packed`) and rows [begin, end) may be at most, given their estimates.
-  struct Token {
-    float length, error;  // |x| and |x - x'|, with what rounding of the sums adds
-  };
-  Token token(const float* x, const ActivationBlock* packed) const;
-  void bounds(const Token& token, const float* estimates, int begin, int end, float* out) const;
-
-  int blocks() const { return blocks_; }
+  explicit LargeMemory(size_t bytes);  // throws std::bad_alloc
+  ~LargeMemory();
+  LargeMemory(const LargeMemory&) = delete;
+  LargeMemory& operator=(const LargeMemory&) = delete;
+  uint8_t* data() const { return data_; }
 
  private:
-  int inputs_, blocks_;
-  size_t row_bytes_;
-  std::vector<uint8_t> rows_;
-  std::vector<float> errors_, lengths_;  // |w - w'| and |w'|
+  uint8_t *mapped_, *data_;
+  size_t bytes_;
 };
+
+// Sketch `rows` rows (f32 or bf16, `row_bytes` apart) of which `inputs` numbers count, like those of `center`; out holds sketch_bytes. A
+// row that is not finite gets a bound that is never below anything.
+void make_sketch(Format format, const uint8_t* weights, size_t row_bytes, int rows, int inputs, const float* center, uint8_t* out);
 
 }  // namespace persimmon

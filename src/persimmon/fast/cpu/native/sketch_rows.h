@@ -1,0 +1,130 @@
+// Estimates of many float rows from their sketch (sketch.h), with bounds that hold for certain.
+//
+// Codes of sixteen rows lie side by side, four inputs of each, so that integer products need no folding: one 32-bit lane is a row.
+// Inputs are rounded to 15 bits, cut into two parts of 7 that AVX2's saturating products can take; sums of integers are exact, so
+// estimates are the same on every instruction set up to a last multiplication.
+#pragma once
+#include "activations.h"
+#include "kernels.h"
+
+namespace persimmon {
+namespace PERSIMMON_ISA {
+
+constexpr int kInputMost = 8128;    // largest rounded input: 63.5 * 128
+constexpr int kInputOffset = 8192;  // added to rounded inputs, which so become two unsigned parts
+constexpr int kPartBits = 7;
+constexpr float kMoreThanRounded = 1 + 0x1p-12f;  // of a root of a float32 sum of up to 16,384 squares
+constexpr int kMoreTerms = 64;      // roundings of a product beyond its terms: scales, folding of lanes
+constexpr float kTiny = 1e-30f;     // more than all numbers together that AMX takes for zero
+
+// Both parts of kSketchInputs rounded inputs.
+INLINE void store_parts(const float* codes, uint8_t* high, uint8_t* low) {
+  for (int j = 0; j < kSketchInputs; j++) {
+    const uint32_t shifted = static_cast<uint32_t>(static_cast<int>(codes[j]) + kInputOffset);
+    high[j] = static_cast<uint8_t>(shifted >> kPartBits & 127), low[j] = static_cast<uint8_t>(shifted & 127);
+  }
+}
+
+// parts: [2][inputs rounded up to kSketchInputs], first the high ones.
+static SketchInput sketch_input(const float* x, const float* center, int n, uint8_t* parts) {
+  const int padded = static_cast<int>(round_up(n, kSketchInputs));
+  uint8_t *high = parts, *low = parts + padded;
+  // of(i, x and its center, eight of each) for all inputs; zeros behind the last.
+  const auto each = [&](auto&& of) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) of(i, load8(x + i), load8(center + i));
+    float rest[2][8] = {};
+    for (int j = 0; i + j < n; j++) rest[0][j] = x[i + j], rest[1][j] = center[i + j];
+    if (i < n) of(i, load8(rest[0]), load8(rest[1])), i += 8;
+    for (; i < padded; i += 8) of(i, zero8(), zero8());
+  };
+  f32x8 most = zero8();
+  each([&](int, f32x8 all, f32x8 middle) { most = maximum(magnitude(sub(all, middle)), most); });
+  const float largest = max_lanes(most), step = largest / kInputMost, inverse = largest > kTiny ? kInputMost / largest : 0.0f;
+  f32x8 lengths[3] = {zero8(), zero8(), zero8()}, sum = zero8(), error = zero8();  // of x, its center and their difference
+  alignas(64) float codes[kSketchInputs];
+  each([&](int i, f32x8 all, f32x8 middle) {
+    const f32x8 v = sub(all, middle), code = round_even(mul(v, set8(inverse))), lost = sub(v, mul(set8(step), code));
+    lengths[0] = fma(all, all, lengths[0]), lengths[1] = fma(middle, middle, lengths[1]), lengths[2] = fma(v, v, lengths[2]);
+    sum = add(magnitude(v), sum), error = fma(lost, lost, error);
+    store8(codes + i % kSketchInputs, code);
+    if (i % kSketchInputs == kSketchInputs - 8) store_parts(codes, high + i + 8 - kSketchInputs, low + i + 8 - kSketchInputs);
+  });
+  const auto root = [](f32x8 squares) { return sqrtf(sum_lanes(squares)) * kMoreThanRounded; };
+  const float length = root(lengths[2]);
+  // Of the exact product, of the product with the center, and of the difference and the estimate.
+  const float rounding = static_cast<float>(n + kMoreTerms) * 0x1p-24f * (root(lengths[0]) + root(lengths[1]) + 2 * length);
+  return {high, low, padded / 4, step, length, sum_lanes(sum), root(error) + rounding, rounding};
+}
+
+// Integer sums of a block of sixteen rows with both parts, as floats: 128 * (high - 64) . w + low . w.
+#if defined(__AVX512VNNI__)
+INLINE f32x16 sketch_sums(const uint8_t* block, const SketchInput& x, const int32_t* row_sums) {
+  __m512i h[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, l[2] = {h[0], h[0]};
+  for (int q = 0; q < x.quads; q += 2, block += 128) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++) {
+      prefetch_stream(block + 64 * k, 64);
+      const __m512i w = _mm512_loadu_si512(block + 64 * k);
+      h[k] = _mm512_dpbusd_epi32(h[k], _mm512_set1_epi32(read_unaligned<int>(x.high + 4 * (q + k))), w);
+      l[k] = _mm512_dpbusd_epi32(l[k], _mm512_set1_epi32(read_unaligned<int>(x.low + 4 * (q + k))), w);
+    }
+  }
+  const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(row_sums), kPartBits - 1);
+  const __m512i high = _mm512_sub_epi32(_mm512_add_epi32(h[0], h[1]), offset);
+  return fma(set16(1 << kPartBits), _mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(_mm512_add_epi32(l[0], l[1])));
+}
+#elif defined(__AVX2__)
+INLINE __m256i add_products(__m256i sum, const uint8_t* x, __m256i w) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(read_unaligned<int>(x)), w);  // at most 2 * 127 * 127
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE f32x16 sketch_sums(const uint8_t* block, const SketchInput& x, const int32_t* row_sums) {
+  __m256i h[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()}, l[2] = {h[0], h[0]};
+  for (int q = 0; q < x.quads; q++, block += 64) {
+    prefetch_stream(block, 64);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++) {
+      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 32 * k));
+      h[k] = add_products(h[k], x.high + 4 * q, w), l[k] = add_products(l[k], x.low + 4 * q, w);
+    }
+  }
+  f32x8 sums[2];
+  for (int k = 0; k < 2; k++) {
+    const __m256i offset = _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_sums + 8 * k)), kPartBits - 1);
+    sums[k] = fma(set8(1 << kPartBits), _mm256_cvtepi32_ps(_mm256_sub_epi32(h[k], offset)), _mm256_cvtepi32_ps(l[k]));
+  }
+  return {sums[0], sums[1]};
+}
+#else
+INLINE f32x16 sketch_sums(const uint8_t* block, const SketchInput& x, const int32_t* row_sums) {
+  int32_t high[kSketchRows] = {}, low[kSketchRows] = {};
+  for (int q = 0; q < x.quads; q++, block += 64)
+    for (int r = 0; r < kSketchRows; r++)
+      for (int i = 0; i < 4; i++) {
+        const int w = static_cast<int8_t>(block[4 * r + i]);
+        high[r] += w * x.high[4 * q + i], low[r] += w * x.low[4 * q + i];
+      }
+  float sums[kSketchRows];
+  for (int r = 0; r < kSketchRows; r++)
+    sums[r] = fma1(1 << kPartBits, static_cast<float>(high[r] - (row_sums[r] * (1 << (kPartBits - 1)))), static_cast<float>(low[r]));
+  return load16(sums);
+}
+#endif
+
+// Rows [begin, end), begin a multiple of kSketchRows, to estimate[0 ..) and bound[0 ..); whole blocks are written.
+static void sketch_rows(const uint8_t* sketch, const SketchInput& x, int begin, int end, float* estimate, float* bound) {
+  const size_t codes = static_cast<size_t>(x.quads) * 4 * kSketchRows;
+  const uint8_t* block = sketch + begin / kSketchRows * (codes + sizeof(SketchFacts));
+  for (int r = 0; r < end - begin; r += kSketchRows, block += codes + sizeof(SketchFacts)) {
+    const SketchFacts* facts = reinterpret_cast<const SketchFacts*>(block + codes);
+    const f32x16 scale = load16(facts->scale), error = load16(facts->error);
+    const f32x16 about = fma(sketch_sums(block, x, facts->sum), mul(scale, set16(x.step)), load16(facts->center));
+    const f32x16 lost = minimum(mul(error, set16(x.length)), mul(scale, set16(0.5f * x.sum)));
+    const f32x16 off = fma(error, set16(x.rounding), fma(load16(facts->length), set16(x.error), lost));
+    store16(estimate + r, about), store16(bound + r, add(about, fma(off, set16(kMoreThanRounded), set16(kTiny))));
+  }
+}
+
+}  // namespace PERSIMMON_ISA
+}  // namespace persimmon
