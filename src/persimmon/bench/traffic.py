@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from persimmon import accounting
 from persimmon.config import ModelConfig
-from persimmon.fast.cpu.formats import FORMATS, GROUP, Format, hot_bytes, layer_tensors, record_parts, row_bytes
+from persimmon.fast.cpu.formats import (
+    FORMATS,
+    GROUP,
+    Format,
+    hot_bytes,
+    layer_tensors,
+    record_parts,
+    row_bytes,
+    sketch_row_bytes,
+)
 from persimmon.fast.cpu.memory import kv_bytes_per_token
 
 _FLOAT_BYTES = 4
@@ -76,16 +85,11 @@ def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
         return neurons * hot_bytes(config) + use.candidates * low + use.active * down
     up = neurons * row_bytes(form.mlp, hidden)
     if not form.packed and use.candidates < neurons:
-        up = neurons * sketch_bytes(hidden) + use.candidates * row_bytes(form.mlp, hidden)
+        up = neurons * sketch_row_bytes(hidden) + use.candidates * row_bytes(form.mlp, hidden)
     if form.mlp == "q4":
         scales, row = record_parts(hidden)
         return up + use.active * row + use.groups * scales
     return up + use.active * row_bytes("int8" if form.mlp == "q8" else form.mlp, hidden)
-
-
-def sketch_bytes(hidden: int) -> int:
-    """Bytes of a row in the sketch of a float matrix (native/layout.h): int8 codes and five numbers."""
-    return -(-hidden // GROUP) * GROUP + 5 * _FLOAT_BYTES
 
 
 def head_bytes(config: ModelConfig, form: Format, exact_rows: float) -> float:
@@ -94,7 +98,7 @@ def head_bytes(config: ModelConfig, form: Format, exact_rows: float) -> float:
     if form.head == "planes":
         matrix = rows * row_bytes("high", hidden) + exact_rows * row_bytes("low", hidden)
     elif exact_rows < rows:
-        matrix = rows * sketch_bytes(hidden) + exact_rows * row_bytes(form.head, hidden)
+        matrix = rows * sketch_row_bytes(hidden) + exact_rows * row_bytes(form.head, hidden)
     else:
         matrix = rows * row_bytes(form.head, hidden)
     embedding = hidden * (_FLOAT_BYTES if form.name == "float32" else 2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from made_models import CONFIG, sparse_model
 from packed_layouts import ISAS, same_bits
 from persimmon.checkpoints import hub
 from persimmon.config import preset
@@ -195,10 +197,10 @@ def test_two_pass_head_returns_the_exact_largest(name: str, top: int, packed: di
     assert np.isneginf(rows).mean() > 0.5
 
 
-def largest_are_exact(decoder: CpuDecoder, top: int) -> float:
+def largest_are_exact(decoder: CpuDecoder, top: int, ids: list[int] = IDS) -> float:
     """Check step after step against the whole head, to the bit; the share of logits that were left out."""
-    full, sequence, rows = all_logits(decoder), decoder.new_sequence(len(IDS)), []
-    for token, exact in zip(IDS, full, strict=True):
+    full, sequence, rows = all_logits(decoder, ids), decoder.new_sequence(len(ids)), []
+    for token, exact in zip(ids, full, strict=True):
         (found,) = decoder.forward([Chunk(sequence, [token])], exact_top=top)
         assert found is not None and found.argmax() == exact.argmax()
         best = np.argsort(-exact, kind="stable")[:top]
@@ -256,6 +258,40 @@ def test_sketched_neurons_change_no_bit(isa: str, dtype: str, checkpoint: Path) 
     assert np.array_equal(np.stack([row for row in rows if row is not None]), together)
     for layer in decoder.layer_counts():
         assert layer["active"] <= layer["candidates"] < layer["tokens"] * decoder.config.intermediate_size
+
+
+def test_the_audit_finds_nothing_that_a_sketch_missed(checkpoint: Path) -> None:
+    decoder = load_decoder(checkpoint, audit_every=2)
+    sequence = decoder.new_sequence(len(IDS))
+    for token in IDS:
+        decoder.forward([Chunk(sequence, [token])])
+    for layer in decoder.layer_counts():
+        assert layer["audited"] == len(IDS) // 2 and layer["audited_missed"] == layer["audited_error"] == 0
+
+
+def test_a_layer_with_few_zeros_does_without_its_sketch(tmp_path: Path) -> None:
+    model = sparse_model()
+    with torch.no_grad():
+        model.layers[0].mlp.dense_h_to_4h.bias.add_(2)
+    hub.save_model(model, None, tmp_path / "active")
+    decoder = load_decoder(tmp_path / "active")
+    together = all_logits(decoder)
+    decoder.reset_counts()
+    sequence = decoder.new_sequence(len(IDS))
+    rows = [decoder.forward([Chunk(sequence, [token])])[0] for token in IDS]
+    assert np.array_equal(np.stack([row for row in rows if row is not None]), together)
+    shares = [layer["candidates"] / layer["tokens"] / CONFIG.intermediate_size for layer in decoder.layer_counts()]
+    assert shares[0] > 0.95 and max(shares[1:]) < 0.5
+
+
+@pytest.mark.parametrize("vocab", [4_096, 4_097, 4_112, 5_120, 5_185])
+def test_heads_of_all_sizes(vocab: int, tmp_path: Path) -> None:
+    hub.save_model(sparse_model(replace(CONFIG, vocab_size=vocab)), None, tmp_path / "model")
+    ids = [token % vocab for token in IDS]
+    shares = [
+        largest_are_exact(load_decoder(tmp_path / "model", dtype=kind), 256, ids) for kind in ("bfloat16", "float32")
+    ]
+    assert all(share == 0 for share in shares) if vocab == 4_096 else min(shares) > 0.1
 
 
 def test_exact_mode_reads_the_whole_head(packed: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from persimmon.config import ModelConfig
+from persimmon.config import ModelConfig, preset
 from persimmon.errors import UnavailableError
 from persimmon.fast.cpu import decoder as decoder_module
 from persimmon.fast.cpu import memory
@@ -43,3 +43,13 @@ def test_a_sequence_that_cannot_fit_is_refused(packed: dict[str, Path], monkeypa
     with pytest.raises(UnavailableError, match="keys and values of 16384 tokens need"):
         loaded.new_sequence(16_384)
     loaded.new_sequence(16)
+
+
+def test_models_of_some_size_have_no_sketch() -> None:
+    small, large = preset("mini"), preset("mini", hidden_size=2048, intermediate_size=8192)
+    form = FORMATS["bfloat16"]
+    plans = [memory.plan_memory(config, form, "float32", 16) for config in (small, large)]
+    whole = [memory.plan_memory(config, FORMATS["q8"], "float32", 16) for config in (small, large)]
+    rows = small.num_layers * small.intermediate_size + small.vocab_size
+    assert plans[0].scratch - whole[0].scratch == rows * (small.hidden_size + 20)
+    assert plans[1].scratch == whole[1].scratch

@@ -21,7 +21,8 @@ BUILD = ROOT / "build" / "sanitized"
 TESTS = [
     f"tests/fast/cpu/test_{name}.py"
     for name in (
-        "row_kernels", "sparse_mlp_kernels", "attention_kernels", "packing_kernels", "fingerprint_kernel", "decoder",
+        "row_kernels", "sparse_mlp_kernels", "sketch_kernels", "attention_kernels", "packing_kernels",
+        "fingerprint_kernel", "decoder",
     )
 ] + ["tests/infer/test_prompt_file.py", "tests/train/test_kernels.py", "tests/train/test_products.py"]  # fmt: skip
 

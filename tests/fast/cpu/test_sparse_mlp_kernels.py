@@ -136,7 +136,8 @@ def check(mlp: Mlp, x: np.ndarray) -> None:
                 assert np.array_equal(mlp.run(x, together=together, isa=isa)[0], first), (isa, together)
             if mlp.kind in ("float32", "bfloat16"):
                 assert np.array_equal(mlp.run(x, together=True, isa=isa, panels=True)[0], first), isa
-                assert np.array_equal(mlp.run(x, isa=isa, sketched=True)[0], first), isa
+                y, candidates, active = mlp.run(x, isa=isa, sketched=True)
+                assert np.array_equal(y, first) and mlp.run(x, isa=isa)[2] == active <= candidates, isa
             elif isa in TILED_ISAS:
                 assert np.array_equal(mlp.run(x, together=True, isa=isa, tiled=True)[0], first), isa
             if isa in EIGHT_ISAS and mlp.kind in ("q8", "planes") and len(x) <= 8:

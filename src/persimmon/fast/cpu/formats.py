@@ -110,6 +110,11 @@ def record_bytes(outputs: int) -> int:
     return scales + GROUP * row
 
 
+def sketch_row_bytes(inputs: int) -> int:
+    """Bytes of a row in the sketch of a float matrix (native/layout.h): int8 codes and five numbers of 4 bytes."""
+    return -(-inputs // GROUP) * GROUP + 5 * 4
+
+
 def hot_bytes(config: ModelConfig) -> int:
     """Bytes of a p44 hot row: the high plane and the outlier weights."""
     return row_bytes("high", config.hidden_size) + 2 * OUTLIERS

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from persimmon.config import ModelConfig
 from persimmon.errors import UnavailableError
-from persimmon.fast.cpu.formats import Format
+from persimmon.fast.cpu.formats import Format, sketch_row_bytes
 from persimmon.fast.cpu.packed import planned_bytes
 from persimmon.machine import memory_available
 
@@ -14,6 +14,9 @@ GIB = 1 << 30
 
 STEP_TOKENS = 256
 """Tokens that run through all layers together (native/model.cpp: kStepTokens)."""
+
+_MOST_SKETCH_BYTES = 64 << 20
+"""Models whose sketches would take more have none (native/model.cpp: kMostSketchBytes)."""
 
 _BASE_BYTES = 300_000_000  # Python, numpy, PyTorch and the tokenizer
 
@@ -27,7 +30,7 @@ class MemoryPlan:
     keys_and_values: int
     """Of `context` tokens."""
     scratch: int
-    """Activations, and Python itself."""
+    """Activations, sketches of a small unquantized model, and Python itself."""
     context: int
 
     @property
@@ -54,9 +57,16 @@ def plan_memory(config: ModelConfig, form: Format, kv_dtype: str, context: int) 
     embedding = "F32" if form.name == "float32" else "BF16"
     rows = config.vocab_size * config.hidden_size * (4 if embedding == "F32" else 2)
     per_token = 4 * (5 * config.hidden_size + 2 * config.intermediate_size)
-    scratch = _BASE_BYTES + STEP_TOKENS * per_token + 8 * config.vocab_size
+    scratch = _BASE_BYTES + STEP_TOKENS * per_token + 8 * config.vocab_size + _sketch_bytes(config, form)
     weights = planned_bytes(config, form, embedding) - rows
     return MemoryPlan(weights, context * kv_bytes_per_token(config, kv_dtype), scratch, context)
+
+
+def _sketch_bytes(config: ModelConfig, form: Format) -> int:
+    """Bytes of the int8 copies of up projections and head that unquantized models keep besides."""
+    rows = config.num_layers * config.intermediate_size + config.vocab_size
+    size = rows * sketch_row_bytes(config.hidden_size)
+    return 0 if form.packed or size > _MOST_SKETCH_BYTES else size
 
 
 def check_memory(plan: MemoryPlan, available: int | None = None) -> None:

@@ -341,12 +341,16 @@ std::tuple<FloatArray, FloatArray> sketched_rows(const std::string& format, In<u
   const Kernels* kernels = find_kernels(isa);
   const int rows = static_cast<int>(weights.shape(0)), inputs = static_cast<int>(x.size());
   require(center.size() == x.size(), "the center has the wrong size");
-  const LargeMemory sketch(sketch_bytes(rows, inputs));
-  make_sketch(parse_format(format), weights.data(), weights.shape(1), rows, inputs, center.data(), sketch.data());
+  const size_t element = format == "bfloat16" ? 2 : 4;
+  require(format == "bfloat16" || format == "float32", "only float rows have sketches");
+  require(weights.shape(1) >= element * inputs && inputs <= kMostSketchInputs, "rows and inputs do not fit together");
+  std::vector<PanelLine> sketch(sketch_bytes(rows, inputs) / sizeof(PanelLine));
+  uint8_t* const memory = reinterpret_cast<uint8_t*>(sketch.data());
+  make_sketch(parse_format(format), weights.data(), weights.shape(1), rows, inputs, center.data(), memory);
   std::vector<uint8_t> parts(2 * round_up(inputs, kSketchInputs));
   Owned<float> estimate(round_up(rows, kSketchRows)), bound(round_up(rows, kSketchRows));
   const SketchInput token = kernels->sketch_input(x.data(), center.data(), inputs, parts.data());
-  kernels->sketch_rows(sketch.data(), token, 0, rows, estimate.data, bound.data);
+  kernels->sketch_rows(memory, token, 0, rows, estimate.data, bound.data);
   return {estimate.array({weights.shape(0)}), bound.array({weights.shape(0)})};
 }
 
@@ -405,13 +409,14 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float,
   const size_t width = static_cast<size_t>(args.blocks) * kSuperblock;
   const size_t input_bytes = args.blocks * (packed ? sizeof(ActivationBlock) : kSuperblock * sizeof(float));
   const int inputs = static_cast<int>(x.shape(1));
-  const LargeMemory sketch(sketched ? sketch_bytes(args.neurons, inputs) : 0);
-  if (sketched) make_sketch(args.format, args.up, args.up_bytes, args.neurons, inputs, x.data(), sketch.data());
+  std::vector<PanelLine> sketch(sketched ? sketch_bytes(args.neurons, inputs) / sizeof(PanelLine) : 0);
+  uint8_t* const memory = reinterpret_cast<uint8_t*>(sketch.data());
+  if (sketched) make_sketch(args.format, args.up, args.up_bytes, args.neurons, inputs, x.data(), memory);
   std::vector<uint8_t> parts(2 * round_up(inputs, kSketchInputs));
   std::vector<float> sum(width);
   for (int t = 0; t < args.tokens; t++) {
     MlpArgs one = args;
-    if (sketched) one.sketch = sketch.data(), one.sketched = kernels->sketch_input(x.data() + t * x.shape(1), x.data(), inputs, parts.data());
+    if (sketched) one.sketch = memory, one.sketched = kernels->sketch_input(x.data() + t * x.shape(1), x.data(), inputs, parts.data());
     one.tokens = 1, one.x = static_cast<const uint8_t*>(args.x) + t * input_bytes, one.outliers = args.outliers + t * kOutliers;
     std::optional<Panels> panels;
     if (Panels::always(kernels, args.format)) {
@@ -440,6 +445,7 @@ std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_na
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
                   static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr, nullptr, nullptr, {}};
+  require(!sketched || (!together && (format == Format::f32 || format == Format::bf16)), "only single tokens and float rows have sketches");
   std::optional<Tiles> tiles;
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
   std::optional<Panels> panels;

@@ -34,7 +34,7 @@ void keep_best(std::vector<Ranked>* ranked, int count) {
   ranked->resize(count);
 }
 
-// The first of the stretches of kGlance rows from `row` on that may hold a value of `least` or more; `end` when none does.
+// The first of the stretches of kGlance rows from `row` on that may hold a value of `least` or more; a rest of fewer may always.
 int next_to_reach(const float* values, int row, int end, float least) {
   for (; row + kGlance <= end; row += kGlance) {
     int reach = 0;
@@ -54,7 +54,7 @@ void Model::head(const std::vector<int>& wanted, const Output& output) {
   if (output.targets) return head_scores(count, output);
   const int exact_top = output.exact_top;
   float* logits = output.logits;
-  const bool few = exact_top > 0 && exact_top <= kMostTop && shape_.vocab > 4 * kHeadChunk;
+  const bool few = exact_top > 0 && exact_top <= kMostTop && shape_.vocab >= kFewestRanked;
   if (few && head_sketch_ && count == 1) return head_top_float(exact_top, logits);
   const bool two_pass = few && lm_head_.format == Format::planes && std::isfinite(margin);
   if (!two_pass) return multiply(lm_head_, input(), count, logits, shape_.vocab, Epilogue::store);
@@ -148,7 +148,10 @@ void Model::two_passes(int tokens, int top, float* logits, Estimate&& estimate, 
     for (int c = 0; c < chunks; c++)
       best.insert(best.end(), ranked[static_cast<size_t>(t) * chunks + c].begin(), ranked[static_cast<size_t>(t) * chunks + c].end());
     keep_best(&best, top);
-    for (const Ranked& row : best) threshold[t] = std::min(threshold[t], exact(t, row.row, 0));
+    for (const Ranked& row : best) {
+      const float value = exact(t, row.row, 0);
+      threshold[t] = std::isnan(value) ? -HUGE_VALF : std::min(threshold[t], value);  // damaged weights: all are read
+    }
   }
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     const int first = begin * kHeadChunk, last = std::min(end * kHeadChunk, vocab);

@@ -44,6 +44,7 @@ struct SketchInput {
   float length, sum;    // of x - center: its length and the sum of its magnitudes
   float error;          // length of what the parts do not hold, with what rounding adds
   float rounding;       // what rounding adds for each unit of the length of a row
+  float more;           // what every bound is above the rest: 0, or infinite for inputs that have no sketch
 };
 
 struct MlpArgs {
@@ -161,8 +162,9 @@ struct Kernels {
   void (*eight_estimates)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound, size_t stride);
   void (*eight_activate)(const MlpArgs& args, int begin, int end, ActiveBlock* const* out, MlpCounts* counts);
   PanelKernels float_panels, bf16_panels;  // panels.h, float_tiles.h
-  // Sketches: parts [2][inputs rounded up to kSketchInputs] of x, whose center is that of the sketch; then estimates of rows [begin, end), begin a multiple of kSketchRows, and
-  // bounds that their products are not above, to estimate[0 ..) and bound[0 ..). Whole blocks of rows are written.
+  // Sketches: parts [2][inputs rounded up to kSketchInputs] of x, whose center is that of the sketch; then estimates of rows
+  // [begin, end), begin a multiple of kSketchRows, and bounds that their products are not above, to estimate[0 ..) and bound[0 ..).
+  // Whole blocks of rows are written.
   SketchInput (*sketch_input)(const float* x, const float* center, int n, uint8_t* parts);
   void (*sketch_rows)(const uint8_t* sketch, const SketchInput& x, int begin, int end, float* estimate, float* bound);
   // Planes: estimate[t * stride + r] from the high plane, and bound = estimate + sigmas standard deviations of its error.

@@ -1,9 +1,6 @@
 #include "kv_cache.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
-#include <new>
 
 namespace persimmon {
 namespace {
@@ -16,16 +13,8 @@ constexpr size_t kLargePagesFrom = 128 << 20;
 KvCache::KvCache(int layers, int heads, int head_dim, int num_blocks, int block_size, bool int8)
     : layers_(layers), heads_(heads), head_dim_(head_dim), num_blocks_(num_blocks), block_size_(block_size), int8_(int8),
       group_bytes_(key_group_bytes(head_dim, int8)), piece_bytes_(block_size / kKeyGroup * group_bytes_),
-      block_bytes_(heads * piece_bytes_), layer_bytes_(num_blocks * block_bytes_), total_bytes_(layers * layer_bytes_) {
-  void* memory = mmap(nullptr, total_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  base_ = static_cast<uint8_t*>(memory);
-#if defined(MADV_HUGEPAGE)
-  if (layer_bytes_ >= kLargePagesFrom) madvise(memory, total_bytes_, MADV_HUGEPAGE);  // a wish; small pages do as well
-#endif
-}
-
-KvCache::~KvCache() { munmap(base_, total_bytes_); }
+      block_bytes_(heads * piece_bytes_), layer_bytes_(num_blocks * block_bytes_),
+      memory_(layers * layer_bytes_, layer_bytes_ >= kLargePagesFrom) {}
 
 void KvCache::locate(int layer, int head, const int32_t* table, AttentionArgs* args) const {
   args->base = piece(layer, 0, head);

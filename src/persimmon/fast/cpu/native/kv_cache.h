@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "large_memory.h"
 
 namespace persimmon {
 
@@ -20,9 +21,6 @@ class KvCache {
  public:
   // block_size: a multiple of kKeyGroup. Throws std::bad_alloc when the address space cannot be reserved.
   KvCache(int layers, int heads, int head_dim, int num_blocks, int block_size, bool int8);
-  ~KvCache();
-  KvCache(const KvCache&) = delete;
-  KvCache& operator=(const KvCache&) = delete;
 
   int layers() const { return layers_; }
   int num_blocks() const { return num_blocks_; }
@@ -46,7 +44,7 @@ class KvCache {
 
  private:
   uint8_t* piece(int layer, int block, int head) const {
-    return base_ + layer * layer_bytes_ + block * block_bytes_ + head * piece_bytes_;
+    return memory_.data() + layer * layer_bytes_ + block * block_bytes_ + head * piece_bytes_;
   }
   uint8_t* group(int layer, const int32_t* table, int index, int head) const {
     const int groups = block_size_ / kKeyGroup;
@@ -55,8 +53,8 @@ class KvCache {
 
   int layers_, heads_, head_dim_, num_blocks_, block_size_;
   bool int8_;
-  size_t group_bytes_, piece_bytes_, block_bytes_, layer_bytes_, total_bytes_;
-  uint8_t* base_;
+  size_t group_bytes_, piece_bytes_, block_bytes_, layer_bytes_;
+  LargeMemory memory_;
 };
 
 }  // namespace persimmon

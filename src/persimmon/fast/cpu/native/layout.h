@@ -40,14 +40,16 @@ constexpr int kOutlierBytes = 2 * kOutliers;
 constexpr int kNeuronBlock = 256;   // neurons whose contributions are summed on their own before they join the output
 
 constexpr int kSketchRows = 16;     // rows of a block of a sketch
-constexpr int kSketchInputs = 32;   // inputs are padded to a multiple
+constexpr int kSketchInputs = 32;   // inputs are padded to a multiple ...
+constexpr int kMostSketchInputs = 16384;  // ... and no more are allowed for in what rounding adds
+constexpr float kLeastSketched = 1e-15f, kMostSketched = 1e15f;  // largest magnitudes between which no square or product is lost
 
 // What is known of the rows of a block: row = scale * codes + what was lost, of each number at most half a scale.
 struct alignas(64) SketchFacts {
   float scale[kSketchRows];
   float error[kSketchRows];   // length of what was lost, rounded up
   float length[kSketchRows];  // of scale * codes, likewise
-  float center[kSketchRows];  // product of the row with the center of its inputs; infinite for a row that int8 cannot hold
+  float center[kSketchRows];  // product of the row with the center of its inputs; NaN for a row that has no sketch
   int32_t sum[kSketchRows];   // of the codes
 };
 static_assert(sizeof(SketchFacts) == 320, "five cache lines");

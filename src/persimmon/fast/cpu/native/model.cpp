@@ -13,7 +13,8 @@ constexpr int kTiledRows = 64;         // rows a thread takes at a time when tok
 constexpr int kPanelGrain = 128;       // ... when they lie in panels: what float_tiles.h reads together
 constexpr int kMostHeads = 4;          // whose rows a thread multiplies before it attends
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
-constexpr size_t kMostSketched = 64 << 20;  // bytes of sketches: what no memory plan needs to count
+constexpr size_t kMostSketchBytes = 64 << 20;  // of all sketches of a model (fast/cpu/memory.py)
+constexpr int kDenseTokens = 32;  // tokens for which a layer whose sketch left more than a third of the rows does without it
 constexpr int kSumPiece = 16;          // outputs of a cache line
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
@@ -126,13 +127,14 @@ void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, 
 
 // Float rows that a token need not all read get a sketch each, if all of them are small.
 void Model::make_sketches() {
-  const size_t up = sketch_bytes(shape_.intermediate, shape_.hidden), head = sketch_bytes(shape_.vocab, shape_.hidden);
+  const size_t up = sketch_bytes(shape_.intermediate, shape_.hidden);
+  const size_t head = shape_.vocab < kFewestRanked ? 0 : sketch_bytes(shape_.vocab, shape_.hidden);
   const size_t bytes = up * shape_.layers + head;
-  if (packed_inputs_ || bytes > kMostSketched) return;
-  sketches_ = std::make_unique<LargeMemory>(bytes);
+  if (packed_inputs_ || bytes > kMostSketchBytes || shape_.hidden > kMostSketchInputs) return;
+  sketches_ = std::make_unique<LargeMemory>(bytes, true);
   sketch_parts_.resize(2 * round_up(shape_.hidden, kSketchInputs));
   const auto at = [&](int layer) { return sketches_->data() + up * layer; };
-  pool_.parallel_for(shape_.layers + 1, 1, [&](int begin, int end, int) {
+  pool_.parallel_for(shape_.layers + (head > 0), 1, [&](int begin, int end, int) {
     for (int i = begin; i < end; i++) {
       const Linear& linear = i < shape_.layers ? layers_[i].up : lm_head_;
       const Norm& norm = i < shape_.layers ? layers_[i].post : final_norm_;
@@ -140,7 +142,7 @@ void Model::make_sketches() {
     }
   });
   for (int i = 0; i < shape_.layers; i++) layers_[i].up_sketch = at(i);
-  head_sketch_ = at(shape_.layers);
+  if (head) head_sketch_ = at(shape_.layers);
 }
 
 std::unique_ptr<KvCache> Model::new_cache(int num_blocks, int block_size, bool int8) const {
@@ -227,7 +229,7 @@ void Model::run_step(const std::vector<Token>& tokens, const Output& output) {
     else make_panels(attended_.data(), count);
     multiply(layer.dense, packed_inputs_ ? input() : attended_.data(), count, x_.data(), width_, Epilogue::add);
     normalize(layer.post, x_.data(), count, layer.outlier_columns);
-    mlp(layer, i, count);
+    mlp(i, count);
   }
   if (count == 1) decoded_++;
   if (!wanted.empty()) head(wanted, output);
@@ -435,16 +437,19 @@ MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
           in_eights(tokens) ? eights_.data() : nullptr, nullptr, {}};
 }
 
-void Model::mlp(const Layer& layer, int index, int tokens) {
+void Model::mlp(int index, int tokens) {
+  Layer& layer = layers_[index];
   counts[index].tokens += tokens;
   MlpArgs args = mlp_args(layer, tokens);
-  if (tokens == 1 && layer.up_sketch) args.sketch = layer.up_sketch, args.sketched = sketch_input(layer.post);
+  const bool sketched = tokens == 1 && layer.up_sketch && layer.dense_tokens == 0;
+  if (sketched) args.sketch = layer.up_sketch, args.sketched = sketch_input(layer.post);
   MlpCounts found;
   if (tokens > 1) {
     found = formats_.mlp == Format::q4 ? mlp_many_int4(layer, tokens) : mlp_many(args, layer.down_bias);
   } else {
     found = mlp_one(args, output_.data());
     for (int i = 0; i < width_; i++) x_[i] += output_[i] + layer.down_bias[i];
+    layer.dense_tokens = sketched ? (3 * found.candidates > args.neurons ? kDenseTokens : 0) : std::max(0, layer.dense_tokens - 1);
     if (audit_every > 0 && decoded_ % audit_every == 0) audit(args, found, &counts[index]);
   }
   counts[index].candidates += found.candidates;

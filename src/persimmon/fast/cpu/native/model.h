@@ -9,11 +9,14 @@
 
 #include "kernels.h"
 #include "kv_cache.h"
+#include "large_memory.h"
 #include "pool.h"
 #include "resolver.h"
 #include "sketch.h"
 
 namespace persimmon {
+
+constexpr int kFewestRanked = 4097;  // rows of a head that is ranked before it is computed
 
 struct Shape {
   int vocab, hidden, intermediate, layers, heads, head_dim, rotary_dim, max_positions;
@@ -90,6 +93,7 @@ class Model {
     Norm input, post, q, k;
     Linear qkv, dense, up;
     const uint8_t* up_sketch;  // of float rows, or null
+    int dense_tokens;          // that will not look at it, as it did not help
     const uint8_t* neurons;  // neuron-major rows; q4: records
     size_t neuron_bytes;
     int neuron_offset;
@@ -151,7 +155,7 @@ class Model {
   void prepare_head(const Layer& layer, int index, const Token& token, int t, int head);
   void attend_heads(int index, const std::vector<Token>& tokens, const Queries& queries, int head, int heads);
   MlpArgs mlp_args(const Layer& layer, int tokens) const;
-  void mlp(const Layer& layer, int index, int tokens);
+  void mlp(int index, int tokens);
   MlpCounts mlp_one(const MlpArgs& args, float* output);
   MlpCounts mlp_many(const MlpArgs& args, const float* bias);
   MlpCounts mlp_many_int4(const Layer& layer, int tokens);

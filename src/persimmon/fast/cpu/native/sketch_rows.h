@@ -13,9 +13,8 @@ namespace PERSIMMON_ISA {
 constexpr int kInputMost = 8128;    // largest rounded input: 63.5 * 128
 constexpr int kInputOffset = 8192;  // added to rounded inputs, which so become two unsigned parts
 constexpr int kPartBits = 7;
-constexpr float kMoreThanRounded = 1 + 0x1p-12f;  // of a root of a float32 sum of up to 16,384 squares
+constexpr float kMoreThanRounded = 1 + 0x1p-12f;  // of a sum of up to kMostSketchInputs magnitudes or squares
 constexpr int kMoreTerms = 64;      // roundings of a product beyond its terms: scales, folding of lanes
-constexpr float kTiny = 1e-30f;     // more than all numbers together that AMX takes for zero
 
 // Both parts of kSketchInputs rounded inputs.
 INLINE void store_parts(const float* codes, uint8_t* high, uint8_t* low) {
@@ -40,7 +39,7 @@ static SketchInput sketch_input(const float* x, const float* center, int n, uint
   };
   f32x8 most = zero8();
   each([&](int, f32x8 all, f32x8 middle) { most = maximum(magnitude(sub(all, middle)), most); });
-  const float largest = max_lanes(most), step = largest / kInputMost, inverse = largest > kTiny ? kInputMost / largest : 0.0f;
+  const float largest = max_lanes(most), step = largest / kInputMost, inverse = largest > kLeastSketched ? kInputMost / largest : 0.0f;
   f32x8 lengths[3] = {zero8(), zero8(), zero8()}, sum = zero8(), error = zero8();  // of x, its center and their difference
   alignas(64) float codes[kSketchInputs];
   each([&](int i, f32x8 all, f32x8 middle) {
@@ -51,10 +50,12 @@ static SketchInput sketch_input(const float* x, const float* center, int n, uint
     if (i % kSketchInputs == kSketchInputs - 8) store_parts(codes, high + i + 8 - kSketchInputs, low + i + 8 - kSketchInputs);
   });
   const auto root = [](f32x8 squares) { return sqrtf(sum_lanes(squares)) * kMoreThanRounded; };
-  const float length = root(lengths[2]);
+  const float length = root(lengths[2]), all = root(lengths[0]), middle = root(lengths[1]);
+  const bool in_range = largest > kLeastSketched && all < kMostSketched && middle < kMostSketched;
   // Of the exact product, of the product with the center, and of the difference and the estimate.
-  const float rounding = static_cast<float>(n + kMoreTerms) * 0x1p-24f * (root(lengths[0]) + root(lengths[1]) + 2 * length);
-  return {high, low, padded / 4, step, length, sum_lanes(sum), root(error) + rounding, rounding};
+  const float rounding = static_cast<float>(n + kMoreTerms) * 0x1p-24f * (all + middle + 2 * length);
+  return {high, low, padded / 4, step, length, sum_lanes(sum), root(error) + rounding, rounding,
+          in_range ? 0.0f : HUGE_VALF};
 }
 
 // Integer sums of a block of sixteen rows with both parts, as floats: 128 * (high - 64) . w + low . w.
@@ -122,7 +123,7 @@ static void sketch_rows(const uint8_t* sketch, const SketchInput& x, int begin, 
     const f32x16 about = fma(sketch_sums(block, x, facts->sum), mul(scale, set16(x.step)), load16(facts->center));
     const f32x16 lost = minimum(mul(error, set16(x.length)), mul(scale, set16(0.5f * x.sum)));
     const f32x16 off = fma(error, set16(x.rounding), fma(load16(facts->length), set16(x.error), lost));
-    store16(estimate + r, about), store16(bound + r, add(about, fma(off, set16(kMoreThanRounded), set16(kTiny))));
+    store16(estimate + r, about), store16(bound + r, add(about, fma(off, set16(kMoreThanRounded), set16(x.more))));
   }
 }
 

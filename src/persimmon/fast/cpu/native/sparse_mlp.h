@@ -214,7 +214,7 @@ static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* cou
   active.count = 0;
   for (int k = 0; k < candidates; k++) {
     const uint8_t *hot = a.up + list[k] * a.up_bytes, *cold = a.down + list[k] * a.down_bytes;
-    const uint8_t* next = a.down + list[min_int(k + 1, candidates - 1)] * a.down_bytes;
+    const uint8_t* next = k + 1 < candidates ? a.down + list[k + 1] * a.down_bytes : nullptr;
     float low;
     low_row<1>(cold, hot, a.blocks, x, &low, next);
     const float p = pre[k] + low;
