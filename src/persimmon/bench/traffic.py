@@ -83,7 +83,7 @@ def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
     if form.mlp == "planes":
         low, down = row_bytes("low", hidden), row_bytes("int8", hidden)
         return neurons * hot_bytes(config) + use.candidates * low + use.active * down
-    up = neurons * row_bytes(form.mlp, hidden)
+    up: float = neurons * row_bytes(form.mlp, hidden)
     if not form.packed and use.candidates < neurons:
         up = neurons * sketch_row_bytes(hidden) + use.candidates * row_bytes(form.mlp, hidden)
     if form.mlp == "q4":
