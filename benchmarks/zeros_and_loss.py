@@ -1,6 +1,6 @@
 """What zeros cost in loss: short pretraining runs that differ in how the zeros are asked for, and pairs of long ones.
 
-    python benchmarks/zeros_and_loss.py DATA RUNS [--pair PLAIN ZEROS] [--plot docs/images/zeros-and-loss.png]
+    python benchmarks/zeros_and_loss.py DATA RUNS [--pair NAME PLAIN ZEROS]... [--plot docs/images/zeros-and-loss.png]
 
 DATA is the output of `persimmon data prepare`; the pilots of `PILOTS` go to folders below RUNS, and those that are
 finished there are read and not run again. All share configs/mini.yaml, seed, data order and length. `--pair` compares
@@ -132,15 +132,17 @@ def plot(result: dict[str, Any], picture: Path) -> None:
         title=f"pilots of {TOKENS / 1e6:.1f} million tokens", xlabel="zeros in all but the first layer, %",
         ylabel="held-out bits per byte, mean of the sources",
     )  # fmt: skip
-    for name in result["pairs"][0]["cost"] if result["pairs"] else []:
-        points = [(pair["zeros"]["tokens"] / 1e6, 100 * pair["cost"][name]) for pair in result["pairs"]]
-        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    for number, pair in enumerate(result["pairs"]):
+        for source, style in zip(pair["rows"][0]["cost"], ("--", "-"), strict=False):
+            points = [(row["zeros"]["tokens"] / 1e6, 100 * row["cost"][source]) for row in pair["rows"]]
+            label = f"{pair['name']}: {source}"
+            right.plot(*zip(*points, strict=True), style, color=f"C{number}", marker="o", markersize=3, label=label)
     right.axhline(0, color="#1c1917", linewidth=0.8)
-    right.set(title="a full training: with zeros against without", xlabel="million tokens", ylabel="bits per byte, %")
+    right.set(title="full trainings: with zeros against without", xlabel="million tokens", ylabel="bits per byte, %")
     for axis in (left, right):
         axis.grid(alpha=0.25)
     if result["pairs"]:
-        right.legend(fontsize=8)
+        right.legend(fontsize=7)
     save_figure(figure, picture, dpi=110)
     pyplot.close(figure)
 
@@ -150,7 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--pair", nargs=2, type=Path, metavar=("PLAIN", "ZEROS"), help="metrics.jsonl of two full runs")
+    parser.add_argument(
+        "--pair", nargs=3, action="append", default=[], metavar=("NAME", "PLAIN", "ZEROS"),
+        help="metrics.jsonl of two full runs; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/zeros-and-loss.json")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -160,7 +165,7 @@ def main() -> None:
         pilots.append(pilot(name, args.data, args.runs / f"pilot-{number:02}"))
     result = {
         "pilots": pilots,
-        "pairs": pairs(*args.pair) if args.pair else [],
+        "pairs": [{"name": name, "rows": pairs(Path(plain), Path(zeros))} for name, plain, zeros in args.pair],
         "versions": {"persimmon": persimmon.__version__},
     }
     write_text(args.out, json.dumps(result, indent=2) + "\n")
