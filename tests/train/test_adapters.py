@@ -85,7 +85,7 @@ def test_adapters_on_the_frozen_base_lower_the_held_out_loss(settings: dict[str,
     answer = persimmon.load("mini-base", adapter=adapter.path, device="cpu").chat(
         [{"role": "user", "content": "The sea is blue. What colour is it?"}], max_tokens=20, temperature=0
     )
-    assert "blue" in answer.text
+    assert answer.text.startswith("The sea is ") and ", very " in answer.text  # the form; copying a colour is chance
 
 
 @pytest.mark.parametrize("form", ["q8", "q4"])
