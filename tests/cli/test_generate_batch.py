@@ -79,7 +79,7 @@ def killed_and_resumed(directory: str, prompts: Path, folder: Path, *more: str) 
     arguments = command(directory, prompts, target, *more)
     kill_after(6, arguments, target)
     there = target.read_bytes()
-    assert 6 <= there.count(b"\n") < LINES
+    assert 6 <= there.count(b"\n") <= LINES  # all of them only where the machine gave the test no time to kill
     assert subprocess.run(arguments, stdin=subprocess.DEVNULL, timeout=280).returncode == 1  # one does not fit
     kept = [line for line in there[: there.rfind(b"\n")].splitlines() if b'"error"' not in line]
     assert target.read_bytes().splitlines()[: len(kept)] == kept, "what was answered stays as it was"
