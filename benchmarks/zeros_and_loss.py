@@ -13,6 +13,7 @@ and the silent neurons of the last batches is compared: speed is not measured he
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def plot(result: dict[str, Any], picture: Path) -> None:
         ylabel="held-out bits per byte, mean of the sources",
     )  # fmt: skip
     for number, pair in enumerate(result["pairs"]):
-        for source, style in zip(pair["rows"][0]["cost"], ("--", "-"), strict=False):
+        for source, style in zip(pair["rows"][0]["cost"], itertools.cycle(("--", "-", ":", "-.")), strict=False):
             points = [(row["zeros"]["tokens"] / 1e6, 100 * row["cost"][source]) for row in pair["rows"]]
             label = f"{pair['name']}: {source}"
             right.plot(*zip(*points, strict=True), style, color=f"C{number}", marker="o", markersize=3, label=label)

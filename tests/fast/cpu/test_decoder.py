@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from made_models import CONFIG, sparse_model
+from made_models import sparse_model
 from packed_layouts import ISAS, same_bits
 from persimmon.checkpoints import hub
 from persimmon.config import preset
@@ -269,8 +269,8 @@ def test_the_audit_finds_nothing_that_a_sketch_missed(checkpoint: Path) -> None:
         assert layer["audited"] == len(IDS) // 2 and layer["audited_missed"] == layer["audited_error"] == 0
 
 
-def test_a_layer_with_few_zeros_does_without_its_sketch(tmp_path: Path) -> None:
-    model = sparse_model()
+def test_a_layer_with_few_zeros_does_without_its_sketch(checkpoint: Path, tmp_path: Path) -> None:
+    model = sparse_model(load_decoder(checkpoint).config)
     with torch.no_grad():
         model.layers[0].mlp.dense_h_to_4h.bias.add_(2)
     hub.save_model(model, None, tmp_path / "active")
@@ -280,13 +280,15 @@ def test_a_layer_with_few_zeros_does_without_its_sketch(tmp_path: Path) -> None:
     sequence = decoder.new_sequence(len(IDS))
     rows = [decoder.forward([Chunk(sequence, [token])])[0] for token in IDS]
     assert np.array_equal(np.stack([row for row in rows if row is not None]), together)
-    shares = [layer["candidates"] / layer["tokens"] / CONFIG.intermediate_size for layer in decoder.layer_counts()]
+    neurons = decoder.config.intermediate_size
+    shares = [layer["candidates"] / layer["tokens"] / neurons for layer in decoder.layer_counts()]
     assert shares[0] > 0.95 and max(shares[1:]) < 0.5
 
 
 @pytest.mark.parametrize("vocab", [4_096, 4_097, 4_112, 5_120, 5_185])
-def test_heads_of_all_sizes(vocab: int, tmp_path: Path) -> None:
-    hub.save_model(sparse_model(replace(CONFIG, vocab_size=vocab)), None, tmp_path / "model")
+def test_heads_of_all_sizes(vocab: int, checkpoint: Path, tmp_path: Path) -> None:
+    config = replace(load_decoder(checkpoint).config, vocab_size=vocab)
+    hub.save_model(sparse_model(config), None, tmp_path / "model")
     ids = [token % vocab for token in IDS]
     shares = [
         largest_are_exact(load_decoder(tmp_path / "model", dtype=kind), 256, ids) for kind in ("bfloat16", "float32")

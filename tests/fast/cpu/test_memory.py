@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from made_models import sparse_model
+from persimmon.checkpoints import hub
 from persimmon.config import ModelConfig, preset
 from persimmon.errors import UnavailableError
 from persimmon.fast.cpu import decoder as decoder_module
@@ -45,11 +47,21 @@ def test_a_sequence_that_cannot_fit_is_refused(packed: dict[str, Path], monkeypa
     loaded.new_sequence(16)
 
 
-def test_models_of_some_size_have_no_sketch() -> None:
-    small, large = preset("mini"), preset("mini", hidden_size=2048, intermediate_size=8192)
-    form = FORMATS["bfloat16"]
-    plans = [memory.plan_memory(config, form, "float32", 16) for config in (small, large)]
-    whole = [memory.plan_memory(config, FORMATS["q8"], "float32", 16) for config in (small, large)]
-    rows = small.num_layers * small.intermediate_size + small.vocab_size
-    assert plans[0].scratch - whole[0].scratch == rows * (small.hidden_size + 20)
-    assert plans[1].scratch == whole[1].scratch
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"vocab_size": 4_096}, {"vocab_size": 4_097}, {"hidden_size": 100, "num_heads": 5, "intermediate_size": 50}],
+)
+def test_sketches_are_planned_as_they_are_made(changes: dict[str, int], tmp_path: Path) -> None:
+    config = preset("test", **({"hidden_size": 96, "num_heads": 4, "vocab_size": 5_000} | changes))
+    hub.save_model(sparse_model(config), None, tmp_path / "model")
+    decoder = load_decoder(tmp_path / "model")
+    planned = memory.planned_sketch_bytes(config, decoder.form)
+    assert planned == decoder._model.sketch_bytes > 0
+    plans = [memory.plan_memory(config, FORMATS[form], "float32", 16) for form in ("bfloat16", "q8")]
+    assert plans[0].scratch - plans[1].scratch == planned
+
+
+def test_larger_models_have_no_sketch() -> None:
+    assert memory.planned_sketch_bytes(preset("mini"), FORMATS["bfloat16"]) == (6 * 1024 + 8192) * (256 + 20)
+    large = preset("mini", hidden_size=2048, intermediate_size=8192)
+    assert memory.planned_sketch_bytes(large, FORMATS["bfloat16"]) == 0

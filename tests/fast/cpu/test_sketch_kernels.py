@@ -29,11 +29,15 @@ def product(weights: Numbers, kind: str, x: Numbers, isa: str) -> Numbers:
 
 
 def check(rows: Numbers, center: Numbers, x: Numbers, kind: str) -> tuple[Numbers, Numbers]:
-    """No product is above its bound, where there is one; estimates and bounds of the last instruction set."""
+    """Estimates and bounds, the same on every instruction set; no product is above its bound, where there is one."""
     weights, floats = stored(rows, kind)
     exact = floats.astype(np.float64) @ x.astype(np.float64)
+    first = _native.sketched_rows(kind, weights, center, x, ISAS[0])
     for isa in ISAS:
         estimate, bound = _native.sketched_rows(kind, weights, center, x, isa)
+        assert np.array_equal(estimate, first[0], equal_nan=True) and np.array_equal(bound, first[1], equal_nan=True), (
+            isa
+        )
         assert not np.any(bound < exact) and not np.any(bound < product(weights, kind, x, isa)), isa
         assert not np.any(bound < estimate), isa
     return estimate, bound

@@ -7,11 +7,10 @@ from pathlib import Path
 import interpreter_environment  # noqa: F401  isort: skip - before any kernel is imported
 
 import pytest
-import torch
 
+from made_models import sparse_model
 from persimmon.checkpoints.hub import save_model
 from persimmon.config import preset
-from persimmon.model import PersimmonModel
 
 # Odd sizes on purpose: padded rows, a last segment of neurons that is not full, 32 not dividing the width.
 CONFIG = preset("test", hidden_size=80, intermediate_size=150, num_heads=5)
@@ -20,17 +19,8 @@ CONFIG = preset("test", hidden_size=80, intermediate_size=150, num_heads=5)
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bfloat16 hub directory with about a sixth of the neurons active."""
-    generator = torch.Generator().manual_seed(0)
-    model = PersimmonModel(CONFIG)
-    model.initialize(generator, std=0.12, output_std=0.12)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            if name.endswith("dense_h_to_4h.bias"):
-                parameter.sub_(1.1)
     directory = tmp_path_factory.mktemp("gpu") / "source"
-    save_model(model.to(torch.bfloat16), None, directory)
+    save_model(sparse_model(CONFIG), None, directory)
     return directory
 
 

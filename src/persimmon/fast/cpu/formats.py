@@ -115,6 +115,11 @@ def sketch_row_bytes(inputs: int) -> int:
     return -(-inputs // GROUP) * GROUP + 5 * 4
 
 
+def sketch_bytes(rows: int, inputs: int) -> int:
+    """Bytes of the sketch of a float matrix: blocks of 16 rows."""
+    return -(-rows // 16) * 16 * sketch_row_bytes(inputs)
+
+
 def hot_bytes(config: ModelConfig) -> int:
     """Bytes of a p44 hot row: the high plane and the outlier weights."""
     return row_bytes("high", config.hidden_size) + 2 * OUTLIERS

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from persimmon.config import ModelConfig
 from persimmon.errors import UnavailableError
-from persimmon.fast.cpu.formats import Format, sketch_row_bytes
+from persimmon.fast.cpu.formats import Format, sketch_bytes
 from persimmon.fast.cpu.packed import planned_bytes
 from persimmon.machine import memory_available
 
@@ -15,8 +15,8 @@ GIB = 1 << 30
 STEP_TOKENS = 256
 """Tokens that run through all layers together (native/model.cpp: kStepTokens)."""
 
-_MOST_SKETCH_BYTES = 64 << 20
-"""Models whose sketches would take more have none (native/model.cpp: kMostSketchBytes)."""
+_MOST_SKETCH_BYTES, _MOST_SKETCH_INPUTS, _FEWEST_RANKED = 64 << 20, 16_384, 4_097
+"""Models whose sketches would be larger have none, smaller heads have none (native/model.cpp: make_sketches)."""
 
 _BASE_BYTES = 300_000_000  # Python, numpy, PyTorch and the tokenizer
 
@@ -57,16 +57,18 @@ def plan_memory(config: ModelConfig, form: Format, kv_dtype: str, context: int) 
     embedding = "F32" if form.name == "float32" else "BF16"
     rows = config.vocab_size * config.hidden_size * (4 if embedding == "F32" else 2)
     per_token = 4 * (5 * config.hidden_size + 2 * config.intermediate_size)
-    scratch = _BASE_BYTES + STEP_TOKENS * per_token + 8 * config.vocab_size + _sketch_bytes(config, form)
+    scratch = _BASE_BYTES + STEP_TOKENS * per_token + 8 * config.vocab_size + planned_sketch_bytes(config, form)
     weights = planned_bytes(config, form, embedding) - rows
     return MemoryPlan(weights, context * kv_bytes_per_token(config, kv_dtype), scratch, context)
 
 
-def _sketch_bytes(config: ModelConfig, form: Format) -> int:
-    """Bytes of the int8 copies of up projections and head that unquantized models keep besides."""
-    rows = config.num_layers * config.intermediate_size + config.vocab_size
-    size = rows * sketch_row_bytes(config.hidden_size)
-    return 0 if form.packed or size > _MOST_SKETCH_BYTES else size
+def planned_sketch_bytes(config: ModelConfig, form: Format) -> int:
+    """Bytes of the int8 copies of up projections and head that small unquantized models keep besides."""
+    hidden = config.hidden_size
+    size = config.num_layers * sketch_bytes(config.intermediate_size, hidden)
+    if config.vocab_size >= _FEWEST_RANKED:
+        size += sketch_bytes(config.vocab_size, hidden)
+    return 0 if form.packed or size > _MOST_SKETCH_BYTES or hidden > _MOST_SKETCH_INPUTS else size
 
 
 def check_memory(plan: MemoryPlan, available: int | None = None) -> None:

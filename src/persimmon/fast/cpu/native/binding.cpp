@@ -561,6 +561,7 @@ NB_MODULE(_native, m) {
            "max_positions"_a, "eps"_a, "qk_norm"_a, "attention"_a, "mlp"_a, "head"_a, "embedding_bf16"_a, "tensors"_a, "cos"_a,
            "sin"_a, "isa"_a, "threads"_a)
       .def_prop_ro("threads", [](PyModel& p) { return p.model().threads(); })
+      .def_prop_ro("sketch_bytes", [](PyModel& p) { return p.model().held_by_sketches(); })
       .def_prop_ro("isa", [](PyModel& p) { return std::string(p.model().isa()); })
       .def_prop_rw("margin", [](PyModel& p) { return p.model().margin; }, [](PyModel& p, float k) { p.model().margin = k; })
       .def_prop_rw("audit_every", [](PyModel& p) { return p.model().audit_every; },

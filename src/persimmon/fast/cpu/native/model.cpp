@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "widen.h"
+
 namespace persimmon {
 namespace {
 
@@ -14,7 +16,7 @@ constexpr int kPanelGrain = 128;       // ... when they lie in panels: what floa
 constexpr int kMostHeads = 4;          // whose rows a thread multiplies before it attends
 constexpr int kNormInline = 4096;      // inputs that one thread normalises sooner than two, 1-2 us
 constexpr size_t kMostSketchBytes = 64 << 20;  // of all sketches of a model (fast/cpu/memory.py)
-constexpr int kDenseTokens = 32;  // tokens for which a layer whose sketch left more than a third of the rows does without it
+constexpr int kDenseTokens = 32;  // for which a layer does without its sketch when that left half of the rows: as many bytes as all of them
 constexpr int kSumPiece = 16;          // outputs of a cache line
 constexpr int kSumInline = 1024;       // outputs whose blocks of neurons one thread adds up sooner than two
 
@@ -131,6 +133,7 @@ void Model::make_sketches() {
   const size_t head = shape_.vocab < kFewestRanked ? 0 : sketch_bytes(shape_.vocab, shape_.hidden);
   const size_t bytes = up * shape_.layers + head;
   if (packed_inputs_ || bytes > kMostSketchBytes || shape_.hidden > kMostSketchInputs) return;
+  held_by_sketches_ = bytes;
   sketches_ = std::make_unique<LargeMemory>(bytes, true);
   sketch_parts_.resize(2 * round_up(shape_.hidden, kSketchInputs));
   const auto at = [&](int layer) { return sketches_->data() + up * layer; };
@@ -240,16 +243,7 @@ void Model::embed(const std::vector<Token>& tokens) {
   for (size_t t = 0; t < tokens.size(); t++) {
     float* x = x_.data() + t * width_;
     const size_t first = static_cast<size_t>(tokens[t].id) * hidden;
-    if (!formats_.embedding_bf16) {
-      memcpy(x, embedding_ + first * 4, hidden * 4);
-      continue;
-    }
-    for (int i = 0; i < hidden; i++) {
-      uint16_t bits;
-      memcpy(&bits, embedding_ + (first + i) * 2, 2);
-      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-      memcpy(x + i, &wide, 4);
-    }
+    widen(formats_.embedding_bf16, embedding_ + first * (formats_.embedding_bf16 ? 2 : 4), hidden, x);
   }
 }
 
@@ -449,7 +443,7 @@ void Model::mlp(int index, int tokens) {
   } else {
     found = mlp_one(args, output_.data());
     for (int i = 0; i < width_; i++) x_[i] += output_[i] + layer.down_bias[i];
-    layer.dense_tokens = sketched ? (3 * found.candidates > args.neurons ? kDenseTokens : 0) : std::max(0, layer.dense_tokens - 1);
+    layer.dense_tokens = sketched ? (2 * found.candidates > args.neurons ? kDenseTokens : 0) : std::max(0, layer.dense_tokens - 1);
     if (audit_every > 0 && decoded_ % audit_every == 0) audit(args, found, &counts[index]);
   }
   counts[index].candidates += found.candidates;

@@ -66,6 +66,7 @@ class Model {
   const Shape& shape() const { return shape_; }
   int threads() const { return pool_.threads(); }
   const char* isa() const { return kernels_->name; }
+  size_t held_by_sketches() const { return held_by_sketches_; }
 
   std::unique_ptr<KvCache> new_cache(int num_blocks, int block_size, bool int8) const;
 
@@ -184,6 +185,7 @@ class Model {
   Norm final_norm_;
   Linear lm_head_;
   std::unique_ptr<LargeMemory> sketches_;  // of float up projections and head, or null
+  size_t held_by_sketches_ = 0;  // bytes
   const uint8_t* head_sketch_ = nullptr;
   int width_;          // hidden size padded to 256
   int neuron_blocks_;  // blocks of kNeuronBlock neurons

@@ -6,24 +6,13 @@
 #include <limits>
 #include <vector>
 
+#include "widen.h"
+
 namespace persimmon {
 namespace {
 
 constexpr int kLargestCode = 127;
 constexpr double kUp = 1 + 0x1p-20;  // more than rounding to float32 can take from a length
-
-void widen(Format format, const uint8_t* row, int count, float* out) {
-  if (format == Format::f32) {
-    memcpy(out, row, static_cast<size_t>(count) * sizeof(float));
-    return;
-  }
-  for (int i = 0; i < count; i++) {
-    uint16_t bits;
-    memcpy(&bits, row + 2 * i, 2);
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    memcpy(out + i, &wide, 4);
-  }
-}
 
 // One row as row `r` of its block: codes at codes[4 * kSketchRows * quad + 4 * r + input % 4].
 void sketch_row(const std::vector<float>& row, const float* center, int r, int8_t* codes, SketchFacts* facts) {
@@ -56,7 +45,7 @@ void make_sketch(Format format, const uint8_t* weights, size_t row_bytes, int ro
   memset(out, 0, sketch_bytes(rows, inputs));
   for (int r = 0; r < rows; r++) {
     uint8_t* block = out + r / kSketchRows * block_bytes;
-    widen(format, weights + r * row_bytes, inputs, row.data());
+    widen(format == Format::bf16, weights + r * row_bytes, inputs, row.data());
     sketch_row(row, center, r % kSketchRows, reinterpret_cast<int8_t*>(block),
                reinterpret_cast<SketchFacts*>(block + block_bytes - sizeof(SketchFacts)));
   }

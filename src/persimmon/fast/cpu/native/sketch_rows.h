@@ -1,8 +1,8 @@
 // Estimates of many float rows from their sketch (sketch.h), with bounds that hold for certain.
 //
 // Codes of sixteen rows lie side by side, four inputs of each, so that integer products need no folding: one 32-bit lane is a row.
-// Inputs are rounded to 15 bits, cut into two parts of 7 that AVX2's saturating products can take; sums of integers are exact, so
-// estimates are the same on every instruction set up to a last multiplication.
+// Inputs are rounded to 14 bits, cut into two parts of 7 that AVX2's saturating products can take. Sums of integers are exact, so
+// estimates and bounds are the same on every instruction set.
 #pragma once
 #include "activations.h"
 #include "kernels.h"

@@ -8,7 +8,7 @@
 namespace persimmon {
 namespace PERSIMMON_ISA {
 
-// Neurons of a block that may be positive, ascending; their rows are fetched.
+// Neurons of a block that may be positive, ascending.
 static int possible_neurons(const MlpArgs& a, int begin, int end, int* list) {
   alignas(64) float estimate[kNeuronBlock], bound[kNeuronBlock];
   sketch_rows(a.sketch, a.sketched, begin, end, estimate, bound);
