@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from persimmon.fast.cpu import _native
@@ -51,10 +53,91 @@ def unpack_q4(rows: np.ndarray) -> np.ndarray:
     return (nibbles(b[..., :128]).astype(np.float32) - 8) * scales(b[..., 128:])
 
 
-def unpack_planes(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    h = blocks(high, 144)
-    codes = 16 * nibbles(h[..., :128]).astype(np.int32) + nibbles(blocks(low, 128)) - 128
-    return codes.astype(np.float32) * scales(h[..., 128:])
+def pairs(block: np.ndarray) -> np.ndarray:
+    """[R, S, 64] bytes -> [R, 256 * S] codes of two bits in plain order."""
+    cut = np.concatenate([block >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+    return lane_order(cut.reshape(block.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class Planes:
+    """What the top and rest rows of R rows of S superblocks say, or should."""
+
+    codes: np.ndarray
+    """int32 [R, 256 S], -127 .. 127 in plain order."""
+    scale_codes: np.ndarray
+    """uint8 [R, 8 S]."""
+    unit: np.ndarray
+    """float32 [R], as the next two."""
+    shift: np.ndarray
+    error: np.ndarray
+
+    @property
+    def scales(self) -> np.ndarray:
+        """Of every weight."""
+        return np.repeat(self.unit[:, None] * self.scale_codes, 32, axis=1)
+
+    @property
+    def floats(self) -> np.ndarray:
+        return self.codes.astype(np.float32) * self.scales
+
+    @property
+    def coarse(self) -> np.ndarray:
+        """The weights by their top two bits alone."""
+        return (64 * ((self.codes + 128) // 64) - 96.5).astype(np.float32) * self.scales
+
+
+def top_bytes(columns: int) -> int:
+    return -(-(72 * superblocks(columns) + 48) // 64) * 64
+
+
+def read_planes(top: np.ndarray, rest: np.ndarray) -> Planes:
+    rows, size = rest.shape[0], rest.shape[1] // 192
+    assert top.shape == (rows, top_bytes(256 * size))
+    r = blocks(rest, 192)
+    low = 16 * pairs(r[..., :64]).astype(np.int32) + nibbles(r[..., 64:])
+    facts = np.ascontiguousarray(top[:, 72 * size + 32 : 72 * size + 48]).view(np.float32)
+    assert not facts[:, 3].any() and not top[:, 72 * size + 48 :].any(), "what has no meaning is zero"
+    codes = 64 * pairs(blocks(top[:, : 64 * size], 64)).astype(np.int32) + low - 128
+    return Planes(codes, top[:, 64 * size : 72 * size], facts[:, 0], facts[:, 1], facts[:, 2])
+
+
+def round_planes(weights: np.ndarray, center: np.ndarray) -> Planes:
+    """The rounding itself, a second time."""
+    columns = weights.shape[1]
+    w = padded(weights)
+    groups = w.reshape(len(w), -1, 32)
+    steps = np.abs(groups).max(-1) / np.float32(127)
+    unit = np.full(len(w), 2.0**-24, np.float32)
+    while (steps.max(1) / unit > 255).any():
+        unit[steps.max(1) / unit > 255] *= 2
+    scale_codes = np.ceil(steps / unit[:, None]).astype(np.uint8)
+    scale = (unit[:, None] * scale_codes)[..., None]
+    codes = np.rint(np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0)).astype(np.int32)
+    rounded = Planes(codes.reshape(w.shape), scale_codes, unit, unit, unit)
+    lost = (rounded.floats - rounded.coarse)[:, :columns].astype(np.float64)
+    shift, error = lost @ center.astype(np.float64), np.sqrt((lost**2).mean(1))
+    return Planes(rounded.codes, scale_codes, unit, shift.astype(np.float32), error.astype(np.float32))
+
+
+def same_planes(found: Planes, expected: Planes) -> None:
+    """Codes and scales to the bit; shift and error as far as float32 sums go."""
+    for name in ("codes", "scale_codes", "unit"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    np.testing.assert_allclose(found.error, expected.error, rtol=1e-5, atol=0)
+    # Rounding of a sum of many signs is relative to its parts, not to what is left of them.
+    np.testing.assert_allclose(found.shift, expected.shift, rtol=1e-5, atol=1e-5 * np.abs(expected.shift).max())
+
+
+def unpack_planes(top: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    return read_planes(top, rest).floats
+
+
+def with_outliers(top: np.ndarray, columns: int, exact: np.ndarray) -> np.ndarray:
+    """Top rows of so many columns with float16 weights [R, 16] of the outlier columns in their place."""
+    filled, start = top.copy(), 72 * superblocks(columns)
+    filled[:, start : start + 32] = np.ascontiguousarray(exact).view(np.uint8)
+    return filled
 
 
 def unpack_neurons(rows: np.ndarray) -> np.ndarray:
@@ -84,11 +167,12 @@ def pack(kind: str, weights: np.ndarray, importance: np.ndarray | None = None) -
     return out
 
 
-def pack_planes(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows, size = weights.shape[0], superblocks(weights.shape[1])
-    high, low = np.empty((rows, 144 * size), np.uint8), np.empty((rows, 128 * size), np.uint8)
-    _native.pack_planes(weights, high, low, 1)
-    return high, low
+def pack_planes(weights: np.ndarray, center: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = weights.shape
+    top = np.full((rows, top_bytes(columns)), 255, np.uint8)
+    rest = np.full((rows, 192 * superblocks(columns)), 255, np.uint8)
+    _native.pack_planes(weights, np.zeros(columns, np.float32) if center is None else center, top, rest, 1)
+    return top, rest
 
 
 def pack_neurons(weights: np.ndarray) -> np.ndarray:
@@ -127,14 +211,14 @@ class RowMatrix:
 
     def __init__(self, kind: str, weights: np.ndarray) -> None:
         self.kind = kind
-        self.low = None
+        self.rest = None
         columns = weights.shape[1]
         if kind in ("q8", "q4"):
             self.packed = pack(kind, weights)
             self.floats = (unpack_q8 if kind == "q8" else unpack_q4)(self.packed)[:, :columns]
         elif kind == "planes":
-            self.packed, self.low = pack_planes(weights)
-            self.floats = unpack_planes(self.packed, self.low)[:, :columns]
+            self.packed, self.rest = pack_planes(weights)
+            self.floats = unpack_planes(self.packed, self.rest)[:, :columns]
         elif kind == "bfloat16":
             self.packed = bfloat16(padded(weights)).view(np.uint8)
             self.floats = from_bfloat16(bfloat16(weights))
@@ -144,7 +228,7 @@ class RowMatrix:
     def times(
         self, x: np.ndarray, isa: str, tiled: bool = False, panels: bool = False, eights: bool = False
     ) -> np.ndarray:
-        return _native.rows(self.kind, self.packed, self.low, x, isa, tiled, panels, eights)
+        return _native.rows(self.kind, self.packed, self.rest, x, isa, tiled, panels, eights)
 
     def expected(self, x: np.ndarray) -> np.ndarray:
         """In float64, with the inputs as the kernel sees them."""

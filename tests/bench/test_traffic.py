@@ -43,9 +43,9 @@ def test_a_dense_token_reads_every_tensor_but_the_embedding(form: str) -> None:
 
 
 def test_p44_reads_hot_rows_always_and_cold_ones_by_need() -> None:
-    """Row of 4096 inputs: high 16 * 144 + 32, low 16 * 128, down 16 * 272."""
+    """Row of 4096 inputs: top 16 * 72 + 48, padded to 64; rest 16 * 192, down 16 * 272."""
     use = MlpUse(candidates=2000, active=1500, groups=400)
-    assert mlp_bytes(FULL, FORMATS["p44"], use) == 16384 * 2336 + 2000 * 2048 + 1500 * 4352
+    assert mlp_bytes(FULL, FORMATS["p44"], use) == 16384 * 1216 + 2000 * 3072 + 1500 * 4352
     assert mlp_bytes(FULL, FORMATS["q8"], use) == 16384 * 4352 + 1500 * 4352
     assert mlp_bytes(FULL, FORMATS["q4"], use) == 16384 * 2304 + 1500 * 2048 + 400 * 8192
     assert mlp_bytes(FULL, FORMATS["bfloat16"], MlpUse(16384, 1500)) == (16384 + 1500) * 8192
@@ -64,7 +64,8 @@ def test_a_sketch_is_read_and_the_rows_that_it_leaves() -> None:
 def test_skipped_neurons_and_head_rows_are_taken_off() -> None:
     counts = counts_of(FULL, 2000, 1500)
     traffic = token_traffic(FULL, "p44", "int8", attended=100.5, counts=counts, head_rows=12)
-    skipped = 36 * ((16384 - 2000) * 2048 + (16384 - 1500) * 4352) + (262144 - 12) * 2048
+    skipped = 36 * ((16384 - 2000) * 3072 + (16384 - 1500) * 4352) + (262144 - 12) * 3072
+    skipped -= 12 * 1216  # rows of the head that are refined: their top rows are read a second time
     assert traffic.dense - traffic.read == skipped
     shallow = token_traffic(FULL, "p44", "int8", attended=0, counts=counts, head_rows=12)
     assert traffic.read - shallow.read == 100.5 * kv_bytes_per_token(FULL, "int8") == 100.5 * 36 * 2 * 64 * 68
@@ -80,7 +81,7 @@ def test_a_batch_shares_weights_and_adds_up_neurons_at_most_to_all() -> None:
 
 def test_a_prompt_reads_the_blocks_once_a_step_and_the_head_once() -> None:
     token = token_traffic(FULL, "q4", "int8", attended=0, counts=counts_of(FULL, 0, 0)).dense
-    head = 262144 * 16 * (144 + 128) + 2 * 4096 * 4 + 4096 * 2
+    head = 262144 * (1216 + 16 * 192) + 2 * 4096 * 4 + 4096 * 2
     cache = 512 * 513 / 2 / 32 * kv_bytes_per_token(FULL, "int8")
     assert prompt_bytes(FULL, "q4", "int8", 1, 256) == pytest.approx(token, rel=1e-4)
     assert prompt_bytes(FULL, "q4", "int8", 512, 256) == 2 * (token - head) + head + cache

@@ -46,7 +46,7 @@ def floats(matrix: qlora.PackedLinear) -> torch.Tensor:
 def test_unpacking_is_what_the_layouts_say() -> None:
     weights = np.random.default_rng(0).normal(size=(9, 300)).astype(np.float32)
     q8, q4 = (packed_layouts.pack(kind, weights) for kind in ("q8", "q4"))
-    neurons, (high, low) = packed_layouts.pack_neurons(weights), packed_layouts.pack_planes(weights)
+    neurons, (top, rest) = packed_layouts.pack_neurons(weights), packed_layouts.pack_planes(weights)
     records = packed_layouts.pack_records(weights.T)
     np.testing.assert_array_equal(
         qlora.unpack_records(torch.from_numpy(records)).numpy(), packed_layouts.unpack_records(records)
@@ -56,8 +56,8 @@ def test_unpacking_is_what_the_layouts_say() -> None:
         (qlora.unpack_q4(torch.from_numpy(q4)), packed_layouts.unpack_q4(q4)),
         (qlora.unpack_int8(torch.from_numpy(neurons)), packed_layouts.unpack_neurons(neurons)),
         (
-            qlora.unpack_planes(torch.from_numpy(high), torch.from_numpy(low)),
-            packed_layouts.unpack_planes(high, low),
+            qlora.unpack_planes(torch.from_numpy(top), torch.from_numpy(rest)),
+            packed_layouts.unpack_planes(top, rest),
         ),
     ):
         assert ours.shape == (9, 512)

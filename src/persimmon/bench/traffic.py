@@ -20,6 +20,7 @@ from persimmon.fast.cpu.formats import (
     record_parts,
     row_bytes,
     sketch_row_bytes,
+    top_bytes,
 )
 from persimmon.fast.cpu.memory import kv_bytes_per_token
 
@@ -81,8 +82,8 @@ def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
     """The matrices of one MLP."""
     hidden, neurons = config.hidden_size, config.intermediate_size
     if form.mlp == "planes":
-        low, down = row_bytes("low", hidden), row_bytes("int8", hidden)
-        return neurons * hot_bytes(config) + use.candidates * low + use.active * down
+        rest, down = row_bytes("rest", hidden), row_bytes("int8", hidden)
+        return neurons * hot_bytes(config) + use.candidates * rest + use.active * down
     up: float = neurons * row_bytes(form.mlp, hidden)
     if not form.packed and use.candidates < neurons:
         up = neurons * sketch_row_bytes(hidden) + use.candidates * row_bytes(form.mlp, hidden)
@@ -96,7 +97,11 @@ def head_bytes(config: ModelConfig, form: Format, exact_rows: float) -> float:
     """Final norm and head, and one row of the embedding."""
     hidden, rows = config.hidden_size, config.vocab_size
     if form.head == "planes":
-        matrix = rows * row_bytes("high", hidden) + exact_rows * row_bytes("low", hidden)
+        top, rest = top_bytes(hidden), row_bytes("rest", hidden)
+        again = (
+            top if exact_rows < rows else 0
+        )  # rows are refined once all are estimated: their top rows are read twice
+        matrix = rows * top + exact_rows * (again + rest)
     elif exact_rows < rows:
         matrix = rows * sketch_row_bytes(hidden) + exact_rows * row_bytes(form.head, hidden)
     else:

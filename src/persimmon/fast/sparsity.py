@@ -87,7 +87,7 @@ class Savings:
 def savings(config: ModelConfig, layers: Sequence[LayerSparsity]) -> dict[str, Savings]:
     """What skipping saves at most per decoded token, by format.
 
-    bfloat16: the down projection's rows. p44: the whole cold record, low plane and down row; what its margin reads
+    bfloat16: the down projection's rows. p44: the whole cold record, rest row and down row; what its margin reads
     beyond the active neurons is not taken off.
     """
     zeros = sum(layer.zeros for layer in layers) * config.intermediate_size

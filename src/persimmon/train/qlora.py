@@ -19,9 +19,17 @@ from torch import Tensor, nn
 
 from persimmon.checkpoints.hub import map_tensor
 from persimmon.errors import InputError
-from persimmon.fast.cpu.formats import GROUP, SUPERBLOCK
+from persimmon.fast.cpu.formats import GROUP, SUPERBLOCK, row_bytes
 from persimmon.fast.cpu.packed import PackedDirectory, open_packed
-from persimmon.fast.cpu.unpacking import cut_superblocks, half_scales, nibbles, plain_order, record_parts
+from persimmon.fast.cpu.unpacking import (
+    cut_superblocks,
+    half_scales,
+    nibbles,
+    plain_order,
+    plane_codes,
+    plane_scales,
+    record_parts,
+)
 from persimmon.model import PersimmonModel
 
 FORMATS = ("q8", "q4")
@@ -34,28 +42,29 @@ SLICE_BYTES = 64 << 20
 # -- reading superblocks -------------------------------------------------------------------------------------
 
 
-def _scaled(codes: Tensor, parts: Tensor) -> Tensor:
-    """Codes [R, 256 S] times their groups' scales, given as bytes [R, S, 16] -> float32 [R, 256 S]."""
+def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes [R, 256 S] times their groups' scales [R, 8 S] -> float32 [R, 256 S]."""
     groups = codes.float().view(len(codes), -1, GROUP)
-    return (groups * half_scales(parts).float()[..., None]).flatten(1)
+    return (groups * scales.float()[..., None]).flatten(1)
 
 
 def unpack_q8(rows: Tensor) -> Tensor:
     """Rows of q8 superblocks [R, bytes] -> float32 [R, 256 S]."""
     blocks = cut_superblocks(rows, 272)
-    return _scaled(plain_order(blocks[..., :SUPERBLOCK]).view(torch.int8), blocks[..., SUPERBLOCK:])
+    return _scaled(plain_order(blocks[..., :SUPERBLOCK]).view(torch.int8), half_scales(blocks[..., SUPERBLOCK:]))
 
 
 def unpack_q4(rows: Tensor) -> Tensor:
     """Rows of q4 superblocks [R, bytes] -> float32 [R, 256 S]."""
     blocks = cut_superblocks(rows, 144)
-    return _scaled(nibbles(blocks[..., :128]).to(torch.int8) - 8, blocks[..., 128:])
+    return _scaled(nibbles(blocks[..., :128]).to(torch.int8) - 8, half_scales(blocks[..., 128:]))
 
 
 def unpack_int8(rows: Tensor) -> Tensor:
     """Rows of int8 superblocks in plain order [R, bytes] -> float32 [R, 256 S]."""
     blocks = cut_superblocks(rows, 272)
-    return _scaled(blocks[..., :SUPERBLOCK].reshape(len(rows), -1).view(torch.int8), blocks[..., SUPERBLOCK:])
+    codes = blocks[..., :SUPERBLOCK].reshape(len(rows), -1).view(torch.int8)
+    return _scaled(codes, half_scales(blocks[..., SUPERBLOCK:]))
 
 
 def unpack_records(records: Tensor) -> Tensor:
@@ -65,11 +74,10 @@ def unpack_records(records: Tensor) -> Tensor:
     return (neurons * scales.float()[:, None]).flatten(0, 1)
 
 
-def unpack_planes(high: Tensor, low: Tensor) -> Tensor:
-    """Rows of the two 4-bit planes of int8 weights -> float32 [R, 256 S]."""
-    blocks = cut_superblocks(high, 144)
-    codes = 16 * nibbles(blocks[..., :128]).to(torch.int16) + nibbles(cut_superblocks(low, 128)) - 128
-    return _scaled(codes, blocks[..., 128:])
+def unpack_planes(top: Tensor, rest: Tensor) -> Tensor:
+    """Top and rest rows of int8 weights in planes -> float32 [R, 256 S]."""
+    inputs = rest.shape[1] // row_bytes("rest", SUPERBLOCK) * SUPERBLOCK
+    return _scaled(plane_codes(top, rest, inputs).to(torch.int16) - 128, plane_scales(top, inputs))
 
 
 _READERS: dict[str, Callable[..., Tensor]] = {
@@ -201,7 +209,7 @@ def _packed(name: str, opened: PackedDirectory, read: Any) -> PackedLinear:
     """One packed matrix of the model, by the name of its module."""
     config, form = opened.config, opened.form
     if name == "lm_head":
-        return PackedLinear("planes", (read("lm_head.high"), read("lm_head.low")), config.hidden_size, None)
+        return PackedLinear("planes", (read("lm_head.top"), read("lm_head.rest")), config.hidden_size, None)
     bias = read(f"{name}.bias")
     for kind, ending in (("int8", "neurons"), ("records", "records")):
         if f"{name}.{ending}" in opened.tensors:

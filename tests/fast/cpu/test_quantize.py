@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from packed_layouts import pack_neurons, read_planes, round_planes, same_planes, with_outliers
+from persimmon.checkpoints import hub
 from persimmon.errors import CheckpointError, InputError, NotFoundError, PersimmonError
 from persimmon.fast.cpu import quantize as module
 from persimmon.fast.cpu.load import load_decoder
@@ -106,10 +109,6 @@ def test_outliers_by_norm_gain() -> None:
 
 
 def test_sources_that_are_not_finite_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    import torch
-
-    from persimmon.checkpoints import hub
-
     model = hub.load_model(checkpoint)
     with torch.no_grad():
         model.layers[1].mlp.dense_4h_to_h.weight[3, 5] = float("nan")
@@ -160,7 +159,7 @@ def test_missing_files_and_foreign_descriptions_are_named(copy: Path) -> None:
     description = copy / "quantization.json"
     document = json.loads(description.read_text())
     for change, message in (
-        ({"version": 2}, "layout version 2 of p44; this program reads version 1: quantize the model again"),
+        ({"version": 3}, "layout version 3 of p44; this program reads version 2: quantize the model again"),
         ({"format": "p55"}, "unknown format 'p55'"),
         ({"files": {}}, "lists 0 files, 4 expected"),
         ({"files": None}, "malformed"),
@@ -174,17 +173,45 @@ def test_missing_files_and_foreign_descriptions_are_named(copy: Path) -> None:
         load_decoder(copy)
 
 
-def test_q4_of_the_first_layout_is_to_be_made_anew(packed: dict[str, Path], tmp_path: Path) -> None:
-    """Its down projection was dense."""
-    shutil.copytree(packed["q4"], tmp_path / "old")
+@pytest.mark.parametrize(("form", "old", "now"), [("q8", 1, 2), ("q4", 1, 3), ("q4", 2, 3), ("p44", 1, 2)])
+def test_older_layouts_are_to_be_made_anew(
+    form: str, old: int, now: int, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    """Their planes were 4 and 4 bits, and the down projection of the first q4 was dense."""
+    shutil.copytree(packed[form], tmp_path / "old")
     description = tmp_path / "old" / "quantization.json"
     document = json.loads(description.read_text())
-    assert document["version"] == 2
-    description.write_text(json.dumps({**document, "version": 1}))
+    assert document["version"] == now
+    description.write_text(json.dumps({**document, "version": old}))
     with pytest.raises(
-        CheckpointError, match="layout version 1 of q4; this program reads version 2: quantize the model"
+        CheckpointError, match=f"layout version {old} of {form}; this program reads version {now}: quantize the model"
     ):
         load_decoder(tmp_path / "old")
+
+
+def test_planes_are_rounded_around_the_bias_of_the_norm_before(checkpoint: Path, tmp_path: Path) -> None:
+    """Up projections and head, column by column; outlier columns have no part in it and keep their weights."""
+    model = hub.load_model(checkpoint, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layernorm.bias"):
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    hub.save_model(model, None, tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path / "p44", "p44")
+    arrays = open_packed(tmp_path / "p44").map()
+    layer = model.layers[1]
+    columns = np.array(arrays["layers.1.mlp.outlier_columns"])
+    up = layer.mlp.dense_h_to_4h.weight.detach().numpy().copy()
+    center = layer.post_attention_layernorm.bias.detach().numpy().copy()
+    exact = up[:, columns].astype(np.float16)
+    up[:, columns], center[columns] = 0.0, 0.0
+    hot, cold = arrays["layers.1.mlp.hot"], arrays["layers.1.mlp.cold"]
+    same_planes(read_planes(hot, cold[:, :192]), round_planes(up, center))
+    assert np.array_equal(with_outliers(hot, model.config.hidden_size, exact), hot)
+    down = layer.mlp.dense_4h_to_h.weight.detach().numpy().T
+    assert np.array_equal(cold[:, 192:], pack_neurons(np.ascontiguousarray(down)))
+    head = model.lm_head.weight.detach().numpy(), model.final_layernorm.bias.detach().numpy()
+    same_planes(read_planes(arrays["lm_head.top"], arrays["lm_head.rest"]), round_planes(*head))
 
 
 def test_a_configuration_of_another_shape_is_refused(copy: Path) -> None:

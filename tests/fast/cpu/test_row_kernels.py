@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from packed_layouts import EIGHT_ISAS, ISAS, TILED_ISAS, RowMatrix, same_bits
+from packed_layouts import EIGHT_ISAS, ISAS, TILED_ISAS, RowMatrix, pack_planes, read_planes, same_bits
 from persimmon.fast.cpu import _native
 
 PACKED = ("q8", "q4", "planes")
@@ -97,15 +97,19 @@ def test_few_tokens_have_the_bits_of_one(kind: str, isa: str, rows: int, columns
     assert np.array_equal(matrix.times(x, isa, eights=True), matrix.times(x, ISAS[0]))
 
 
+def head_case(rows: int, columns: int, tokens: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
+    """Top and rest rows, inputs around a center that is far from zero, and the center."""
+    w, x = case(rows, columns, tokens, seed=columns + tokens)
+    center = np.random.default_rng(columns).standard_normal(columns, np.float32) * 2
+    return pack_planes(w, center), x + center, center
+
+
 @pytest.mark.parametrize("isa", EIGHT_ISAS)
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 def test_the_heads_estimates_of_few_tokens(isa: str, tokens: int) -> None:
-    w, x = case(70, 1024, tokens, seed=tokens)
-    matrix = RowMatrix("planes", w)
-    expected = _native.head_rows(matrix.packed, matrix.low, x, 6.0, ISAS[0])
-    for first, other in zip(
-        expected, _native.head_rows(matrix.packed, matrix.low, x, 6.0, isa, eights=True), strict=True
-    ):
+    head, x, center = head_case(70, 1024, tokens)
+    expected = _native.head_rows(*head, x, center, 6.0, ISAS[0])
+    for first, other in zip(expected, _native.head_rows(*head, x, center, 6.0, isa, eights=True), strict=True):
         assert np.array_equal(first, other)
 
 
@@ -168,17 +172,22 @@ def test_one_bad_token_spoils_no_other(isa: str) -> None:
 
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(1, 256, 1), (33, 300, 5), (70, 1024, 17)])
 def test_the_heads_two_passes(rows: int, columns: int, tokens: int) -> None:
-    """Refined estimates are the full product to the last bit, and bounds of many deviations lie above it."""
-    w, x = case(rows, columns, tokens, seed=columns)
-    matrix = RowMatrix("planes", w)
-    estimates, bounds, exact = _native.head_rows(matrix.packed, matrix.low, x, 6.0, ISAS[0])
-    assert np.array_equal(exact, matrix.times(x, ISAS[0]))
-    assert np.all(bounds >= exact) and np.all(bounds > estimates)
-    deviation = (bounds - estimates) / 6.0
+    """Estimates and bounds are what the top rows say, refined rows the full product to the last bit."""
+    head, x, center = head_case(rows, columns, tokens)
+    estimates, bounds, exact = _native.head_rows(*head, x, center, 6.0, ISAS[0])
+    assert np.array_equal(exact, _native.rows("planes", *head, x, ISAS[0]))
+    read = read_planes(*head)
+    seen = _native.round_trip(x).astype(np.float64)
+    expected = seen @ read.coarse[:, :columns].T.astype(np.float64) + read.shift
+    scale = np.abs(seen) @ np.abs(read.coarse[:, :columns]).T + np.abs(read.shift)
+    assert np.max(np.abs(estimates - expected) / scale) < TOLERANCE
+    deviation = read.error * np.linalg.norm(x.astype(np.float64) - center, axis=1)[:, None]
+    np.testing.assert_allclose(bounds - estimates, 6.0 * deviation, rtol=1e-3, atol=2e-6 * scale.max())
     assert np.abs((exact - estimates) / deviation).max() < 5.0  # of a normal distribution
+    assert np.all(bounds >= exact) and np.all(bounds > estimates)
     for isa, tiled in [(isa, False) for isa in ISAS] + [(isa, True) for isa in TILED_ISAS]:
         for first, other in zip(
-            (estimates, bounds, exact), _native.head_rows(matrix.packed, matrix.low, x, 6.0, isa, tiled), strict=True
+            (estimates, bounds, exact), _native.head_rows(*head, x, center, 6.0, isa, tiled), strict=True
         ):
             assert np.array_equal(first, other), (isa, tiled)
 

@@ -16,12 +16,13 @@ from packed_layouts import (
     pack_planes,
     pack_records,
     padded,
+    read_planes,
     same_bits,
     unpack_neurons,
-    unpack_planes,
     unpack_q4,
     unpack_q8,
     unpack_records,
+    with_outliers,
 )
 from persimmon.fast.cpu import _native
 
@@ -39,8 +40,10 @@ class Mlp:
         down = rng.standard_normal((neurons, hidden), np.float32) * 0.05
         self.bias = rng.standard_normal(neurons).astype(np.float32) * 0.1 - 1.0
         self.columns = np.sort(rng.choice(hidden, 16, replace=False))
-        self.offset = 0
+        self.offset, self.center = 0, None
         if kind == "planes":
+            self.center = rng.standard_normal(hidden).astype(np.float32)
+            self.center[self.columns] = 0.0
             self._pack_planes(up, down)
         elif kind == "q8":
             self.up, self.down = pack("q8", up), pack_neurons(down)
@@ -61,12 +64,13 @@ class Mlp:
     def _pack_planes(self, up: np.ndarray, down: np.ndarray) -> None:
         exact = np.ascontiguousarray(up[:, self.columns]).astype(np.float16)
         up[:, self.columns] = 0.0
-        high, low = pack_planes(up)
+        top, rest = pack_planes(up, self.center)
         rows = pack_neurons(down)
-        self.up = np.concatenate([high, exact.view(np.uint8)], axis=1)
-        self.down = np.concatenate([low, rows], axis=1)
-        self.offset = low.shape[1]
-        self.up_floats, self.down_floats = unpack_planes(high, low), unpack_neurons(rows)
+        self.up = with_outliers(top, self.hidden, exact)
+        self.down = np.concatenate([rest, rows], axis=1)
+        self.offset = rest.shape[1]
+        self.planes = read_planes(top, rest)
+        self.up_floats, self.down_floats = self.planes.floats, unpack_neurons(rows)
         self.up_floats[:, self.columns] = exact.astype(np.float32)
 
     def run(
@@ -94,6 +98,7 @@ class Mlp:
             x,
             outliers,
             margin,
+            self.center,
             together,
             isa,
             tiled,
@@ -113,8 +118,19 @@ class Mlp:
                 seen[:, self.columns] = x[:, self.columns]
         return seen.astype(np.float64) @ self.up_floats[:, : self.hidden].T.astype(np.float64) + self.bias
 
-    def expected(self, x: np.ndarray) -> np.ndarray:
+    def certainty(self, x: np.ndarray) -> np.ndarray:
+        """By how many deviations of its error the estimate of a neuron lies above zero."""
+        rest = x.astype(np.float64)
+        rest[:, self.columns] = 0.0
+        seen = _native.round_trip(rest.astype(np.float32)).astype(np.float64)
+        estimate = seen @ self.planes.coarse[:, : self.hidden].T.astype(np.float64) + self.planes.shift + self.bias
+        estimate += x[:, self.columns].astype(np.float64) @ self.up_floats[:, self.columns].T
+        return estimate / (self.planes.error * np.linalg.norm(rest - self.center, axis=1)[:, None])
+
+    def expected(self, x: np.ndarray, margin: float = np.inf) -> np.ndarray:
         squared = np.maximum(self.pre_activations(x), 0) ** 2
+        if margin < np.inf:
+            squared *= self.certainty(x) > -margin
         if self.kind == "q4":  # rounds them as well, which takes the very same numbers: ties must fall alike
             pre = _native.rows("q4", self.up, None, x) + self.bias
             squared = _native.round_trip(np.maximum(pre, 0) ** 2).astype(np.float64)
@@ -233,10 +249,29 @@ def test_no_margin_gives_the_exact_mlp_and_reads_everything() -> None:
     assert candidates == 3 * 1024
 
 
+@pytest.mark.parametrize("margin", [-1.0, 0.0, 0.5, 1.0, 2.0, 3.0])
+def test_a_margin_keeps_whose_estimates_are_above_it(margin: float) -> None:
+    """Estimate, shift and error as the top rows have them, inputs around a center that is not zero."""
+    mlp = Mlp("planes", 520, 1500)
+    x = inputs(6, 520) + mlp.center
+    x[0] = 0.0
+    certainty = mlp.certainty(x)
+    surely, perhaps = (np.count_nonzero(certainty > -margin + slack) for slack in (1e-4, -1e-4))
+    assert surely > 0 and perhaps < 6 * 1500 and perhaps - surely < 5
+    for isa in ISAS:
+        for together in (False, True):
+            y, candidates, active = mlp.run(x, margin, together, isa)
+            assert surely <= candidates <= perhaps and active <= candidates
+            if surely == perhaps:
+                expected = mlp.expected(x, margin)
+                assert np.max(np.abs(y - expected)) <= TOLERANCE * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("margin", [0.0, 1.0, 2.0, 3.0])
 def test_a_margin_misses_only_the_smallest(margin: float) -> None:
     """Skipped neurons are within a few standard deviations of zero, and kept ones have exactly their values."""
-    mlp, x = Mlp("planes", 1024, 4096), inputs(8, 1024)
+    mlp = Mlp("planes", 1024, 4096)
+    x = inputs(8, 1024) + mlp.center
     exact, _, all_active = mlp.run(x, margin=np.inf)
     for isa in ISAS:
         for together in (False, True):
@@ -245,8 +280,8 @@ def test_a_margin_misses_only_the_smallest(margin: float) -> None:
             missed = 1 - active / all_active
             # A normal residual misses these shares of the positives; the smallest ones, so the output barely moves.
             assert missed < {0.0: 0.15, 1.0: 0.03, 2.0: 0.005, 3.0: 0.0005}[margin]
-            assert error < {0.0: 0.05, 1.0: 0.01, 2.0: 0.001, 3.0: 0.0001}[margin]
-            assert active <= candidates < 8 * 4096 * 0.4
+            assert error < {0.0: 0.05, 1.0: 0.01, 2.0: 0.002, 3.0: 0.0002}[margin]
+            assert active <= candidates < 8 * 4096 * (0.35 + 0.1 * margin)
 
 
 @pytest.mark.parametrize("isa", EIGHT_ISAS)
@@ -272,12 +307,18 @@ def test_many_tokens_skip_what_one_skips(isa: str, margin: float, neurons: int, 
 
 
 def test_the_spread_is_calibrated() -> None:
-    """Without outliers in the way, residuals of the high plane have the standard deviation that the kernel assumes.
+    """What the top bits leave out has the deviation that their rows name, and as many neurons lie in each interval.
 
-    A margin of 0 keeps the neurons whose estimate is positive: their share of the truly positive ones follows from
-    the ratio of residual to pre-activation, which must lie near the prediction.
+    With a center: the same inputs around zero, for which the rows are not made, lie farther from their estimates.
     """
-    mlp, x = Mlp("planes", 1024, 8192), inputs(4, 1024)
-    mlp.bias[:] = -2.0
+    mlp = Mlp("planes", 1024, 8192)
+    noise = inputs(4, 1024)
+    x = noise + mlp.center
+    rest = x.copy()
+    rest[:, mlp.columns] = 0.0
+    deviation = mlp.planes.error * np.linalg.norm(rest - mlp.center, axis=1)[:, None]
+    found = mlp.pre_activations(x) / deviation - mlp.certainty(x)
+    assert abs(found.mean()) < 0.05 and 0.95 < found.std() < 1.05
     counts = [mlp.run(x, margin)[1] for margin in (0.0, 1.0, 2.0)]
-    assert counts[0] < counts[1] < counts[2] < 1.6 * counts[0]
+    expected = [np.count_nonzero(mlp.certainty(x) > -margin) for margin in (0.0, 1.0, 2.0)]
+    assert counts == pytest.approx(expected, abs=2)

@@ -42,10 +42,23 @@ def test_rows(kind: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_head_planes_become_int8(shape: tuple[int, int]) -> None:
-    high, low = packed.pack_planes(random_weights(shape))
-    matrix = layouts.from_head_planes(torch.from_numpy(high), torch.from_numpy(low), shape[1])
+    top, rest = packed.pack_planes(random_weights(shape))
+    matrix = layouts.from_head_planes(torch.from_numpy(top), torch.from_numpy(rest), shape[1])
     assert matrix.format == layouts.INT8
-    np.testing.assert_array_equal(numbers(matrix), packed.unpack_planes(high, low)[:, : shape[1]])
+    np.testing.assert_array_equal(numbers(matrix), packed.unpack_planes(top, rest)[:, : shape[1]])
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1e-3, 1e3, 8e6])
+def test_scales_of_planes_are_float16_numbers(magnitude: float) -> None:
+    """From the smallest unit to the largest scale, in rows whose groups differ by orders of magnitude."""
+    w = random_weights((6, 600)) * np.float32(magnitude)
+    w = np.clip(w, -magnitude, magnitude) * np.repeat(np.float32(10) ** -np.arange(20), 32)[:600]
+    top, rest = packed.pack_planes(np.ascontiguousarray(w, np.float32))
+    matrix = layouts.from_head_planes(torch.from_numpy(top), torch.from_numpy(rest), 600)
+    assert matrix.scales is not None and torch.isfinite(matrix.scales).all()
+    expected = packed.read_planes(top, rest)
+    np.testing.assert_array_equal(matrix.scales.float(), expected.scales[:, : matrix.columns : 32])
+    np.testing.assert_array_equal(numbers(matrix), expected.floats[:, :600])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,11 +85,11 @@ def test_p44_records_come_apart(hidden: int) -> None:
     exact = np.zeros((neurons, 16), np.float16)
     exact[:, :3] = up[:, columns[:3]]
     up[:, columns[:3]] = 0
-    high, low = packed.pack_planes(up)
+    top, rest = packed.pack_planes(up)
     rows = packed.pack_neurons(down)
-    hot, cold = np.hstack([high, exact.view(np.uint8)]), np.hstack([low, rows])
+    hot, cold = packed.with_outliers(top, hidden, exact), np.hstack([rest, rows])
     first, second = layouts.from_p44(*map(torch.from_numpy, (hot, cold, columns)), hidden)
-    expected = packed.unpack_planes(high, low)[:, :hidden].copy()
+    expected = packed.unpack_planes(top, rest)[:, :hidden].copy()
     expected[:, columns[:3]] = exact[:, :3]
     np.testing.assert_array_equal(numbers(first), expected)
     np.testing.assert_array_equal(numbers(second), packed.unpack_neurons(rows)[:, :hidden])

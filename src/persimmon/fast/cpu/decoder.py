@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 KV_DTYPES = ("auto", "float32", "int8")
 
-DEFAULT_MARGIN = 2.0
-"""Standard deviations: misses about 0.2% of the active neurons of a layer, those with the smallest activations."""
+DEFAULT_MARGIN = 1.0
+"""Standard deviations of what a neuron's top two bits leave out; missed are active neurons with small activations.
 
+On mini and mini-base it adds 5e-5 nats of KL to the format's own 8e-3 to 1.3e-2, and 0.005 to 0.012 % of perplexity;
+2 adds 2e-6 nats and reads more rows, 0.5 adds 2e-4 to 3e-4 nats and 0.05 %.
+"""
 
 _SEQUENCE_BLOCK = 64
 """Tokens of a block of a sequence's own cache: a tile of the attention kernel, which is then one piece of memory."""

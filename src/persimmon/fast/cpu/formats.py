@@ -2,8 +2,11 @@
 
     q8    every matrix int8 in groups of 32; the down projection neuron-major, so that zeros skip its rows
     q4    every matrix int4 in groups of 32; the down projection neuron-major, so that zeros skip its rows
-    p44   the MLP int8 in two 4-bit planes with 16 outlier columns exact, attention int4
-    all   head int8 in two planes, so that the largest logits need only one of them; the embedding as it was
+    p44   the MLP int8, its up projection in planes with 16 outlier columns exact, attention int4
+    all   head int8 in planes, so that all but the largest logits need only the first; the embedding as it was
+
+Planes: the top two bits of a row's int8 weights lie in its `top` row, with their scales, the other six in its `rest`
+row. Top rows are read for every neuron and every word of the vocabulary, rest rows where they are needed.
 
 The byte layouts are in native/layout.h. Unpacked checkpoints run as `bfloat16` or `float32` with the same tensor names
 and plain matrices.
@@ -18,7 +21,7 @@ from persimmon.config import ModelConfig
 from persimmon.errors import InputError
 
 GROUP = 32
-"""Weights that share a float16 scale."""
+"""Weights that share a scale: a float16, or in planes a byte times the row's unit."""
 
 SUPERBLOCK = 256
 """Rows are padded with zeros to a multiple of this."""
@@ -29,7 +32,10 @@ OUTLIERS = 16
 _ITEM_BYTES = {"U8": 1, "I32": 4, "F32": 4, "BF16": 2}
 
 # Bytes of a superblock of 256 weights (native/layout.h).
-_SUPERBLOCK_BYTES = {"float32": 1024, "bfloat16": 512, "q8": 272, "q4": 144, "high": 144, "low": 128, "int8": 272}
+_SUPERBLOCK_BYTES = {"float32": 1024, "bfloat16": 512, "q8": 272, "q4": 144, "rest": 192, "int8": 272}
+
+# Of a top row (native/layout.h): codes and scales of a superblock, what follows them, and what all is padded to.
+_TOP_CODE_BYTES, _TOP_SCALE_BYTES, _TOP_FACTS_BYTES, _LINE_BYTES = 64, 8, 48, 64
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,10 @@ class Format:
 
 
 FORMATS = {
-    "q8": Format("q8", "q8", "q8", "planes"),
-    "q4": Format("q4", "q4", "q4", "planes", layout=2),  # 1 had a dense down projection
-    "p44": Format("p44", "q4", "planes", "planes"),
+    # Planes were 4 and 4 bits with float16 scales in q8 1, q4 2 and p44 1; q4 1 had a dense down projection besides.
+    "q8": Format("q8", "q8", "q8", "planes", layout=2),
+    "q4": Format("q4", "q4", "q4", "planes", layout=3),
+    "p44": Format("p44", "q4", "planes", "planes", layout=2),
     "bfloat16": Format("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
     "float32": Format("float32", "float32", "float32", "float32"),
 }
@@ -98,6 +105,19 @@ def row_bytes(kind: str, inputs: int) -> int:
     return superblocks(inputs) * _SUPERBLOCK_BYTES[kind]
 
 
+def top_bytes(inputs: int) -> int:
+    """Bytes of the top row of planes: the top two bits of the weights, scales, outlier weights and four numbers."""
+    used = superblocks(inputs) * (_TOP_CODE_BYTES + _TOP_SCALE_BYTES) + _TOP_FACTS_BYTES
+    return -(-used // _LINE_BYTES) * _LINE_BYTES
+
+
+def top_parts(inputs: int) -> tuple[int, int, int]:
+    """Where in a top row its scales, its outlier weights and its unit begin."""
+    scales = superblocks(inputs) * _TOP_CODE_BYTES
+    outliers = scales + superblocks(inputs) * _TOP_SCALE_BYTES
+    return scales, outliers, outliers + 2 * OUTLIERS
+
+
 def record_parts(outputs: int) -> tuple[int, int]:
     """Bytes of the float16 scales of a q4 down record, one per output, and of each of its GROUP neurons' rows."""
     width = superblocks(outputs) * SUPERBLOCK
@@ -121,13 +141,13 @@ def sketch_bytes(rows: int, inputs: int) -> int:
 
 
 def hot_bytes(config: ModelConfig) -> int:
-    """Bytes of a p44 hot row: the high plane and the outlier weights."""
-    return row_bytes("high", config.hidden_size) + 2 * OUTLIERS
+    """Bytes of a p44 hot row: the top row of its up row."""
+    return top_bytes(config.hidden_size)
 
 
 def cold_bytes(config: ModelConfig) -> int:
-    """Bytes of a p44 cold row: the low plane and the down row."""
-    return row_bytes("low", config.hidden_size) + row_bytes("int8", config.hidden_size)
+    """Bytes of a p44 cold row: the rest row of its up row and the down row."""
+    return row_bytes("rest", config.hidden_size) + row_bytes("int8", config.hidden_size)
 
 
 def embedding_tensors(config: ModelConfig, dtype: str) -> list[PackedTensor]:
@@ -139,7 +159,7 @@ def head_tensors(config: ModelConfig, form: Format) -> list[PackedTensor]:
     """Final norm and vocabulary head."""
     rows, hidden = config.vocab_size, config.hidden_size
     if form.head == "planes":
-        planes = [("high", row_bytes("high", hidden)), ("low", row_bytes("low", hidden))]
+        planes = [("top", top_bytes(hidden)), ("rest", row_bytes("rest", hidden))]
     else:
         planes = [("weight", row_bytes(form.head, hidden))]
     head = [PackedTensor(f"lm_head.{name}", "U8", (rows, size)) for name, size in planes]

@@ -18,6 +18,7 @@ from persimmon.fast.cpu.formats import (
     layer_tensors,
     row_bytes,
     superblocks,
+    top_parts,
 )
 from persimmon.fast.cpu.native_module import native
 from persimmon.fast.cpu.sources import Floats, Source
@@ -52,9 +53,11 @@ class Packer:
         """Final norm and head."""
         specs = head_tensors(self._config, self._form)
         arrays: Arrays = _uninitialized(specs)
+        center = self._source.vector("final_layernorm.bias")
         for start, rows in self._source.rows("lm_head.weight"):
             part = slice(start, start + len(rows))
-            self._native.pack_planes(rows, arrays["lm_head.high"][part], arrays["lm_head.low"][part], self._threads)
+            top, rest = arrays["lm_head.top"][part], arrays["lm_head.rest"][part]
+            self._native.pack_planes(rows, center, top, rest, self._threads)
         arrays |= {spec.name: self._source.vector(spec.name) for spec in specs if spec.dtype == "F32"}
         return {spec.name: arrays[spec.name] for spec in specs}
 
@@ -86,22 +89,25 @@ class Packer:
             self._native.pack_int4_records(rows, start, width, out, self._threads)
 
     def _planes(self, arrays: Arrays, prefix: str, index: int) -> None:
+        """A p44 MLP. Its inputs lie around the bias of the norm before it: there the top rows' estimates are best."""
         hot, cold = arrays[prefix + "mlp.hot"], arrays[prefix + "mlp.cold"]
-        columns = self._outliers.get(index)
+        norm, columns = prefix + "post_attention_layernorm", self._outliers.get(index)
         if columns is None:
-            columns = largest_columns(self._input_energy(prefix + "post_attention_layernorm"))
+            columns = largest_columns(self._input_energy(norm))
         arrays[prefix + "mlp.outlier_columns"] = columns
         kept = columns[columns >= 0]
-        plane = row_bytes("high", self._config.hidden_size)
+        center = self._source.vector(norm + ".bias").copy()
+        center[kept] = 0.0
+        _, at, end = top_parts(self._config.hidden_size)
         for start, rows in self._source.rows(prefix + "mlp.dense_h_to_4h.weight"):
             part = slice(start, start + len(rows))
             exact = np.zeros((len(rows), OUTLIERS), np.float16)
             exact[:, : kept.size] = rows[:, kept]
             rows = rows.copy() if not rows.flags.writeable else rows
             rows[:, kept] = 0.0
-            self._native.pack_planes(rows, hot[part], cold[part], self._threads)
-            hot[part, plane:] = exact.view(np.uint8)
-        offset = row_bytes("low", self._config.hidden_size)
+            self._native.pack_planes(rows, center, hot[part], cold[part], self._threads)
+            hot[part, at:end] = exact.view(np.uint8)
+        offset = row_bytes("rest", self._config.hidden_size)
         for start, rows in self._source.columns(prefix + "mlp.dense_4h_to_h.weight"):
             self._native.pack_neurons(rows, cold[start : start + len(rows)], offset, self._threads)
 

@@ -1,6 +1,6 @@
 """Codes and scales of packed rows as tensors (native/layout.h), for those who compute with PyTorch or Triton.
 
-R rows of S superblocks of 256 weights; groups are 32 weights that share a float16 scale.
+R rows of S superblocks of 256 weights; groups are 32 weights that share a scale.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from persimmon.fast.cpu.formats import GROUP
+from persimmon.fast.cpu.formats import GROUP, SUPERBLOCK, row_bytes, top_parts
 
 
 def cut_superblocks(rows: Tensor, size: int) -> Tensor:
@@ -25,6 +25,33 @@ def plain_order(codes: Tensor) -> Tensor:
 def nibbles(blocks: Tensor) -> Tensor:
     """Bytes [R, S, 128] -> codes 0 .. 15 in plain order, uint8 [R, 256 S]."""
     return plain_order(torch.cat((blocks & 15, blocks >> 4), dim=-1))
+
+
+def pairs(blocks: Tensor) -> Tensor:
+    """Bytes [R, S, 64] -> codes 0 .. 3 in plain order, uint8 [R, 256 S]."""
+    return plain_order(torch.cat([(blocks >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1))
+
+
+def plane_codes(top: Tensor, rest: Tensor, inputs: int) -> Tensor:
+    """Top rows and rest rows of planes (or rows that begin with them) -> int8 weights + 128, uint8 [R, 256 S]."""
+    codes, _, _ = top_parts(inputs)
+    first = pairs(cut_superblocks(top[:, :codes].contiguous(), SUPERBLOCK // 4))
+    blocks = cut_superblocks(rest[:, : row_bytes("rest", inputs)].contiguous(), SUPERBLOCK * 3 // 4)
+    middle, low = pairs(blocks[..., : SUPERBLOCK // 4]), nibbles(blocks[..., SUPERBLOCK // 4 :])
+    return (first << 6) + (middle << 4) + low
+
+
+def plane_scales(top: Tensor, inputs: int) -> Tensor:
+    """Scales in top rows, float16 [R, 8 S], exactly: a unit is a power of two from 2^-24 on, times a byte."""
+    start, outliers, unit = top_parts(inputs)
+    units = top[:, unit : unit + 4].contiguous().view(torch.float32)
+    return (top[:, start:outliers].float() * units).half()
+
+
+def plane_outliers(top: Tensor, inputs: int) -> Tensor:
+    """Weights of the outlier columns in top rows, float16 [R, 16]."""
+    _, start, end = top_parts(inputs)
+    return top[:, start:end].contiguous().view(torch.float16)
 
 
 def half_scales(parts: Tensor) -> Tensor:

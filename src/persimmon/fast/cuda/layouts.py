@@ -7,8 +7,8 @@ FP8, whose weights come from plain ones.
 
     q8 row          INT8: int8 codes, a float16 scale per 32
     q4 row          INT4: eight codes a word (kernels/weight_tiles.py); down records become such rows again
-    head planes     INT8: 16 high + low - 128 is the int8 code
-    p44 hot, cold   PLANES for the up projection, INT8 neuron-major for the down projection
+    head planes     INT8, put together again
+    p44 hot, cold   PLANES for the up projection, int8 in 4 and 4 bits; INT8 neuron-major for the down projection
     plain           PLAIN: as it is; the down projection neuron-major
 
 All of it is ordinary tensor arithmetic, so packing happens where the tensor lies, matrix by matrix.
@@ -22,8 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from persimmon.fast.cpu.formats import GROUP, OUTLIERS, SUPERBLOCK, row_bytes
-from persimmon.fast.cpu.unpacking import cut_superblocks, half_scales, nibbles, plain_order, record_parts
+from persimmon.fast.cpu.formats import GROUP, SUPERBLOCK, row_bytes
+from persimmon.fast.cpu.unpacking import (
+    cut_superblocks,
+    half_scales,
+    nibbles,
+    plain_order,
+    plane_codes,
+    plane_outliers,
+    plane_scales,
+    record_parts,
+)
 
 PLAIN, INT8, INT4, FP8, PLANES = 0, 1, 2, 3, 4
 """Formats of a matrix; the kernels compare numbers."""
@@ -129,17 +138,16 @@ def from_records(records: Tensor, outputs: int, neurons: int) -> Matrix:
     return Matrix(INT4, outputs, neurons, False, _words(codes), scales)
 
 
-def from_head_planes(high: Tensor, low: Tensor, inputs: int) -> Matrix:
+def from_head_planes(top: Tensor, rest: Tensor, inputs: int) -> Matrix:
     """The packed head's planes, joined to int8; in slices, as unpacking takes several times the size."""
-    rows, width = high.shape[0], _padded(inputs, GROUP)
-    codes = torch.empty(rows, width, dtype=torch.int8, device=high.device)
-    scales = torch.empty(rows, width // GROUP, dtype=torch.float16, device=high.device)
+    rows, width = top.shape[0], _padded(inputs, GROUP)
+    codes = torch.empty(rows, width, dtype=torch.int8, device=top.device)
+    scales = torch.empty(rows, width // GROUP, dtype=torch.float16, device=top.device)
     for start in range(0, rows, _SLICE_ROWS):
         part = slice(start, start + _SLICE_ROWS)
-        blocks = cut_superblocks(high[part], 144)
-        joined = (nibbles(blocks[..., :128]) << 4) + nibbles(cut_superblocks(low[part], 128))
+        joined = plane_codes(top[part], rest[part], inputs)
         codes[part] = (joined ^ 128).view(torch.int8)[:, :width]  # minus 128, modulo 256
-        scales[part] = _scales(blocks[..., 128:], width)
+        scales[part] = plane_scales(top[part], inputs)[:, : width // GROUP]
     return Matrix(INT8, rows, inputs, False, codes, scales)
 
 
@@ -155,17 +163,14 @@ def from_neurons(rows: Tensor, outputs: int) -> Matrix:
 
 def from_p44(hot: Tensor, cold: Tensor, outlier_columns: Tensor, hidden: int) -> tuple[Matrix, Matrix]:
     """A packed p44 MLP: the up projection in planes and the down projection."""
-    neurons = hot.shape[0]
-    plane = row_bytes("high", hidden)
-    blocks = cut_superblocks(hot[:, :plane].contiguous(), 144)
-    width = _padded(hidden, GROUP)
-    high = _words(nibbles(blocks[..., :128])[:, :width])
-    low_bytes = row_bytes("low", hidden)
-    low_blocks = cut_superblocks(cold[:, :low_bytes].contiguous(), 128)
-    low = _words(nibbles(low_blocks)[:, :width])
-    exact = hot[:, plane : plane + 2 * OUTLIERS].contiguous().view(torch.float16)
-    up = Matrix(PLANES, neurons, hidden, False, high, _scales(blocks[..., 128:], width), low, exact, outlier_columns)
-    return up, from_neurons(cold[:, low_bytes:].contiguous(), hidden)
+    neurons, width = hot.shape[0], _padded(hidden, GROUP)
+    codes = plane_codes(hot, cold, hidden)[:, :width]
+    scales = plane_scales(hot, hidden)[:, : width // GROUP].contiguous()
+    planes = _words(codes >> 4), _words(codes & 15)
+    up = Matrix(
+        PLANES, neurons, hidden, False, planes[0], scales, planes[1], plane_outliers(hot, hidden), outlier_columns
+    )
+    return up, from_neurons(cold[:, row_bytes("rest", hidden) :].contiguous(), hidden)
 
 
 def _padded(size: int, multiple: int) -> int:

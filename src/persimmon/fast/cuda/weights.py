@@ -183,7 +183,7 @@ def from_packed(
             up, read(prefix + "mlp.dense_h_to_4h.bias"), down, read(prefix + "mlp.dense_4h_to_h.bias"),
         )  # fmt: skip
 
-    head = layouts.from_head_planes(read("lm_head.high"), read("lm_head.low"), hidden)
+    head = layouts.from_head_planes(read("lm_head.top"), read("lm_head.rest"), hidden)
     return Weights(
         config, form.name, dtype, read("embed_tokens.weight"), [layer(i) for i in range(config.num_layers)],
         _norm(read, "final_layernorm"), head, _rotary(config, device),
