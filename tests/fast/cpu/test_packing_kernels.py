@@ -58,9 +58,9 @@ def test_int8_in_planes_is_the_nearest_code(columns: int) -> None:
 
 
 def planes_case(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows from a trillionth to millions, groups of zeros, one row of zeros, ties between two codes; a center."""
+    """Rows from a trillionth to a hundred thousand, groups of zeros, one row of zeros, ties between two codes; a center."""
     rng = np.random.default_rng(seed)
-    w = rng.standard_normal((rows, columns), np.float32) * 10.0 ** rng.uniform(-12, 6, (rows, 1))
+    w = rng.standard_normal((rows, columns), np.float32) * 10.0 ** rng.uniform(-12, 4.5, (rows, 1))
     w *= np.repeat(10.0 ** rng.uniform(-4, 0, (rows, -(-columns // 32))), 32, axis=1)[:, :columns]
     w[:, rng.integers(0, columns, columns // 10)] = 0.0
     w[:, 32:64] = 0.0
@@ -109,7 +109,7 @@ def test_planes_are_packed_into_the_beginning_of_longer_rows() -> None:
 )
 def test_planes_of_wrong_sizes_are_refused(center: int, top: int, rest: int) -> None:
     rows = [np.zeros((2, size), np.uint8) for size in (top, rest)]
-    with pytest.raises(ValueError, match=r"center|rows|bytes|short"):
+    with pytest.raises(ValueError, match=r"the center has the wrong size|output has the wrong shape"):
         _native.pack_planes(weights(2, 300), np.zeros(center, np.float32), *rows, 1)
 
 
