@@ -58,7 +58,7 @@ def test_int8_in_planes_is_the_nearest_code(columns: int) -> None:
 
 
 def planes_case(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows from a trillionth to a hundred thousand, groups of zeros, one row of zeros, ties between two codes; a center."""
+    """Rows from a trillionth to thousands, groups of zeros, a row of zeros, ties between two codes; and a center."""
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((rows, columns), np.float32) * 10.0 ** rng.uniform(-12, 4.5, (rows, 1))
     w *= np.repeat(10.0 ** rng.uniform(-4, 0, (rows, -(-columns // 32))), 32, axis=1)[:, :columns]

@@ -12,7 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from packed_layouts import pack_neurons, read_planes, round_planes, same_planes, with_outliers
 from persimmon.checkpoints import hub
 from persimmon.errors import CheckpointError, InputError, NotFoundError, PersimmonError
 from persimmon.fast.cpu import quantize as module
@@ -187,31 +186,6 @@ def test_older_layouts_are_to_be_made_anew(
         CheckpointError, match=f"layout version {old} of {form}; this program reads version {now}: quantize the model"
     ):
         load_decoder(tmp_path / "old")
-
-
-def test_planes_are_rounded_around_the_bias_of_the_norm_before(checkpoint: Path, tmp_path: Path) -> None:
-    """Up projections and head, column by column; outlier columns have no part in it and keep their weights."""
-    model = hub.load_model(checkpoint, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if name.endswith("layernorm.bias"):
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-    hub.save_model(model, None, tmp_path / "source")
-    quantize(tmp_path / "source", tmp_path / "p44", "p44")
-    arrays = open_packed(tmp_path / "p44").map()
-    layer = model.layers[1]
-    columns = np.array(arrays["layers.1.mlp.outlier_columns"])
-    up = layer.mlp.dense_h_to_4h.weight.detach().numpy().copy()
-    center = layer.post_attention_layernorm.bias.detach().numpy().copy()
-    exact = up[:, columns].astype(np.float16)
-    up[:, columns], center[columns] = 0.0, 0.0
-    hot, cold = arrays["layers.1.mlp.hot"], arrays["layers.1.mlp.cold"]
-    same_planes(read_planes(hot, cold[:, :192]), round_planes(up, center))
-    assert np.array_equal(with_outliers(hot, model.config.hidden_size, exact), hot)
-    down = layer.mlp.dense_4h_to_h.weight.detach().numpy().T
-    assert np.array_equal(cold[:, 192:], pack_neurons(np.ascontiguousarray(down)))
-    head = model.lm_head.weight.detach().numpy(), model.final_layernorm.bias.detach().numpy()
-    same_planes(read_planes(arrays["lm_head.top"], arrays["lm_head.rest"]), round_planes(*head))
 
 
 def test_a_configuration_of_another_shape_is_refused(copy: Path) -> None:

@@ -22,7 +22,7 @@ TESTS = [
     f"tests/fast/cpu/test_{name}.py"
     for name in (
         "row_kernels", "sparse_mlp_kernels", "sketch_kernels", "attention_kernels", "packing_kernels",
-        "fingerprint_kernel", "decoder",
+        "fingerprint_kernel", "planes", "decoder",
     )
 ] + ["tests/infer/test_prompt_file.py", "tests/train/test_kernels.py", "tests/train/test_products.py"]  # fmt: skip
 
