@@ -59,8 +59,8 @@ INLINE float largest_magnitude(const float* x, int n) {
   return result;
 }
 
-// Codes of one group of 32; its lane is the 32-bit lane of the superblock's eight vectors.
-INLINE void quantize_group(const float* x, int lane, ActivationBlock* out) {
+// Codes of one group of 32, and the sum of its squares; its lane is the 32-bit lane of the superblock's eight vectors.
+INLINE float quantize_group(const float* x, int lane, ActivationBlock* out) {
   const float largest = largest_magnitude(x, kGroup);
   const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
   float codes[kGroup];
@@ -74,7 +74,7 @@ INLINE void quantize_group(const float* x, int lane, ActivationBlock* out) {
   for (int i = 0; i < kGroup; i++) out->code[32 * (i / 4) + 4 * lane + i % 4] = static_cast<int8_t>(codes[i]);
   out->scale[lane] = largest / 127.0f;
   out->sum[lane] = sum_lanes(sum);
-  out->energy[lane] = sum_lanes(energy);
+  return sum_lanes(energy);
 }
 
 static bool quantize(const float* x, int n, int blocks, ActivationBlock* out) {
@@ -86,10 +86,22 @@ static bool quantize(const float* x, int n, int blocks, ActivationBlock* out) {
       for (int i = 0; i < kGroup; i++) padded[i] = g * kGroup + i < n ? x[g * kGroup + i] : 0.0f;
       group = padded;
     }
-    quantize_group(group, g % kLanes, out + g / kLanes);
-    total += out[g / kLanes].energy[g % kLanes];
+    total += quantize_group(group, g % kLanes, out + g / kLanes);
   }
   return total < HUGE_VALF;
+}
+
+// Length of x - center.
+static float distance(const float* x, const float* center, int n) {
+  f32x8 sum = zero8();
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const f32x8 d = sub(load8(x + i), load8(center + i));
+    sum = fma(d, d, sum);
+  }
+  float total = sum_lanes(sum);
+  for (; i < n; i++) total = fma1(x[i] - center[i], x[i] - center[i], total);
+  return sqrtf(total);
 }
 
 static float quantize_head(const float* x, int n, int8_t* codes) {

@@ -236,6 +236,13 @@ struct Inputs {
   std::vector<ActivationBlock> packed;
 };
 
+std::vector<float> distances_of(const Kernels* kernels, const In<float, 2>& x, const float* center, size_t inputs) {
+  require(x.shape(1) == inputs, "the center has the wrong size");
+  std::vector<float> distances(x.shape(0));
+  for (size_t t = 0; t < distances.size(); t++) distances[t] = kernels->distance(x.data() + t * inputs, center, static_cast<int>(inputs));
+  return distances;
+}
+
 // The same inputs for the kernels that take many tokens at once, and their scratch memory.
 struct Tiles {
   Tiles(const Kernels* kernels, const Inputs& inputs, int blocks, int tokens) {
@@ -278,16 +285,16 @@ struct Eights {
   std::vector<EightTokens> inputs;
 };
 
-FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::optional<In<uint8_t, 2>> low, In<float, 2> x,
+FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::optional<In<uint8_t, 2>> rest, In<float, 2> x,
                 const std::string& isa, bool tiled, bool in_panels, bool in_eights) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
   const size_t tokens = x.shape(0), count = weights.shape(0);
   Owned<float> out(tokens * count);
-  RowsArgs args = {format, weights.data(), weights.shape(1), low ? low->data() : nullptr, low ? low->shape(1) : 0,
+  RowsArgs args = {format, weights.data(), weights.shape(1), rest ? rest->data() : nullptr, rest ? rest->shape(1) : 0,
                          static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock), inputs.data(), static_cast<int>(tokens),
-                         nullptr, out.data, count, Epilogue::store, nullptr, nullptr, nullptr};
+                         nullptr, out.data, count, Epilogue::store, nullptr, nullptr, nullptr, nullptr};
   if (tiled) {
     const Tiles tiles(kernels, inputs, args.blocks, args.tokens);
     args.tiles = tiles.groups.data();
@@ -307,15 +314,16 @@ FloatArray rows(const std::string& format_name, In<uint8_t, 2> weights, std::opt
 }
 
 // The vocabulary head's two passes over rows in planes: estimates, their bounds, and every row refined, [T, R] each.
-std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In<uint8_t, 2> low, In<float, 2> x, float sigmas,
-                                                         const std::string& isa, bool tiled, bool in_eights) {
+std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> top, In<uint8_t, 2> rest, In<float, 2> x, In<float, 1> center,
+                                                         float sigmas, const std::string& isa, bool tiled, bool in_eights) {
   const Kernels* kernels = find_kernels(isa);
   const Inputs inputs(kernels, Format::planes, x);
-  const size_t tokens = x.shape(0), count = high.shape(0);
+  const size_t tokens = x.shape(0), count = top.shape(0);
+  const std::vector<float> distances = distances_of(kernels, x, center.data(), center.size());
   Owned<float> estimate(tokens * count), bound(tokens * count), exact(tokens * count);
   RowsArgs args = {};
-  args.format = Format::planes, args.weights = high.data(), args.row_bytes = high.shape(1);
-  args.low = low.data(), args.low_bytes = low.shape(1);
+  args.format = Format::planes, args.weights = top.data(), args.row_bytes = top.shape(1);
+  args.rest = rest.data(), args.rest_bytes = rest.shape(1), args.distances = distances.data();
   args.blocks = static_cast<int>(round_up(x.shape(1), kSuperblock) / kSuperblock);
   args.x = inputs.data(), args.tokens = static_cast<int>(tokens);
   const int rows = static_cast<int>(count);
@@ -331,7 +339,7 @@ std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> high, In
     kernels->estimate_rows(args, 0, rows, sigmas, estimate.data, bound.data, count);
   }
   for (size_t i = 0; i < tokens * count; i++)
-    exact.data[i] = kernels->refine_row(args, static_cast<int>(i / count), static_cast<int>(i % count), estimate.data[i]);
+    exact.data[i] = kernels->refine_row(args, static_cast<int>(i / count), static_cast<int>(i % count));
   return {estimate.array({tokens, count}), bound.array({tokens, count}), exact.array({tokens, count})};
 }
 
@@ -382,7 +390,7 @@ void int4_together(const Kernels* kernels, const MlpArgs& args, bool tiled, floa
   const int blocks = (neurons + kNeuronBlock - 1) / kNeuronBlock, tiles = (tokens + kTileTokens - 1) / kTileTokens;
   std::vector<float> squared(static_cast<size_t>(tokens) * neurons), zeros(width, 0.0f);
   kernels->rows({args.format, args.up, args.up_bytes, nullptr, 0, args.blocks, args.x, tokens, args.bias, squared.data(),
-                 static_cast<size_t>(neurons), Epilogue::squared_relu, nullptr, nullptr, nullptr}, 0, neurons);
+                 static_cast<size_t>(neurons), Epilogue::squared_relu, nullptr, nullptr, nullptr, nullptr}, 0, neurons);
   std::vector<ActivationBlock> codes(static_cast<size_t>(blocks) * tokens);
   std::vector<TokenGroup> groups(tiled ? static_cast<size_t>(blocks) * tiles * kLanes : 0);
   std::vector<uint32_t> needed(blocks * kLanes);
@@ -418,6 +426,7 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float,
     MlpArgs one = args;
     if (sketched) one.sketch = memory, one.sketched = kernels->sketch_input(x.data() + t * x.shape(1), x.data(), inputs, parts.data());
     one.tokens = 1, one.x = static_cast<const uint8_t*>(args.x) + t * input_bytes, one.outliers = args.outliers + t * kOutliers;
+    one.distances = args.distances + t;
     std::optional<Panels> panels;
     if (Panels::always(kernels, args.format)) {
       Inputs input;
@@ -435,16 +444,18 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float,
 // relu(up . x + bias)^2 through the neurons of `down`: as one token at a time, or as many together.
 std::tuple<FloatArray, int64_t, int64_t> sparse_mlp(const std::string& format_name, In<uint8_t, 2> up, In<uint8_t, 2> down, int down_offset,
                                                     In<float, 1> bias, In<float, 2> x, In<float, 2> outliers,
-                                                    float margin, bool together, const std::string& isa, bool tiled,
-                                                    bool in_panels, bool in_eights, bool sketched) {
+                                                    float margin, std::optional<In<float, 1>> center, bool together,
+                                                    const std::string& isa, bool tiled, bool in_panels, bool in_eights, bool sketched) {
   const Kernels* kernels = find_kernels(isa);
   const Format format = parse_format(format_name);
   const Inputs inputs(kernels, format, x);
   const int tokens = static_cast<int>(x.shape(0)), neurons = static_cast<int>(up.shape(0));
   const size_t width = round_up(x.shape(1), kSuperblock);
   require(static_cast<int>(outliers.shape(0)) == tokens && outliers.shape(1) == kOutliers, "outliers have the wrong shape");
+  const std::vector<float> zeros(x.shape(1), 0.0f);
+  const std::vector<float> distances = distances_of(kernels, x, center ? center->data() : zeros.data(), center ? center->size() : zeros.size());
   MlpArgs args = {format, up.data(), up.shape(1), down.data(), down.shape(1), down_offset, bias.data(), neurons,
-                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), margin, tokens, nullptr, nullptr, nullptr, nullptr, {}};
+                  static_cast<int>(width / kSuperblock), inputs.data(), outliers.data(), distances.data(), margin, tokens, nullptr, nullptr, nullptr, nullptr, {}};
   require(!sketched || (!together && (format == Format::f32 || format == Format::bf16)), "only single tokens and float rows have sketches");
   std::optional<Tiles> tiles;
   if (tiled) args.tiles = tiles.emplace(kernels, inputs, args.blocks, tokens).groups.data();
@@ -503,12 +514,14 @@ void py_pack_rows(const std::string& format_name, In<float, 2> w, Out<uint8_t, 2
   pack_rows(args, format, out.data(), out.shape(1));
 }
 
-void py_pack_planes(In<float, 2> w, Out<uint8_t, 2> high, Out<uint8_t, 2> low, int threads) {
-  check_out(high, w, kQ4Bytes, 0);
-  check_out(low, w, kLowBytes, 0);
+void py_pack_planes(In<float, 2> w, In<float, 1> center, Out<uint8_t, 2> top, Out<uint8_t, 2> rest, int threads) {
+  require(center.size() == w.shape(1), "the center has the wrong size");
+  const int blocks = static_cast<int>(round_up(w.shape(1), kSuperblock) / kSuperblock);
+  require(top.shape(0) == w.shape(0) && top.shape(1) >= top_row_bytes(blocks), "output has the wrong shape");
+  check_out(rest, w, kRestBytes, 0);
   const PackArgs args = pack_args(w, std::nullopt, threads);
   nb::gil_scoped_release release;
-  pack_planes(args, high.data(), high.shape(1), low.data(), low.shape(1));
+  pack_planes(args, center.data(), top.data(), top.shape(1), rest.data(), rest.shape(1));
 }
 
 void py_pack_neurons(In<float, 2> w, Out<uint8_t, 2> out, int offset, int threads) {
@@ -576,10 +589,10 @@ NB_MODULE(_native, m) {
 
   m.def("round_trip", &round_trip, "x"_a, "isa"_a = "auto", "Inputs rounded to int8 in groups of 32, as floats.");
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "isa"_a = "auto");
-  m.def("rows", &rows, "format"_a, "weights"_a, "low"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false,
+  m.def("rows", &rows, "format"_a, "weights"_a, "rest"_a.none(), "x"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false,
         "eights"_a = false, "x [T, K] . weights^T -> [T, R]; tiled, panels: by the kernels for many tokens of packed or float rows; "
         "eights: by those for up to 8 tokens of packed rows.");
-  m.def("head_rows", &head_rows, "high"_a, "low"_a, "x"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
+  m.def("head_rows", &head_rows, "top"_a, "rest"_a, "x"_a, "center"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
         "eights"_a = false, "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
   m.def("sketched_rows", &sketched_rows, "format"_a, "weights"_a, "center"_a, "x"_a, "isa"_a = "auto",
         "Estimates of weights . x from the sketch of float rows, and bounds that the products are not above, [R] each.");
@@ -588,7 +601,7 @@ NB_MODULE(_native, m) {
   m.def("fewest_eights", [](const std::string& isa) { return find_kernels(isa)->fewest_eights; }, "isa"_a = "auto",
         "Fewest tokens for which the kernels for few tokens are used, up to 8; 0 where there are none.");
   m.def("sparse_mlp", &sparse_mlp, "format"_a, "up"_a, "down"_a, "down_offset"_a, "bias"_a, "x"_a, "outliers"_a, "margin"_a,
-        "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "eights"_a = false,
+        "center"_a.none(), "together"_a, "isa"_a = "auto", "tiled"_a = false, "panels"_a = false, "eights"_a = false,
         "sketched"_a = false, "MLP output without its bias, candidates, active.");
   m.def("attend", &attend, "q"_a, "k"_a, "v"_a, "table"_a, "block_size"_a, "int8"_a, "isa"_a = "auto");
   m.def("fingerprint", [](In<uint8_t, 1> data, const std::string& isa) {
@@ -598,7 +611,7 @@ NB_MODULE(_native, m) {
         }, "data"_a, "isa"_a = "auto", "64 bits that change when the data is damaged.");
 
   m.def("pack_rows", &py_pack_rows, "format"_a, "weights"_a, "out"_a.noconvert(), "importance"_a.none(), "threads"_a);
-  m.def("pack_planes", &py_pack_planes, "weights"_a, "high"_a.noconvert(), "low"_a.noconvert(), "threads"_a);
+  m.def("pack_planes", &py_pack_planes, "weights"_a, "center"_a, "top"_a.noconvert(), "rest"_a.noconvert(), "threads"_a);
   m.def("pack_neurons", &py_pack_neurons, "weights"_a, "out"_a.noconvert(), "offset"_a, "threads"_a);
 
   m.def("pack_int4_records", &py_pack_int4_records, "weights"_a, "first"_a, "width"_a, "out"_a.noconvert(), "threads"_a,

@@ -49,6 +49,36 @@ INLINE f32x8 dot_nibbles(const Weights& w, const int8_t* x) { return dot(w, x); 
 INLINE f32x8 dot_bytes(const Weights& w, const int8_t* x) { return dot(w, x); }
 constexpr float kBytesOffset = -128.0f;
 
+// Planes take whole cache lines of codes: here 512 bits win over 256, as more of the work is unpacking (docs/LOG.md, 2026-11-27).
+struct PlaneWeights {
+  __m512i v[4];  // lane-order weights 64 k ..
+};
+INLINE __m512i load_line(const void* p) { return _mm512_loadu_si512(p); }
+INLINE PlaneWeights load_top(const uint8_t* p) {
+  const __m512i mask = _mm512_set1_epi8(3), bytes = load_line(p);
+  return {{_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 2), mask),
+           _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 6), mask)}};
+}
+INLINE PlaneWeights load_rest(const uint8_t* p) {
+  const __m512i four = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30);
+  const __m512i middle = load_line(p), a = load_line(p + 64), b = load_line(p + 128);
+  const __m512i m[4] = {_mm512_slli_epi16(middle, 4), _mm512_slli_epi16(middle, 2), middle, _mm512_srli_epi16(middle, 2)};
+  const __m512i low[4] = {a, b, _mm512_srli_epi16(a, 4), _mm512_srli_epi16(b, 4)};
+  PlaneWeights w;
+  for (int k = 0; k < 4; k++) w.v[k] = _mm512_or_si512(_mm512_and_si512(low[k], four), _mm512_and_si512(m[k], two));
+  return w;
+}
+INLINE f32x8 dot_plane(const PlaneWeights& w, const int8_t* x) {
+  __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.v[0], load_line(x));
+  __m512i b = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.v[1], load_line(x + 64));
+  a = _mm512_dpbusd_epi32(a, w.v[2], load_line(x + 128));
+  b = _mm512_dpbusd_epi32(b, w.v[3], load_line(x + 192));
+  a = _mm512_add_epi32(a, b);
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)));
+}
+INLINE f32x8 dot_top(const PlaneWeights& w, const int8_t* x) { return dot_plane(w, x); }
+INLINE f32x8 dot_rest(const PlaneWeights& w, const int8_t* x) { return dot_plane(w, x); }
+
 #elif defined(__AVX2__)
 
 struct Weights {
@@ -92,6 +122,39 @@ INLINE f32x8 dot_bytes(const Weights& w, const int8_t* x) {
 }
 constexpr float kBytesOffset = 0.0f;
 
+INLINE Weights load_top(const uint8_t* p) {
+  const __m256i mask = _mm256_set1_epi8(3), a = load_vector(p), b = load_vector(p + 32);
+  Weights w;
+  w.v[0] = _mm256_and_si256(a, mask), w.v[1] = _mm256_and_si256(b, mask);
+  w.v[2] = _mm256_and_si256(_mm256_srli_epi16(a, 2), mask), w.v[3] = _mm256_and_si256(_mm256_srli_epi16(b, 2), mask);
+  w.v[4] = _mm256_and_si256(_mm256_srli_epi16(a, 4), mask), w.v[5] = _mm256_and_si256(_mm256_srli_epi16(b, 4), mask);
+  w.v[6] = _mm256_and_si256(_mm256_srli_epi16(a, 6), mask), w.v[7] = _mm256_and_si256(_mm256_srli_epi16(b, 6), mask);
+  return w;
+}
+INLINE Weights load_rest(const uint8_t* p) {
+  const __m256i mask = _mm256_set1_epi8(0x30);
+  Weights w = load_nibbles(p + 64);
+  for (int i = 0; i < 2; i++) {
+    const __m256i middle = load_vector(p + 32 * i);
+    w.v[i] = _mm256_or_si256(w.v[i], _mm256_and_si256(_mm256_slli_epi16(middle, 4), mask));
+    w.v[2 + i] = _mm256_or_si256(w.v[2 + i], _mm256_and_si256(_mm256_slli_epi16(middle, 2), mask));
+    w.v[4 + i] = _mm256_or_si256(w.v[4 + i], _mm256_and_si256(middle, mask));
+    w.v[6 + i] = _mm256_or_si256(w.v[6 + i], _mm256_and_si256(_mm256_srli_epi16(middle, 2), mask));
+  }
+  return w;
+}
+INLINE f32x8 dot_top(const Weights& w, const int8_t* x) { return dot_nibbles(w, x); }
+INLINE f32x8 dot_rest(const Weights& w, const int8_t* x) {  // four products reach 4 * 63 * 127 = 32004
+  const __m256i one = _mm256_set1_epi16(1);
+  __m256i sum = _mm256_setzero_si256();
+  for (int i = 0; i < 8; i += 2) {
+    const __m256i a = _mm256_maddubs_epi16(w.v[i], load_vector(x + 32 * i));
+    const __m256i b = _mm256_maddubs_epi16(w.v[i + 1], load_vector(x + 32 * i + 32));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), one));
+  }
+  return _mm256_cvtepi32_ps(sum);
+}
+
 #else
 
 struct Weights {
@@ -114,6 +177,20 @@ INLINE f32x8 dot_nibbles(const Weights& w, const int8_t* x) { return dot(w, x); 
 INLINE f32x8 dot_bytes(const Weights& w, const int8_t* x) { return dot(w, x); }
 constexpr float kBytesOffset = 0.0f;
 
+INLINE int two_bits(const uint8_t* p, int i) { return p[i % 64] >> (i / 64 * 2) & 3; }
+INLINE Weights load_top(const uint8_t* p) {
+  Weights w;
+  for (int i = 0; i < kSuperblock; i++) w.v[i] = static_cast<int8_t>(two_bits(p, i));
+  return w;
+}
+INLINE Weights load_rest(const uint8_t* p) {
+  Weights w = load_nibbles(p + 64);
+  for (int i = 0; i < kSuperblock; i++) w.v[i] = static_cast<int8_t>(w.v[i] | two_bits(p, i) << 4);
+  return w;
+}
+INLINE f32x8 dot_top(const Weights& w, const int8_t* x) { return dot(w, x); }
+INLINE f32x8 dot_rest(const Weights& w, const int8_t* x) { return dot(w, x); }
+
 #endif
 
 // The formats of layout.h. A row's dot product is factor * sum over groups of (weight scale * input scale) * value.
@@ -131,18 +208,28 @@ struct Q4 : Nibbles {
   static constexpr int bytes = kQ4Bytes, scales_at = 128;
   static constexpr float offset = -8.0f, factor = 1.0f;
 };
-// w = 16 high + low - 128, and low is 7.5 on average: 16 high - 120.5 = 16 (high - 241 / 32).
-struct High : Nibbles {
-  static constexpr int bytes = kQ4Bytes, scales_at = 128;
-  static constexpr float offset = -241.0f / 32, factor = 16.0f;
+// w = 64 top + rest - 128, and rest is 31.5 on average: 64 top - 96.5 = 64 (top - 193 / 128).
+struct Top {
+  static constexpr int bytes = kTopBytes;
+  static constexpr float offset = -193.0f / 128, factor = 64.0f;
+  INLINE auto load(const uint8_t* p) { return load_top(p); }
+  template <class W>
+  INLINE f32x8 dot(const W& w, const int8_t* x) {
+    return dot_top(w, x);
+  }
 };
-struct Low : Nibbles {
-  static constexpr int bytes = kLowBytes;
-  static constexpr float offset = -7.5f, factor = 1.0f;
+struct Rest {
+  static constexpr int bytes = kRestBytes;
+  static constexpr float offset = -31.5f, factor = 1.0f;
+  INLINE auto load(const uint8_t* p) { return load_rest(p); }
+  template <class W>
+  INLINE f32x8 dot(const W& w, const int8_t* x) {
+    return dot_rest(w, x);
+  }
 };
 
-template <class F>
-INLINE f32x8 group_values(const Weights& w, const ActivationBlock& x) {
+template <class F, class W>
+INLINE f32x8 group_values(const W& w, const ActivationBlock& x) {
   const f32x8 sums = F::dot(w, x.code);
   return F::offset == 0.0f ? sums : fma(set8(F::offset), load8(x.sum), sums);
 }

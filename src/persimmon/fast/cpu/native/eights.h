@@ -7,6 +7,8 @@
 // Groups are paired (0, 4), (2, 6), (1, 5), (3, 7): the order in which sum_lanes joins them. Integer sums are exact and the
 // float32 sums keep the order of packed_row, so the result has the bits of rows.h.
 #pragma once
+#include <type_traits>
+
 #include "sparse_mlp.h"
 #include "tiles.h"
 
@@ -29,7 +31,7 @@ static void make_eights(const ActivationBlock* x, int tokens, int blocks, int be
         for (int side = 0; side < 2; side++) {
           const int g = kPairGroups[p][side], column = 8 * side + t;
           for (int v = 0; v < 8; v++) memcpy(out[s].code[p][v / 4 * 8 + side * 4 + v % 4][column], in.code + 32 * v + 4 * g, 4);
-          out[s].scale[p][column] = in.scale[g], out[s].sum[p][column] = in.sum[g], out[s].energy[p][column] = in.energy[g];
+          out[s].scale[p][column] = in.scale[g], out[s].sum[p][column] = in.sum[g];
         }
     }
   }
@@ -42,51 +44,81 @@ struct alignas(64) EightPanel {
   float scale[2][kEightRows][kLanes];
   int32_t product[2][kEightRows][16];     // [pair even, odd]
   float sum[kPairs][kEightRows][16];      // a lane is a group of the pair and a token
-  float variance[kPairs][kEightRows][16];
 };
 
 using EightRowsAt = RowPlaces<kEightRows>;
 
-// Memory to fetch while a panel is multiplied: `count` pieces of as many bytes as a low plane.
+// Memory to fetch while a panel is multiplied: `count` rest rows.
 struct Fetches {
   const uint8_t* piece[kEightRows];
   int count = 0;
 };
 
 // Words of a pair in a tile's row: both groups' vectors 0-3, then their vectors 4-7 (a nibble's upper half, or other bytes).
+// Two bits a weight: a line of 16 words has two vectors in each pair of bits.
 struct PairOrder {
-  __m512i word[kPairs];
+  __m512i word[kPairs], two_bits[kPairs];
   PairOrder() {
     for (int p = 0; p < kPairs; p++) {
-      alignas(64) int32_t at[16];
-      for (int i = 0; i < 16; i++) at[i] = i % 4 * 8 + kPairGroups[p][i / 4 % 2];
-      word[p] = _mm512_load_si512(at);
+      alignas(64) int32_t at[16], of_line[16];
+      for (int i = 0; i < 16; i++) {
+        at[i] = i % 4 * 8 + kPairGroups[p][i / 4 % 2];
+        of_line[i] = i % 2 * 8 + kPairGroups[p][i / 4 % 2];
+      }
+      word[p] = _mm512_load_si512(at), two_bits[p] = _mm512_load_si512(of_line);
     }
   }
 };
 
+// A pair's codes of the line of two bits a weight, at bit 0 of their bytes (the other bits are not cleared).
+INLINE __m512i two_bits_of(__m512i line, __m512i order) {
+  const __m512i shift = _mm512_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2, 4, 4, 6, 6, 4, 4, 6, 6);
+  return _mm512_srlv_epi32(_mm512_permutexvar_epi32(order, line), shift);
+}
+INLINE __m512i nibbles_of(__m512i a, __m512i b, __m512i order) {
+  const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+  return _mm512_and_si512(_mm512_srlv_epi32(_mm512_permutex2var_epi32(a, order, b), shift), _mm512_set1_epi8(15));
+}
+
+// The four pairs of one superblock of a row.
+template <class F>
+INLINE void unpack_pairs(const uint8_t* at, const PairOrder& order, __m512i* out) {
+  const __m512i a = _mm512_loadu_si512(at);
+  if (std::is_same<F, Top>::value) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPairs; p++) out[p] = _mm512_and_si512(two_bits_of(a, order.two_bits[p]), _mm512_set1_epi8(3));
+    return;
+  }
+  const __m512i b = _mm512_loadu_si512(at + 64);
+  if (std::is_same<F, Rest>::value) {
+    const __m512i c = _mm512_loadu_si512(at + 128);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPairs; p++) {
+      const __m512i middle = _mm512_and_si512(_mm512_slli_epi32(two_bits_of(a, order.two_bits[p]), 4), _mm512_set1_epi8(0x30));
+      out[p] = _mm512_or_si512(nibbles_of(b, c, order.word[p]), middle);
+    }
+  } else if (Panel<F>::bytes) {
+    const __m512i c = _mm512_loadu_si512(at + 128), d = _mm512_loadu_si512(at + 192);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPairs; p++)
+      out[p] = _mm512_mask_blend_epi32(0xFF00, _mm512_permutex2var_epi32(a, order.word[p], b), _mm512_permutex2var_epi32(c, order.word[p], d));
+  } else {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPairs; p++) out[p] = nibbles_of(a, b, order.word[p]);
+  }
+}
+
 // Rows [first, first + count) of one superblock.
 template <class F>
 INLINE void unpack_eight_rows(const EightRowsAt& rows, const PairOrder& order, int s, int first, int count, EightPanel* m) {
-  const __m512i mask = _mm512_set1_epi8(15), shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
   for (int r = first; r < first + count; r++) {
     const uint8_t* at = rows.codes[r] + static_cast<size_t>(s) * rows.bytes;
     if (rows.ahead) prefetch(at + rows.ahead, rows.bytes);
-    const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + 64);
-    auto* out = m->code[s % 2][r / 16];
-    if (Panel<F>::bytes) {
-      const __m512i c = _mm512_loadu_si512(at + 128), d = _mm512_loadu_si512(at + 192);
+    __m512i pairs[kPairs];
+    unpack_pairs<F>(at, order, pairs);
 #pragma GCC unroll 4
-      for (int p = 0; p < kPairs; p++)
-        _mm512_store_si512(out[p][r % 16], _mm512_mask_blend_epi32(0xFF00, _mm512_permutex2var_epi32(a, order.word[p], b),
-                                                                   _mm512_permutex2var_epi32(c, order.word[p], d)));
-    } else {
-#pragma GCC unroll 4
-      for (int p = 0; p < kPairs; p++)
-        _mm512_store_si512(out[p][r % 16],
-                           _mm512_and_si512(_mm512_srlv_epi32(_mm512_permutex2var_epi32(a, order.word[p], b), shift), mask));
-    }
-    store8(m->scale[s % 2][r], load_half8(rows.scales[r] + static_cast<size_t>(s) * rows.scales_bytes));
+    for (int p = 0; p < kPairs; p++) _mm512_store_si512(m->code[s % 2][r / 16][p][r % 16], pairs[p]);
+    store8(m->scale[s % 2][r], scales_at<F>(rows.scales[r] + static_cast<size_t>(s) * rows.scales_bytes));
   }
 }
 
@@ -114,11 +146,11 @@ INLINE void eight_products(const uint8_t* first, const uint8_t* second, const vo
   asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(product + 256), "r"(64L) : "memory");
 }
 
-// One pair's integers join the sums (and the variances) of all rows.
-template <class F, bool kSpread>
+// One pair's integers join the sums of all rows.
+template <class F>
 INLINE void add_pair(const EightTokens& x, int s, int pair, EightPanel* m) {
   constexpr float offset = Panel<F>::bytes ? 0.0f : F::offset;
-  const f32x16 scale = load16(x.scale[pair]), energy = load16(x.energy[pair]);
+  const f32x16 scale = load16(x.scale[pair]);
   const f32x16 moved = mul(set16(offset), load16(x.sum[pair]));  // exact, and so is its sum with the product
   alignas(64) int32_t lanes[16];
   for (int i = 0; i < 16; i++) lanes[i] = kPairGroups[pair][i / 8];
@@ -128,24 +160,22 @@ INLINE void add_pair(const EightTokens& x, int s, int pair, EightPanel* m) {
     f32x16 value = _mm512_cvtepi32_ps(_mm512_load_si512(m->product[pair % 2][r]));
     if (offset != 0.0f) value = add(value, moved);
     const f32x16 weight = _mm512_permutexvar_ps(both, _mm512_castps256_ps512(load8(m->scale[s % 2][r])));
-    float *sum = m->sum[pair][r], *variance = m->variance[pair][r];
+    float* sum = m->sum[pair][r];
     store16(sum, fma(mul(weight, scale), value, load16(sum)));
-    if (kSpread) store16(variance, fma(mul(weight, weight), energy, load16(variance)));
   }
 }
 
 INLINE void fetch_share(const Fetches& fetches, int blocks, int step) {  // of 4 * blocks steps
-  const int lines = blocks * kLowBytes / 64, total = fetches.count * lines, steps = kPairs * blocks;
+  const int lines = blocks * kRestBytes / kLineBytes, total = fetches.count * lines, steps = kPairs * blocks;
   for (int i = step * total / steps; i < (step + 1) * total / steps; i++)
     __builtin_prefetch(fetches.piece[i / lines] + i % lines * 64, 0, 2);
 }
 
 // Sums of kEightRows rows with eight tokens: unpacking, products and sums overlap, each one step behind the other.
-template <class F, bool kSpread>
+template <class F>
 static void multiply_eights(const EightRowsAt& rows, int blocks, const EightTokens* x, const Fetches& fetches, EightPanel* m) {
   const PairOrder order;
   memset(m->sum, 0, sizeof m->sum);
-  if (kSpread) memset(m->variance, 0, sizeof m->variance);
   unpack_eight_rows<F>(rows, order, 0, 0, kEightRows, m);
   for (int s = 0; s < blocks; s++) {
 #pragma GCC unroll 4
@@ -153,12 +183,12 @@ static void multiply_eights(const EightRowsAt& rows, int blocks, const EightToke
       eight_products<F>(m->code[s % 2][0][p][0], m->code[s % 2][1][p][0], x[s].code[p], m->product[p % 2][0]);
       fetch_share(fetches, blocks, s * kPairs + p);
       // The last pair of the superblock before uses scales that the unpacking of the next one overwrites, so it comes first.
-      if (p > 0) add_pair<F, kSpread>(x[s], s, p - 1, m);
-      else if (s > 0) add_pair<F, kSpread>(x[s - 1], s - 1, kPairs - 1, m);
+      if (p > 0) add_pair<F>(x[s], s, p - 1, m);
+      else if (s > 0) add_pair<F>(x[s - 1], s - 1, kPairs - 1, m);
       if (s + 1 < blocks) unpack_eight_rows<F>(rows, order, s + 1, p * (kEightRows / kPairs), kEightRows / kPairs, m);
     }
   }
-  add_pair<F, kSpread>(x[blocks - 1], blocks - 1, kPairs - 1, m);
+  add_pair<F>(x[blocks - 1], blocks - 1, kPairs - 1, m);
 }
 
 // A row's eight tokens, lanes joined as by sum_lanes.
@@ -166,12 +196,13 @@ INLINE f32x8 join_pairs(const float (*pair)[kEightRows][16], int r) {
   const f32x8 even = add(fold(load16(pair[0][r])), fold(load16(pair[1][r])));
   return add(even, add(fold(load16(pair[2][r])), fold(load16(pair[3][r]))));
 }
-template <class F>
-INLINE f32x8 eight_sums(const EightPanel& m, int r) {
-  return mul(set8(F::factor), join_pairs(m.sum, r));
-}
-INLINE f32x8 eight_spreads(const EightPanel& m, int r) {
-  return _mm256_sqrt_ps(mul(join_pairs(m.variance, r), set8(256.0f / 12.0f)));
+INLINE f32x8 eight_sums(const EightPanel& m, int r) { return join_pairs(m.sum, r); }
+INLINE f32x8 eight_tops(const EightPanel& m, int r, const TopFacts& facts) { return mul(set8(Top::factor * facts.unit), eight_sums(m, r)); }
+INLINE f32x8 eight_rests(const EightPanel& m, int r, const TopFacts& facts) { return mul(set8(facts.unit), eight_sums(m, r)); }
+INLINE f32x8 eight_distances(const float* distances, int tokens) {
+  float lanes[8] = {};
+  for (int t = 0; t < tokens; t++) lanes[t] = distances[t];
+  return load8(lanes);
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------------
@@ -186,25 +217,23 @@ template <class F>
 static void eight_rows_of(const RowsArgs& a, int begin, int end) {
   EightPanel m;
   for (int first = begin; first < end; first += kEightRows) {
-    multiply_eights<F, false>(row_places<F, kEightRows>(a.weights, a.row_bytes, first, end), a.blocks, a.eights, {}, &m);
-    for (int r = first; r < min_int(first + kEightRows, end); r++) finish_eights(a, r, eight_sums<F>(m, r - first));
+    multiply_eights<F>(row_places<F, kEightRows>(a.weights, a.row_bytes, first, end), a.blocks, a.eights, {}, &m);
+    for (int r = first; r < min_int(first + kEightRows, end); r++) finish_eights(a, r, eight_sums(m, r - first));
   }
 }
 
 static void eight_rows_of_planes(const RowsArgs& a, int begin, int end) {
   EightPanel m;
   for (int first = begin; first < end; first += kEightRows) {
-    EightRowsAt rows = row_places<High, kEightRows>(a.weights, a.row_bytes, first, end);
-    f32x8 high[kEightRows];
-    multiply_eights<High, false>(rows, a.blocks, a.eights, {}, &m);
-    for (int i = 0; i < kEightRows; i++) {
-      high[i] = eight_sums<High>(m, i);
-      rows.codes[i] = a.low + static_cast<size_t>(min_int(first + i, end - 1)) * a.low_bytes;
-    }
-    rows.bytes = kLowBytes, rows.ahead = kEightRows * a.low_bytes;
-    multiply_eights<Low, false>(rows, a.blocks, a.eights, {}, &m);
-    for (int r = first; r < min_int(first + kEightRows, end); r++)
-      finish_eights(a, r, add(high[r - first], eight_sums<Low>(m, r - first)));
+    EightRowsAt rows = top_places<kEightRows>(a.weights, a.row_bytes, a.blocks, first, end);
+    const int last = min_int(first + kEightRows, end);
+    const auto facts = [&](int r) -> const TopFacts& { return top_facts(a.weights + static_cast<size_t>(r) * a.row_bytes, a.blocks); };
+    f32x8 top[kEightRows];
+    multiply_eights<Top>(rows, a.blocks, a.eights, {}, &m);
+    for (int r = first; r < last; r++) top[r - first] = eight_tops(m, r - first, facts(r));
+    go_to_rest(a.rest, a.rest_bytes, first, end, &rows);
+    multiply_eights<Rest>(rows, a.blocks, a.eights, {}, &m);
+    for (int r = first; r < last; r++) finish_eights(a, r, add(top[r - first], eight_rests(m, r - first, facts(r))));
   }
 }
 
@@ -218,14 +247,16 @@ static void eight_rows(const RowsArgs& a, int begin, int end) {
 
 static void eight_estimates(const RowsArgs& a, int begin, int end, float sigmas, float* estimate, float* bound, size_t stride) {
   EightPanel m;
+  const f32x8 distances = eight_distances(a.distances, a.tokens);
   configure_eights();
   for (int first = begin; first < end; first += kEightRows) {
-    multiply_eights<High, true>(row_places<High, kEightRows>(a.weights, a.row_bytes, first, end), a.blocks, a.eights, {}, &m);
+    multiply_eights<Top>(top_places<kEightRows>(a.weights, a.row_bytes, a.blocks, first, end), a.blocks, a.eights, {}, &m);
     for (int r = first; r < min_int(first + kEightRows, end); r++) {
-      float high[8], most[8];
-      const f32x8 sums = eight_sums<High>(m, r - first);
-      store8(high, sums), store8(most, add(sums, mul(set8(sigmas), eight_spreads(m, r - first))));
-      for (int t = 0; t < a.tokens; t++) estimate[t * stride + r] = high[t], bound[t * stride + r] = most[t];
+      const TopFacts& facts = top_facts(a.weights + static_cast<size_t>(r) * a.row_bytes, a.blocks);
+      const f32x8 value = add(eight_tops(m, r - first, facts), set8(facts.shift));
+      float top[8], most[8];
+      store8(top, value), store8(most, add(value, mul(set8(sigmas), mul(set8(facts.error), distances))));
+      for (int t = 0; t < a.tokens; t++) estimate[t * stride + r] = top[t], bound[t * stride + r] = most[t];
     }
   }
   release();
@@ -244,9 +275,9 @@ struct EightOutliers {
     }
   }
   f32x8 pair(const float* w, int i) const { return add(mul(set8(w[i]), input[i]), mul(set8(w[i + 8]), input[i + 8])); }
-  f32x8 product(const uint8_t* weights) const {
+  f32x8 product(const TopFacts& facts) const {
     float w[kOutliers];
-    store16(w, load_half16(weights));
+    store16(w, load_half16(facts.outlier));
     f32x8 four[4];
     for (int i = 0; i < 4; i++) four[i] = add(pair(w, i), pair(w, i + 4));
     return add(add(four[0], four[2]), add(four[1], four[3]));
@@ -263,11 +294,13 @@ struct EightCandidates {
 
 static void find_candidates(const MlpArgs& a, const EightPanel& m, const EightOutliers& outliers, int first, int end,
                             EightCandidates* found) {
+  const f32x8 distances = eight_distances(a.distances, a.tokens);
   found->count = 0;
   for (int r = first; r < end; r++) {
-    const uint8_t* hot = a.up + static_cast<size_t>(r) * a.up_bytes;
-    const f32x8 p = add(add(eight_sums<High>(m, r - first), outliers.product(hot + a.blocks * kQ4Bytes)), set8(a.bias[r]));
-    const __mmask8 wanted = _mm256_cmp_ps_mask(p, mul(set8(-a.margin), eight_spreads(m, r - first)), _CMP_NLE_UQ);
+    const TopFacts& facts = top_facts(a.up + static_cast<size_t>(r) * a.up_bytes, a.blocks);
+    const f32x8 p = add(add(eight_tops(m, r - first, facts), outliers.product(facts)), set8(a.bias[r]));
+    const f32x8 least = mul(set8(-a.margin), mul(set8(facts.error), distances));
+    const __mmask8 wanted = _mm256_cmp_ps_mask(add(p, set8(facts.shift)), least, _CMP_NLE_UQ);
     const int k = found->count;
     found->row[k] = r, found->tokens[k] = static_cast<uint8_t>(wanted & ((1 << a.tokens) - 1));
     store8(found->estimate[k], p);
@@ -275,14 +308,14 @@ static void find_candidates(const MlpArgs& a, const EightPanel& m, const EightOu
   }
 }
 
-// The low planes of up to four tokens with one candidate.
-INLINE void low_of(const MlpArgs& a, int r, const ActivationBlock* const* x, int count, float* low) {
+// The rest of one candidate with up to four tokens.
+INLINE void rest_of(const MlpArgs& a, int r, const ActivationBlock* const* x, int count, float* rest) {
   const uint8_t *hot = a.up + static_cast<size_t>(r) * a.up_bytes, *cold = a.down + static_cast<size_t>(r) * a.down_bytes;
   switch (count) {
-    case 1: low_row<1>(cold, hot, a.blocks, x, low); break;
-    case 2: low_row<2>(cold, hot, a.blocks, x, low); break;
-    case 3: low_row<3>(cold, hot, a.blocks, x, low); break;
-    default: low_row<4>(cold, hot, a.blocks, x, low); break;
+    case 1: rest_row<1>(cold, hot, a.blocks, x, rest); break;
+    case 2: rest_row<2>(cold, hot, a.blocks, x, rest); break;
+    case 3: rest_row<3>(cold, hot, a.blocks, x, rest); break;
+    default: rest_row<4>(cold, hot, a.blocks, x, rest); break;
   }
 }
 
@@ -296,42 +329,41 @@ static void refine_candidates(const MlpArgs& a, const EightCandidates& found, Ac
         token[count] = __builtin_ctz(mask);
         x[count] = token_input(static_cast<const ActivationBlock*>(a.x), token[count], a.blocks);
       }
-      float low[4];
-      low_of(a, r, x, count, low);
+      float rest[4];
+      rest_of(a, r, x, count, rest);
       counts->candidates += count;
       for (int i = 0; i < count; i++) {
-        const float p = found.estimate[k][token[i]] + low[i];
+        const float p = found.estimate[k][token[i]] + rest[i];
         if (p > 0.0f) append(out[token[i]], r % kNeuronBlock, p), counts->active++;
       }
     }
   }
 }
 
-// p44: the low planes that a panel wants are fetched while the next panel is estimated.
+// p44: the rest rows that a panel wants are fetched while the next panel is estimated.
 static void eight_activate_planes(const MlpArgs& a, int begin, int end, ActiveBlock* const* out, MlpCounts* counts) {
   EightPanel m;
   const EightOutliers outliers(a);
   EightCandidates found;
   Fetches fetches;
   for (int first = begin; first < end; first += kEightRows) {
-    EightRowsAt rows = row_places<High, kEightRows>(a.up, a.up_bytes, first, end);
-    multiply_eights<High, true>(rows, a.blocks, a.eights, fetches, &m);
+    multiply_eights<Top>(top_places<kEightRows>(a.up, a.up_bytes, a.blocks, first, end), a.blocks, a.eights, fetches, &m);
     if (first > begin) refine_candidates(a, found, out, counts);
     find_candidates(a, m, outliers, first, min_int(first + kEightRows, end), &found);
     fetches.count = found.count;
     for (int k = 0; k < found.count; k++) fetches.piece[k] = a.down + static_cast<size_t>(found.row[k]) * a.down_bytes;
   }
-  for (int k = 0; k < fetches.count; k++) prefetch(fetches.piece[k], a.blocks * kLowBytes);
+  for (int k = 0; k < fetches.count; k++) prefetch(fetches.piece[k], a.blocks * kRestBytes);
   refine_candidates(a, found, out, counts);
 }
 
 static void eight_activate_bytes(const MlpArgs& a, int begin, int end, ActiveBlock* const* out, MlpCounts* counts) {
   EightPanel m;
   for (int first = begin; first < end; first += kEightRows) {
-    multiply_eights<Q8, false>(row_places<Q8, kEightRows>(a.up, a.up_bytes, first, end), a.blocks, a.eights, {}, &m);
+    multiply_eights<Q8>(row_places<Q8, kEightRows>(a.up, a.up_bytes, first, end), a.blocks, a.eights, {}, &m);
     for (int r = first; r < min_int(first + kEightRows, end); r++) {
       float p[8];
-      store8(p, add(eight_sums<Q8>(m, r - first), set8(a.bias[r])));
+      store8(p, add(eight_sums(m, r - first), set8(a.bias[r])));
       for (int t = 0; t < a.tokens; t++)
         if (p[t] > 0.0f) append(out[t], r % kNeuronBlock, p[t]), counts->active++;
     }

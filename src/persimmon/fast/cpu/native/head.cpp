@@ -1,8 +1,8 @@
 // The vocabulary head: all logits, in two passes only the largest, or log-probabilities of given tokens.
 //
-// Two passes (head stored in planes): the high plane of every row gives an estimate and the standard deviation of its
-// error. The exact logits of the rows with the `top` largest estimates give a value that the top-th largest exact logit
-// cannot be below; every row whose estimate plus kHeadSigmas deviations reaches it is computed exactly. A row among
+// Two passes (head stored in planes): the top two bits of every row give an estimate and the standard deviation of its
+// error. The exact logits of the rows with the largest estimates, kTried more than wanted, give a value that the top-th largest
+// exact logit cannot be below: the top-th largest of them; every row whose estimate plus kHeadSigmas deviations reaches it is computed exactly. A row among
 // the true top is lost only if its error is beyond kHeadSigmas deviations, 1e-9 for a normal distribution (which a sum of
 // thousands of roundings is, unless the weights were built against it). An infinite sparsity margin always reads all.
 // Float weights and one token: the estimates are those of a sketch (sketch.h), whose bounds are certain; the exact logits are those of
@@ -19,6 +19,7 @@ constexpr float kHeadSigmas = 6.0f;
 constexpr int kHeadChunk = 1024;     // rows a thread ranks at a time
 constexpr int kGlance = 64;         // values that are compared at a time before one by one; divides kHeadChunk
 constexpr int kScoreRows = 256;      // rows whose logits are kept at a time when only scores are wanted
+constexpr int kTried = 63;           // of planes: the higher threshold saves many times as many rows of the last pass
 constexpr int kMostTop = 256;        // above this many wanted logits the full head is as fast
 constexpr int kTokensAtOnce = kTileTokens;  // bounds the estimates to 16 * vocabulary
 
@@ -50,7 +51,7 @@ void Model::head(const std::vector<int>& wanted, const Output& output) {
   const int count = static_cast<int>(wanted.size());
   for (int i = 0; i < count; i++)  // wanted ascends, so rows move to the front without overwriting later ones
     if (wanted[i] != i) std::copy_n(x_.data() + static_cast<size_t>(wanted[i]) * width_, width_, x_.data() + static_cast<size_t>(i) * width_);
-  normalize(final_norm_, x_.data(), count, nullptr);
+  normalize(final_norm_, x_.data(), count, nullptr, lm_head_.format == Format::planes ? final_norm_.bias : nullptr);
   if (output.targets) return head_scores(count, output);
   const int exact_top = output.exact_top;
   float* logits = output.logits;
@@ -63,6 +64,7 @@ void Model::head(const std::vector<int>& wanted, const Output& output) {
                               std::min(kTokensAtOnce, count - first), nullptr, shape_.vocab, Epilogue::store);
     if (count > kTokensAtOnce) args.eights = nullptr;  // the tokens were packed into tiles
     args.tiles += static_cast<size_t>(first / kTileTokens) * kLanes * lm_head_.blocks;
+    args.distances += first;
     head_top(args, exact_top, logits + static_cast<size_t>(first) * shape_.vocab);
   }
 }
@@ -101,7 +103,7 @@ void Model::score_pieces(const Group& group, int begin, int end, const Output& o
     const int first = p * kScoreRows, count = std::min(kScoreRows, vocab - first);
     RowsArgs args = rows_args(lm_head_, input(), group.count, logits, kScoreRows, Epilogue::store);
     args.weights += first * args.row_bytes;  // so that the logits of the piece begin at 0
-    if (args.low) args.low += first * args.low_bytes;
+    if (args.rest) args.rest += first * args.rest_bytes;
     if (group.first) args.x = normed_.data() + static_cast<size_t>(group.first) * width_;
     if (group.first) args.panels += panel_offset(group.first);
     multiply_range(args, 0, count, group.thread);
@@ -116,7 +118,7 @@ void Model::score_pieces(const Group& group, int begin, int end, const Output& o
 
 // estimate(first, last, thread) fills in estimates_ and bounds_ of these rows, exact(token, row, thread) gives the product itself.
 template <class Estimate, class Exact>
-void Model::two_passes(int tokens, int top, float* logits, Estimate&& estimate, Exact&& exact) {
+void Model::two_passes(int tokens, int top, int tried, float* logits, Estimate&& estimate, Exact&& exact) {
   const int vocab = shape_.vocab, chunks = (vocab + kHeadChunk - 1) / kHeadChunk;
   const size_t stride = vocab, size = round_up(tokens * stride, kSketchRows);
   estimates_.resize(size), bounds_.resize(size);
@@ -147,11 +149,11 @@ void Model::two_passes(int tokens, int top, float* logits, Estimate&& estimate, 
     std::vector<Ranked> best;
     for (int c = 0; c < chunks; c++)
       best.insert(best.end(), ranked[static_cast<size_t>(t) * chunks + c].begin(), ranked[static_cast<size_t>(t) * chunks + c].end());
-    keep_best(&best, top);
-    for (const Ranked& row : best) {
-      const float value = exact(t, row.row, 0);
-      threshold[t] = std::isnan(value) ? -HUGE_VALF : std::min(threshold[t], value);  // damaged weights: all are read
-    }
+    keep_best(&best, top + tried);
+    bool damaged = static_cast<int>(best.size()) < top;  // weights whose products are no numbers: all are read
+    for (Ranked& row : best) row.value = exact(t, row.row, 0), damaged |= std::isnan(row.value);
+    if (!damaged) std::nth_element(best.begin(), best.begin() + (top - 1), best.end(), better);
+    threshold[t] = damaged ? -HUGE_VALF : best[top - 1].value;
   }
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     const int first = begin * kHeadChunk, last = std::min(end * kHeadChunk, vocab);
@@ -176,8 +178,8 @@ void Model::head_top(const RowsArgs& args, int top, float* logits) {
     else if (in_tiles) kernels_->tiled_estimates(args, first, last, kHeadSigmas, estimates, bounds, stride, tile_scratch(thread));
     else kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates, bounds, stride);
   };
-  two_passes(args.tokens, top, logits, estimate,
-             [&](int t, int row, int) { return kernels_->refine_row(args, t, row, estimates_[t * stride + row]); });
+  two_passes(args.tokens, top, kTried, logits, estimate,
+             [&](int t, int row, int) { return kernels_->refine_row(args, t, row); });
 }
 
 // Float rows and one token; normalize() has left its input in normed_ and, where the kernels want it, in panels.
@@ -187,7 +189,7 @@ void Model::head_top_float(int top, float* logits) {
   const auto estimate = [&](int first, int last, int) {
     kernels_->sketch_rows(head_sketch_, x, first, last, estimates_.data() + first, bounds_.data() + first);
   };
-  two_passes(1, top, logits, estimate, [&](int, int row, int thread) {
+  two_passes(1, top, 0, logits, estimate, [&](int, int row, int thread) {
     multiply_range(rows, row, row + 1, thread);
     return logits[row];
   });

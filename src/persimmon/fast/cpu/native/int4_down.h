@@ -251,8 +251,7 @@ static void int4_block(const MlpArgs& a, int block, float* sum, MlpCounts* count
       const size_t at = 64 * static_cast<size_t>(r - n);
       if (g == 1 && needed.count && at < row_bytes) fetch_piece(needed.start(0), at);
     }
-    quantize_group(squared, g, &x);
-    if (!(x.energy[g] < HUGE_VALF)) {
+    if (!(quantize_group(squared, g, &x) < HUGE_VALF)) {
       sum[0] = HUGE_VALF, counts->active++;  // the norm behind it refuses that
       return;
     }

@@ -13,10 +13,10 @@ enum class Epilogue : int { store = 0, add = 1, squared_relu = 2 };
 // y[t, r] = epilogue(weights[r] . x[t] + bias[r])
 struct RowsArgs {
   Format format;
-  const uint8_t* weights;  // planes: high superblocks
+  const uint8_t* weights;  // planes: top rows
   size_t row_bytes;
-  const uint8_t* low;      // planes only
-  size_t low_bytes;
+  const uint8_t* rest;     // planes only
+  size_t rest_bytes;
   int blocks;
   const void* x;           // q8, q4, planes: ActivationBlock[T][blocks]; f32, bf16: float[T][256 * blocks]
   int tokens;
@@ -24,6 +24,7 @@ struct RowsArgs {
   float* y;
   size_t y_stride;
   Epilogue epilogue;
+  const float* distances;  // planes, estimates: [T], of the inputs from the center that the shifts are made for
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
   const uint16_t* panels;  // panel kernels: x by PanelKernels::make
   const EightTokens* eights;  // kernels for few tokens: x by make_eights
@@ -59,7 +60,8 @@ struct MlpArgs {
   int blocks;            // H / 256, inputs and outputs
   const void* x;         // as in RowsArgs, [T]
   const float* outliers; // p44: float[T][kOutliers], the outlier inputs
-  float margin;          // p44: a neuron is skipped when estimate <= -margin * spread; infinite never skips
+  const float* distances;  // p44: [T], of the other inputs from the center that the shifts are made for
+  float margin;          // p44: a neuron is skipped when estimate + shift <= -margin * error * distance; infinite never skips
   int tokens;
   const TokenGroup* tiles; // tiled kernels: x by make_tiles
   const uint16_t* panels;  // panel kernels: x by PanelKernels::make
@@ -141,6 +143,8 @@ struct Kernels {
   const char* name;
   // int8 codes of n inputs (padded with zeros to 256 * blocks); false when an input is not finite.
   bool (*quantize)(const float* x, int n, int blocks, ActivationBlock* out);
+  // Length of x - center, n numbers each.
+  float (*distance)(const float* x, const float* center, int n);
   // y = (x - mean) / sqrt(variance + eps) * weight + bias over n elements; false when x is not finite.
   bool (*layer_norm)(const float* x, int n, float eps, const float* weight, const float* bias, float* y);
   // Rotate dimensions i and i + half of x by cos[i], sin[i].
@@ -167,11 +171,11 @@ struct Kernels {
   // Whole blocks of rows are written.
   SketchInput (*sketch_input)(const float* x, const float* center, int n, uint8_t* parts);
   void (*sketch_rows)(const uint8_t* sketch, const SketchInput& x, int begin, int end, float* estimate, float* bound);
-  // Planes: estimate[t * stride + r] from the high plane, and bound = estimate + sigmas standard deviations of its error.
+  // Planes: estimate[t * stride + r] from the top bits, and bound = estimate + sigmas standard deviations of its error.
   void (*estimate_rows)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
                         size_t stride);
-  // Planes: the exact product of one row and token, given its estimate.
-  float (*refine_row)(const RowsArgs& args, int token, int row, float estimate);
+  // Planes: the exact product of one row and token.
+  float (*refine_row)(const RowsArgs& args, int token, int row);
   // Append the active neurons among [begin, end) (inside one block) of tokens [token, token + count) to out[0 .. count).
   void (*activate)(const MlpArgs& args, int begin, int end, int token, int count, ActiveBlock* const* out,
                    MlpCounts* counts);

@@ -25,8 +25,8 @@ size_t row_bytes(Format format, int blocks) {
     case Format::f32: return static_cast<size_t>(blocks) * kSuperblock * 4;
     case Format::bf16: return static_cast<size_t>(blocks) * kSuperblock * 2;
     case Format::q8: return static_cast<size_t>(blocks) * kQ8Bytes;
-    case Format::q4:
-    case Format::planes: return static_cast<size_t>(blocks) * kQ4Bytes;
+    case Format::q4: return static_cast<size_t>(blocks) * kQ4Bytes;
+    case Format::planes: return top_row_bytes(blocks);
   }
   return 0;
 }
@@ -63,10 +63,10 @@ Model::Linear Model::resolve_linear(const Resolver& tensors, const std::string& 
   linear.blocks = static_cast<int>(round_up(inputs, kSuperblock) / kSuperblock);
   linear.row_bytes = row_bytes(format, linear.blocks);
   const bool planes = format == Format::planes;
-  linear.weights = tensors.bytes(name + (planes ? ".high" : ".weight"), linear.row_bytes * rows);
+  linear.weights = tensors.bytes(name + (planes ? ".top" : ".weight"), linear.row_bytes * rows);
   if (planes) {
-    linear.low_bytes = static_cast<size_t>(linear.blocks) * kLowBytes;
-    linear.low = tensors.bytes(name + ".low", linear.low_bytes * rows);
+    linear.rest_bytes = static_cast<size_t>(linear.blocks) * kRestBytes;
+    linear.rest = tensors.bytes(name + ".rest", linear.rest_bytes * rows);
   }
   return linear;
 }
@@ -78,6 +78,14 @@ Model::Norm Model::resolve_norm(const Resolver& tensors, const std::string& name
 const float* Model::padded(const float* values, int count) {
   owned_.emplace_back(round_up(count, kSuperblock), 0.0f);
   std::copy(values, values + count, owned_.back().begin());
+  return owned_.back().data();
+}
+
+// The bias of a norm is the center of what it yields; outlier inputs are taken out of both.
+const float* Model::center_of(const Norm& norm, const int32_t* outlier_columns) {
+  owned_.emplace_back(norm.bias, norm.bias + shape_.hidden);
+  for (int i = 0; i < kOutliers; i++)
+    if (outlier_columns[i] >= 0) owned_.back()[outlier_columns[i]] = 0.0f;
   return owned_.back().data();
 }
 
@@ -101,19 +109,20 @@ Model::Layer Model::resolve_layer(const Resolver& tensors, int index) {
   return layer;
 }
 
-void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, Layer* layer) const {
+void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, Layer* layer) {
   const int hidden = shape_.hidden, neurons = shape_.intermediate, blocks = width_ / kSuperblock;
   if (formats_.mlp == Format::planes) {
-    layer->neuron_offset = blocks * kLowBytes;
-    layer->neuron_bytes = static_cast<size_t>(blocks) * (kLowBytes + kInt8Bytes);
+    layer->neuron_offset = blocks * kRestBytes;
+    layer->neuron_bytes = static_cast<size_t>(blocks) * (kRestBytes + kInt8Bytes);
     layer->up = {};
-    layer->up.row_bytes = static_cast<size_t>(blocks) * kQ4Bytes + kOutlierBytes;
+    layer->up.row_bytes = top_row_bytes(blocks);
     layer->up.weights = tensors.bytes(prefix + "hot", layer->up.row_bytes * neurons);
     layer->neurons = tensors.bytes(prefix + "cold", layer->neuron_bytes * neurons);
     layer->outlier_columns = tensors.array<int32_t>(prefix + "outlier_columns", kOutliers);
     for (int i = 0; i < kOutliers; i++)
       if (layer->outlier_columns[i] < -1 || layer->outlier_columns[i] >= hidden)
         throw std::invalid_argument("tensor " + prefix + "outlier_columns names a column outside the model");
+    layer->center = center_of(layer->post, layer->outlier_columns);
     return;
   }
   layer->up = resolve_linear(tensors, prefix + "dense_h_to_4h", formats_.mlp, neurons, hidden);
@@ -188,7 +197,7 @@ void Model::reserve(int tokens) {
     reserved_tokens_ = tokens;
     const size_t n = tokens;
     x_.assign(n * width_, 0.0f), normed_.assign(n * width_, 0.0f), attended_.assign(n * width_, 0.0f);
-    qkv_.resize(n * 3 * shape_.hidden), outliers_.resize(n * kOutliers);
+    qkv_.resize(n * 3 * shape_.hidden), outliers_.resize(n * kOutliers), distances_.resize(n);
     if (packed_inputs_) packed_ = std::make_unique<ActivationBlock[]>(n * blocks);
     if (formats_.mlp == Format::q4 && tokens > 1) {
       squared_.resize(n * kNeuronBlock * pool_.threads());
@@ -221,7 +230,7 @@ void Model::run_step(const std::vector<Token>& tokens, const Output& output) {
   if (wide(count)) run_wide(tokens);
   for (int i = 0; !wide(count) && i < shape_.layers; i++) {
     const Layer& layer = layers_[i];
-    normalize(layer.input, x_.data(), count, nullptr);
+    normalize(layer.input, x_.data(), count, nullptr, nullptr);
     if (count == 1 && !packed_inputs_) {
       attention_one(layer, i, tokens);
     } else {
@@ -231,7 +240,7 @@ void Model::run_step(const std::vector<Token>& tokens, const Output& output) {
     if (packed_inputs_) pack(attended_.data(), count, shape_.hidden, width_ / kSuperblock, packed_.get());
     else make_panels(attended_.data(), count);
     multiply(layer.dense, packed_inputs_ ? input() : attended_.data(), count, x_.data(), width_, Epilogue::add);
-    normalize(layer.post, x_.data(), count, layer.outlier_columns);
+    normalize(layer.post, x_.data(), count, layer.outlier_columns, layer.center);
     mlp(i, count);
   }
   if (count == 1) decoded_++;
@@ -251,8 +260,9 @@ const void* Model::input() const {
   return packed_inputs_ ? static_cast<const void*>(packed_.get()) : normed_.data();
 }
 
-// LayerNorm of every token into normed_, outlier inputs taken out, and rounded to int8 where the weights are packed.
-void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns) {
+// LayerNorm of every token into normed_, outlier inputs taken out, and rounded to int8 where the weights are packed; with a
+// center also its distance from it.
+void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns, const float* center) {
   const int inline_tokens = std::max(1, kNormInline / width_);
   pool_.parallel_for(tokens, tokens <= inline_tokens ? tokens : 1, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) {
@@ -264,6 +274,7 @@ void Model::normalize(const Norm& norm, const float* x, int tokens, const int32_
         outliers_[t * kOutliers + i] = column < 0 ? 0.0f : y[column];
         if (column >= 0) y[column] = 0.0f;
       }
+      if (center) distances_[t] = kernels_->distance(y, center, shape_.hidden);
     }
   });
   if (packed_inputs_) pack(normed_.data(), tokens, shape_.hidden, width_ / kSuperblock, packed_.get());
@@ -313,8 +324,8 @@ void Model::reserve_tiles(size_t bytes) {
 
 RowsArgs Model::rows_args(const Linear& linear, const void* x, int tokens, float* y, size_t stride,
                           Epilogue epilogue) const {
-  return {linear.format, linear.weights, linear.row_bytes, linear.low, linear.low_bytes, linear.blocks,
-          x,             tokens,         linear.bias,      y,          stride,           epilogue, tiles_.data(), panels(),
+  return {linear.format, linear.weights, linear.row_bytes, linear.rest, linear.rest_bytes, linear.blocks,
+          x,             tokens,         linear.bias,      y,           stride,            epilogue, distances_.data(), tiles_.data(), panels(),
           in_eights(tokens) ? eights_.data() : nullptr};
 }
 
@@ -427,7 +438,7 @@ void Model::attend_heads(int index, const std::vector<Token>& tokens, const Quer
 MlpArgs Model::mlp_args(const Layer& layer, int tokens) const {
   return {formats_.mlp,        layer.up.weights, layer.up.row_bytes,  layer.neurons,        layer.neuron_bytes,
           layer.neuron_offset, layer.up_bias,    shape_.intermediate, width_ / kSuperblock, input(),
-          outliers_.data(),    margin,           tokens,              tiles_.data(),        panels(),
+          outliers_.data(),    distances_.data(), margin,          tokens,              tiles_.data(),        panels(),
           in_eights(tokens) ? eights_.data() : nullptr, nullptr, {}};
 }
 

@@ -82,8 +82,8 @@ class Model {
  private:
   struct Linear {
     Format format;
-    const uint8_t *weights, *low;
-    size_t row_bytes, low_bytes;
+    const uint8_t *weights, *rest;
+    size_t row_bytes, rest_bytes;
     int rows, blocks;
     const float* bias;
   };
@@ -99,7 +99,8 @@ class Model {
     size_t neuron_bytes;
     int neuron_offset;
     const float *up_bias, *down_bias;
-    const int32_t* outlier_columns;
+    const int32_t* outlier_columns;  // p44: or null
+    const float* center;             // p44: [hidden] of the MLP's inputs without the outlier columns, or null
   };
   struct Token {
     KvCache* cache;
@@ -115,8 +116,9 @@ class Model {
   Linear resolve_linear(const Resolver& tensors, const std::string& name, Format format, int rows, int inputs) const;
   Norm resolve_norm(const Resolver& tensors, const std::string& name, int size) const;
   Layer resolve_layer(const Resolver& tensors, int index);
-  void resolve_neurons(const Resolver& tensors, const std::string& prefix, Layer* layer) const;
+  void resolve_neurons(const Resolver& tensors, const std::string& prefix, Layer* layer);
   const float* padded(const float* values, int count);
+  const float* center_of(const Norm& norm, const int32_t* outlier_columns);
 
   struct Group {  // consecutive tokens of a step that one thread has, from a multiple of kPanelTokens on
     int first, count, thread;
@@ -136,7 +138,7 @@ class Model {
   MlpCounts mlp_group(const Layer& layer, const Group& group);
   void reserve(int tokens);
   void embed(const std::vector<Token>& tokens);
-  void normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns);
+  void normalize(const Norm& norm, const float* x, int tokens, const int32_t* outlier_columns, const float* center);
   void pack(const float* x, int tokens, int size, int blocks, ActivationBlock* out);
   const void* input() const;
   int grain(const Linear& linear, int tokens) const;
@@ -168,7 +170,7 @@ class Model {
   void head_scores(int tokens, const Output& output);
   void score_pieces(const Group& group, int begin, int end, const Output& output);
   template <class Estimate, class Exact>
-  void two_passes(int tokens, int top, float* logits, Estimate&& estimate, Exact&& exact);
+  void two_passes(int tokens, int top, int tried, float* logits, Estimate&& estimate, Exact&& exact);
   void head_top(const RowsArgs& args, int top, float* logits);
   void make_sketches();
   SketchInput sketch_input(const Norm& norm);
@@ -207,6 +209,7 @@ class Model {
   std::vector<float> squared_;     // q4: per thread, [T][kNeuronBlock]
   std::vector<uint8_t> sketch_parts_;  // of one token, SketchInput
   std::vector<float> outliers_;    // [T][kOutliers]
+  std::vector<float> distances_;   // [T] of normed_ from its center, where planes need it
   std::vector<float> block_sums_;  // one token: [blocks of neurons][width]
   std::vector<float> output_, audited_output_;  // [width]
   std::vector<float> scratch_;     // per thread, down_columns

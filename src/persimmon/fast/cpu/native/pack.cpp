@@ -1,6 +1,6 @@
 // Rounding weights to int8 and int4 in groups of 32 with one float16 scale.
 //
-// int8: scale = largest magnitude / 127. int4: the scale is searched (int4_scale.h). Codes are always taken with the scale as
+// int8: scale = largest magnitude / 127; in planes rounded up to a multiple of the row's unit, a power of two. int4: the scale is searched (int4_scale.h). Codes are always taken with the scale as
 // stored in float16.
 #include "pack.h"
 
@@ -18,6 +18,7 @@ namespace persimmon {
 namespace {
 
 constexpr float kLargestHalf = 65504.0f;
+constexpr float kLeastUnit = 1.0f / (1 << 24);  // the smallest float16, so that every scale of planes is one
 
 float half_value(uint16_t half) {
   const int exponent = half >> 10 & 31, mantissa = half & 1023;
@@ -138,21 +139,68 @@ void pack_rows(const PackArgs& args, Format format, uint8_t* out, size_t stride)
   });
 }
 
-void pack_planes(const PackArgs& args, uint8_t* high, size_t high_stride, uint8_t* low, size_t low_stride) {
-  const size_t blocks = round_up(args.inputs, kSuperblock) / kSuperblock;
-  for (int r = 0; r < args.rows; r++) {
-    memset(high + r * high_stride, 0, blocks * kQ4Bytes);
-    memset(low + r * low_stride, 0, blocks * kLowBytes);
+namespace {
+
+// Scales of a row in planes: unit * code, where unit is a power of two.
+struct RowScales {
+  float unit;
+  std::vector<uint8_t> code;
+};
+
+RowScales row_scales(const float* w, int inputs) {
+  const int groups = (inputs + kGroup - 1) / kGroup;
+  std::vector<float> wanted(groups, 0.0f);
+  float most = 0;
+  for (int i = 0; i < inputs; i++) wanted[i / kGroup] = std::fmax(wanted[i / kGroup], std::fabs(w[i]) / 127);
+  for (float scale : wanted) most = std::fmax(most, scale);
+  RowScales scales = {kLeastUnit, std::vector<uint8_t>(groups)};
+  while (most > 255 * scales.unit) scales.unit *= 2;
+  for (int g = 0; g < groups; g++) scales.code[g] = static_cast<uint8_t>(std::ceil(wanted[g] / scales.unit));
+  return scales;
+}
+
+void put_two_bits(uint8_t* line, int position, int value) {
+  line[position % 64] = static_cast<uint8_t>(line[position % 64] | value << position / 64 * 2);
+}
+
+void pack_planes_row(const float* w, int inputs, const float* center, uint8_t* top, uint8_t* rest) {
+  const size_t blocks = round_up(inputs, kSuperblock) / kSuperblock;
+  memset(top, 0, top_row_bytes(static_cast<int>(blocks)));
+  memset(rest, 0, blocks * kRestBytes);
+  const RowScales scales = row_scales(w, inputs);
+  uint8_t* const codes = top + blocks * kTopBytes;
+  double shift = 0, squares = 0;
+  for (int i = 0; i < static_cast<int>(blocks) * kSuperblock; i++) {
+    const int g = i / kGroup;
+    const uint8_t code = g * kGroup < inputs ? scales.code[g] : 0;
+    const float scale = scales.unit * code;
+    const int value = (code && i < inputs ? static_cast<int>(round_clamped(w[i] / scale, -127, 127)) : 0) + 128, left = value % 64;
+    uint8_t *t = top + static_cast<size_t>(i / kSuperblock) * kTopBytes, *r = rest + static_cast<size_t>(i / kSuperblock) * kRestBytes;
+    const int position = lane_order(g % kLanes, i % kGroup);
+    put_two_bits(t, position, value / 64);
+    put_two_bits(r, position, left / 16);
+    put_nibble(r + kTopBytes, position, left % 16);
+    codes[g] = code;
+    if (i >= inputs) continue;
+    const double lost = scale * (left - 31.5);
+    shift += lost * center[i], squares += lost * lost;
   }
-  for_each_group(args, encode_int8, [=](int r, int s, int g, const Group& group) {
-    uint8_t *h = high + r * high_stride + static_cast<size_t>(s) * kQ4Bytes, *l = low + r * low_stride + static_cast<size_t>(s) * kLowBytes;
-    for (int i = 0; i < kGroup; i++) {
-      const int position = lane_order(g, i), code = group.code[i] + 128;
-      put_nibble(h, position, code >> 4);
-      put_nibble(l, position, code & 15);
-    }
-    put_scale(h + kQ4Bytes - kScaleBytes, g, group.scale);
+  TopFacts facts = {};
+  facts.unit = scales.unit, facts.shift = static_cast<float>(shift), facts.error = static_cast<float>(std::sqrt(squares / inputs));
+  memcpy(codes + blocks * kLanes, &facts, sizeof facts);
+}
+
+}  // namespace
+
+void pack_planes(const PackArgs& args, const float* center, uint8_t* top, size_t top_stride, uint8_t* rest, size_t rest_stride) {
+  std::atomic<bool> refused{false};
+  share(args.rows, args.threads, [&](int r) {
+    const float* w = args.weights + static_cast<size_t>(r) * args.inputs;
+    for (int i = 0; i < args.inputs; i++)
+      if (!(std::fabs(w[i]) < 7 * kLargestHalf)) return void(refused = true);
+    pack_planes_row(w, args.inputs, center, top + r * top_stride, rest + r * rest_stride);
   });
+  check(refused);
 }
 
 void pack_neurons(const PackArgs& args, uint8_t* out, size_t stride) {

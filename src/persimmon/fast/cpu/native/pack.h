@@ -15,8 +15,8 @@ struct PackArgs {
 // q8 and q4 rows, `stride` bytes apart.
 void pack_rows(const PackArgs& args, Format format, uint8_t* out, size_t stride);
 
-// int8 weights as high superblocks (with scales) and low superblocks.
-void pack_planes(const PackArgs& args, uint8_t* high, size_t high_stride, uint8_t* low, size_t low_stride);
+// int8 weights as top rows, without outlier weights, and rest rows; `center` [inputs] of the inputs that they will meet.
+void pack_planes(const PackArgs& args, const float* center, uint8_t* top, size_t top_stride, uint8_t* rest, size_t rest_stride);
 
 // int8 superblocks in plain order: rows that are added to an output.
 void pack_neurons(const PackArgs& args, uint8_t* out, size_t stride);

@@ -32,42 +32,48 @@ INLINE void packed_row(const uint8_t* row, int blocks, const ActivationBlock* co
   for (int t = 0; t < N; t++) out[t] = F::factor * sum_lanes(sum[t]);
 }
 
-// High-plane estimates, and the variance of what the low plane will add: the low nibble is uniform in steps of one weight
-// scale, 16 steps wide, so its standard deviation is scale * sqrt(16^2 / 12) per unit of input.
-template <int N>
-INLINE void estimate_row(const uint8_t* row, int blocks, const ActivationBlock* const* x, float* out, float* spread) {
-  f32x8 sum[N], variance[N];
-  for (int t = 0; t < N; t++) sum[t] = variance[t] = zero8();
-  for (int s = 0; s < blocks; s++, row += High::bytes) {
-    prefetch_stream(row, High::bytes);
-    const Weights w = High::load(row);
-    const f32x8 scale = load_half8(row + High::scales_at), squared = mul(scale, scale);
-    for (int t = 0; t < N; t++) {
-      sum[t] = fma(mul(scale, load8(x[t][s].scale)), group_values<High>(w, x[t][s]), sum[t]);
-      variance[t] = fma(squared, load8(x[t][s].energy), variance[t]);
-    }
-  }
-  for (int t = 0; t < N; t++) {
-    out[t] = High::factor * sum_lanes(sum[t]);
-    spread[t] = sqrtf(sum_lanes(variance[t]) * (256.0f / 12.0f));
-  }
+// What lies behind the codes of a top row.
+INLINE const uint8_t* top_scales(const uint8_t* row, int blocks) { return row + blocks * kTopBytes; }
+INLINE const TopFacts& top_facts(const uint8_t* row, int blocks) {
+  return *reinterpret_cast<const TopFacts*>(row + blocks * (kTopBytes + kLanes));
 }
 
-// What the low plane adds to the estimates of one row and N tokens; the scales lie in the high row. `next`: the low plane
-// that is wanted after this one, or null; it is fetched piece by piece meanwhile.
+// Estimates of one row and N tokens from its top bits. Two or four rows at a time, sharing the loads of the inputs, are slower:
+// each would be a stream of its own (docs/LOG.md, 2026-11-27).
 template <int N>
-INLINE void low_row(const uint8_t* low, const uint8_t* high, int blocks, const ActivationBlock* const* x, float* out,
-                    const uint8_t* next = nullptr) {
+INLINE void top_row(const uint8_t* row, int blocks, const ActivationBlock* const* x, float* out) {
+  const uint8_t* scales = top_scales(row, blocks);
   f32x8 sum[N];
   for (int t = 0; t < N; t++) sum[t] = zero8();
   for (int s = 0; s < blocks; s++) {
-    if (next) prefetch(next + s * Low::bytes, Low::bytes);
-    const Weights w = Low::load(low + s * Low::bytes);
-    const f32x8 scale = load_half8(high + s * High::bytes + High::scales_at);
+    prefetch_stream(row + s * kTopBytes, kTopBytes);
+    const auto w = Top::load(row + s * kTopBytes);
+    const f32x8 scale = load_bytes8(scales + s * kLanes);
     for (int t = 0; t < N; t++)
-      sum[t] = fma(mul(scale, load8(x[t][s].scale)), group_values<Low>(w, x[t][s]), sum[t]);
+      sum[t] = fma(mul(scale, load8(x[t][s].scale)), group_values<Top>(w, x[t][s]), sum[t]);
   }
-  for (int t = 0; t < N; t++) out[t] = Low::factor * sum_lanes(sum[t]);
+  prefetch_stream(scales, static_cast<int>(top_row_bytes(blocks)) - blocks * kTopBytes);
+  const float factor = Top::factor * top_facts(row, blocks).unit;
+  for (int t = 0; t < N; t++) out[t] = factor * sum_lanes(sum[t]);
+}
+
+// What the rest adds to the estimates of one row and N tokens; the scales lie in its top row. `next`: the rest row that is
+// wanted after this one, or null; it is fetched piece by piece meanwhile.
+template <int N>
+INLINE void rest_row(const uint8_t* rest, const uint8_t* top, int blocks, const ActivationBlock* const* x, float* out,
+                     const uint8_t* next = nullptr) {
+  const uint8_t* scales = top_scales(top, blocks);
+  f32x8 sum[N];
+  for (int t = 0; t < N; t++) sum[t] = zero8();
+  for (int s = 0; s < blocks; s++) {
+    if (next) prefetch(next + s * kRestBytes, kRestBytes);
+    const auto w = Rest::load(rest + s * kRestBytes);
+    const f32x8 scale = load_bytes8(scales + s * kLanes);
+    for (int t = 0; t < N; t++)
+      sum[t] = fma(mul(scale, load8(x[t][s].scale)), group_values<Rest>(w, x[t][s]), sum[t]);
+  }
+  const float unit = top_facts(top, blocks).unit;
+  for (int t = 0; t < N; t++) out[t] = unit * sum_lanes(sum[t]);
 }
 
 INLINE f32x16 load_weights16(const float* p) { return load16(p); }
@@ -138,11 +144,11 @@ struct PackedQ4 : OneByOne<PackedQ4> {
 struct PackedPlanes : OneByOne<PackedPlanes> {
   template <int N>
   INLINE void row(const RowsArgs& a, int r, const Input* const* x, float* out) {
-    const uint8_t* high = a.weights + r * a.row_bytes;
-    float low[N];
-    packed_row<High, N>(high, a.blocks, x, out);
-    low_row<N>(a.low + r * a.low_bytes, high, a.blocks, x, low);
-    for (int t = 0; t < N; t++) out[t] += low[t];
+    const uint8_t* top = a.weights + r * a.row_bytes;
+    float rest[N];
+    top_row<N>(top, a.blocks, x, out);
+    rest_row<N>(a.rest + r * a.rest_bytes, top, a.blocks, x, rest);
+    for (int t = 0; t < N; t++) out[t] += rest[t];
   }
 };
 template <class T>
@@ -227,12 +233,15 @@ static void estimate_tile(const RowsArgs& a, int token, int begin, int end, floa
                           size_t stride) {
   const ActivationBlock* x[N];
   for (int t = 0; t < N; t++) x[t] = token_input(static_cast<const ActivationBlock*>(a.x), token + t, a.blocks);
-  float out[N], spread[N];
+  float out[N];
   for (int r = begin; r < end; r++) {
-    estimate_row<N>(a.weights + r * a.row_bytes, a.blocks, x, out, spread);
+    const uint8_t* row = a.weights + r * a.row_bytes;
+    const TopFacts& facts = top_facts(row, a.blocks);
+    top_row<N>(row, a.blocks, x, out);
     for (int t = 0; t < N; t++) {
-      estimate[(token + t) * stride + r] = out[t];
-      bound[(token + t) * stride + r] = out[t] + sigmas * spread[t];
+      const float value = out[t] + facts.shift;
+      estimate[(token + t) * stride + r] = value;
+      bound[(token + t) * stride + r] = value + sigmas * (facts.error * a.distances[token + t]);
     }
   }
 }
@@ -246,11 +255,11 @@ static void estimate_rows(const RowsArgs& a, int begin, int end, float sigmas, f
   for (; token < a.tokens; token++) estimate_tile<1>(a, token, begin, end, sigmas, estimate, bound, stride);
 }
 
-static float refine_row(const RowsArgs& a, int token, int r, float estimate) {
+static float refine_row(const RowsArgs& a, int token, int r) {
   const ActivationBlock* x = token_input(static_cast<const ActivationBlock*>(a.x), token, a.blocks);
-  float low;
-  low_row<1>(a.low + r * a.low_bytes, a.weights + r * a.row_bytes, a.blocks, &x, &low);
-  return estimate + low;
+  float product;
+  PackedPlanes::row<1>(a, r, &x, &product);
+  return product;
 }
 
 }  // namespace PERSIMMON_ISA

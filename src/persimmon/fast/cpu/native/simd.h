@@ -73,6 +73,9 @@ INLINE f32x8 load_bf16x8(const uint16_t* p) {
 INLINE f32x8 load_int8x8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+INLINE f32x8 load_bytes8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 // 2^n for integral n in -126 .. 127.
 INLINE f32x8 exp2_integer(f32x8 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
@@ -140,6 +143,9 @@ INLINE f32x8 load_bf16x8(const uint16_t* p) {
   return gather8([p](int i) { return bf16_to_float(p[i]); });
 }
 INLINE f32x8 load_int8x8(const int8_t* p) {
+  return gather8([p](int i) { return static_cast<float>(p[i]); });
+}
+INLINE f32x8 load_bytes8(const uint8_t* p) {
   return gather8([p](int i) { return static_cast<float>(p[i]); });
 }
 INLINE f32x8 exp2_integer(f32x8 n) {

@@ -2,11 +2,13 @@
 //
 // Exact part. The down projection is stored neuron-major: a neuron whose activation is zero contributes nothing and its row
 // is never read. At 10% active this reads a tenth of the matrix.
-// Margin part (p44 only). The int8 up projection is split into two 4-bit planes. The high plane of every neuron is read as
-// one stream and gives an estimate and its standard deviation `spread`; a neuron whose estimate is below -margin * spread
-// is taken for inactive. Only the others read their cold row: [low plane | int8 down row], contiguous. With an infinite
-// margin every low plane is read, and the result is that of the int8 weights.
-// Estimate + low plane is always computed in this order, so that a neuron that is kept has the same value for every margin.
+// Margin part (p44 only). The int8 up projection is cut into its top two bits and the rest. The top of every neuron is read
+// as one stream and gives an estimate; its error is taken for normal with the standard deviation error * distance, where
+// `error` is the root mean square of what the row's top bits leave out and `distance` that of the inputs from their center
+// (what they leave out of the center's product is known: `shift`). A neuron whose estimate + shift is below -margin
+// deviations is taken for inactive. Only the others read their cold row: [rest | int8 down row], contiguous. With an
+// infinite margin every rest is read, and the result is that of the int8 weights.
+// Estimate + rest is always computed in this order, so that a neuron that is kept has the same value for every margin.
 //
 // Sums: each block of 256 neurons is summed on its own, neurons ascending, and blocks join the output in ascending order.
 // This order does not depend on threads, so neither does the result; one token and many tokens use the same order.
@@ -23,8 +25,22 @@ INLINE void append(ActiveBlock* out, int index, float pre_activation) {
   out->count++;
 }
 
-INLINE float outlier_product(const uint8_t* weights, const float* x) {
-  return sum_lanes(mul(load_half16(weights), load16(x)));
+INLINE float outlier_product(const TopFacts& facts, const float* x) {
+  return sum_lanes(mul(load_half16(facts.outlier), load16(x)));
+}
+
+// p44: estimates of a neuron for N tokens from its top bits, and which of them (a bit each) may find it active.
+template <int N>
+INLINE int estimate_neuron(const MlpArgs& a, int r, const ActivationBlock* const* x, int token, float* p) {
+  const uint8_t* hot = a.up + r * a.up_bytes;
+  const TopFacts& facts = top_facts(hot, a.blocks);
+  top_row<N>(hot, a.blocks, x, p);
+  int wanted = 0;
+  for (int t = 0; t < N; t++) {
+    p[t] = p[t] + outlier_product(facts, a.outliers + (token + t) * kOutliers) + a.bias[r];
+    wanted |= static_cast<int>(!(p[t] + facts.shift <= -a.margin * (facts.error * a.distances[token + t]))) << t;
+  }
+  return wanted;
 }
 
 // p44: neurons [begin, end) for N tokens.
@@ -36,17 +52,8 @@ static void activate_planes(const MlpArgs& a, int begin, int end, int token, Act
   float pre[kNeuronBlock][N];
   uint8_t wanted[kNeuronBlock];
   for (int r = begin; r < end; r++) {
-    const uint8_t* hot = a.up + r * a.up_bytes;
-    float* p = pre[r - begin];
-    float spread[N];
-    estimate_row<N>(hot, a.blocks, x, p, spread);
-    int mask = 0;
-    for (int t = 0; t < N; t++) {
-      p[t] = p[t] + outlier_product(hot + a.blocks * kQ4Bytes, a.outliers + (token + t) * kOutliers) + a.bias[r];
-      if (!(p[t] <= -a.margin * spread[t])) mask |= 1 << t;
-    }
-    wanted[r - begin] = static_cast<uint8_t>(mask);
-    if (mask) prefetch(a.down + r * a.down_bytes, 512);
+    wanted[r - begin] = static_cast<uint8_t>(estimate_neuron<N>(a, r, x, token, pre[r - begin]));
+    if (wanted[r - begin]) prefetch(a.down + r * a.down_bytes, 512);
   }
   for (int r = begin; r < end; r++) {
     const int mask = wanted[r - begin];
@@ -54,9 +61,9 @@ static void activate_planes(const MlpArgs& a, int begin, int end, int token, Act
     const uint8_t *hot = a.up + r * a.up_bytes, *cold = a.down + r * a.down_bytes;
     for (int t = 0; t < N; t++) {
       if (!(mask >> t & 1)) continue;
-      float low;
-      low_row<1>(cold, hot, a.blocks, x + t, &low);
-      const float p = pre[r - begin][t] + low;
+      float rest;
+      rest_row<1>(cold, hot, a.blocks, x + t, &rest);
+      const float p = pre[r - begin][t] + rest;
       counts->candidates++;
       if (p > 0.0f) append(out[t], r % kNeuronBlock, p), counts->active++;
     }
@@ -117,9 +124,9 @@ struct Int8Down {
   INLINE f32x16 load(const uint8_t* row, int column, int i) {
     return load_int8x16(reinterpret_cast<const int8_t*>(row + at(column)) + i);
   }
-  INLINE void fetch(const uint8_t* row, int column, int count) {
-    prefetch(row + at(column), static_cast<int>(at(column + count) - at(column)) + kScaleBytes);
-  }
+  // Where columns begin in a row, and the bytes that some of them take.
+  INLINE size_t offset(int column) { return at(column); }
+  INLINE size_t bytes(int column, int count) { return at(column + count) - at(column) + kScaleBytes; }
   // value * scale of N groups of one superblock.
   template <int N>
   INLINE void factors(const uint8_t* row, int column, float value, float* out) {
@@ -139,9 +146,8 @@ struct FloatDown {
   INLINE f32x16 load(const uint8_t* row, int column, int i) {
     return load_weights16(reinterpret_cast<const T*>(row) + column + i);
   }
-  INLINE void fetch(const uint8_t* row, int column, int count) {
-    prefetch(reinterpret_cast<const T*>(row) + column, count * static_cast<int>(sizeof(T)));
-  }
+  INLINE size_t offset(int column) { return column * sizeof(T); }
+  INLINE size_t bytes(int, int count) { return count * sizeof(T); }
   INLINE float scale(const uint8_t*, int) { return 1.0f; }
   template <int N>
   INLINE void factors(const uint8_t*, int, float value, float* out) {
@@ -194,7 +200,7 @@ static void add_neurons(const MlpArgs& a, int block, const ActiveBlock& active, 
   }
 }
 
-// p44, one token: the estimates of a block in one stream, without a branch between its rows; then the low planes that are
+// p44, one token: the estimates of a block in one stream, without a branch between its rows; then the rest of those that are
 // wanted; then the down rows of what is active. Each of the three knows what it reads next, and fetches it while it works:
 // records lie far apart, and the processor's own prefetchers begin anew with each (docs/LOG.md, 2026-11-26).
 static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts) {
@@ -203,21 +209,19 @@ static void planes_block(const MlpArgs& a, int block, float* sum, MlpCounts* cou
   float pre[kNeuronBlock];
   int list[kNeuronBlock], candidates = 0;
   for (int r = begin; r < end; r++) {
-    const uint8_t* hot = a.up + r * a.up_bytes;
-    float spread, p;
-    estimate_row<1>(hot, a.blocks, x, &p, &spread);
-    p = p + outlier_product(hot + a.blocks * kQ4Bytes, a.outliers) + a.bias[r];
+    float p;
+    const int wanted = estimate_neuron<1>(a, r, x, 0, &p);
     pre[candidates] = p, list[candidates] = r;
-    candidates += !(p <= -a.margin * spread);
+    candidates += wanted;
   }
   ActiveBlock active;
   active.count = 0;
   for (int k = 0; k < candidates; k++) {
     const uint8_t *hot = a.up + list[k] * a.up_bytes, *cold = a.down + list[k] * a.down_bytes;
     const uint8_t* next = k + 1 < candidates ? a.down + list[k + 1] * a.down_bytes : nullptr;
-    float low;
-    low_row<1>(cold, hot, a.blocks, x, &low, next);
-    const float p = pre[k] + low;
+    float rest;
+    rest_row<1>(cold, hot, a.blocks, x, &rest, next);
+    const float p = pre[k] + rest;
     if (p > 0.0f) append(&active, list[k] - begin, p);
   }
   add_neurons(a, block, active, 0, sum);
@@ -264,7 +268,7 @@ static void unpack_columns(const MlpArgs& a, int block, const ActiveBlock* activ
   const int count = needed_neurons(a, block, active, list);
   for (int k = 0; k < count; k++) {
     const int n = list[k];
-    if (k + ahead < count) D::fetch(base + list[k + ahead] * a.down_bytes, column, C);
+    if (k + ahead < count) prefetch(base + list[k + ahead] * a.down_bytes + D::offset(column), static_cast<int>(D::bytes(column, C)));
     const uint8_t* row = base + n * a.down_bytes;
     for (int i = 0; i < C; i += kGroup) {
       store16(rows + n * C + i, D::load(row, column + i, 0)), store16(rows + n * C + i + 16, D::load(row, column + i, 16));
@@ -314,9 +318,30 @@ static void down_chunk(const MlpArgs& a, const ActiveBlock* active, int column, 
 
 // Few tokens: hardly a row is wanted by two of them, so every token reads its rows as they are, C columns of them at a time,
 // its sums in registers. The pieces that the next block of neurons wants are fetched meanwhile, each as long as the range.
+// What the next block wants is fetched line by line between the rows of this one: asked for in bursts it waits for the few line
+// buffers, and this block with it (docs/LOG.md, 2026-11-27).
+struct PieceFetcher {
+  const uint8_t* piece[kNeuronBlock];
+  int count = 0, at = 0;
+  size_t bytes = 0, offset = 0;  // of each piece; into the piece at hand
+  int lines = 0;                 // at a time
+
+  void spread_over(int visits) {
+    const int all = count * static_cast<int>((bytes + kLineBytes - 1) / kLineBytes);
+    lines = visits ? (all + visits - 1) / visits : all;
+  }
+  inline __attribute__((always_inline)) void step(int lines) {
+    for (; lines > 0 && at < count; lines--) {
+      __builtin_prefetch(piece[at] + offset, 0, 2);
+      offset += kLineBytes;
+      if (offset >= bytes) at++, offset = 0;
+    }
+  }
+};
+
 // Sums of one token's neurons of a block, C columns of one superblock.
 template <class D, int C>
-INLINE void add_own_columns(const uint8_t* base, size_t row_bytes, const ActiveBlock& mine, int column, float* total) {
+INLINE void add_own_columns(const uint8_t* base, size_t row_bytes, const ActiveBlock& mine, int column, PieceFetcher* fetcher, float* total) {
   constexpr int groups = C / kGroup;
   f32x16 y[C / 16];
 #pragma GCC unroll 16
@@ -331,6 +356,7 @@ INLINE void add_own_columns(const uint8_t* base, size_t row_bytes, const ActiveB
       y[2 * g] = fma(p, D::load(row, column + g * kGroup, 0), y[2 * g]);
       y[2 * g + 1] = fma(p, D::load(row, column + g * kGroup, 16), y[2 * g + 1]);
     }
+    fetcher->step(fetcher->lines);
   }
 #pragma GCC unroll 16
   for (int k = 0; k < C / 16; k++) store16(total + 16 * k, add(load16(total + 16 * k), y[k]));
@@ -341,20 +367,27 @@ static void down_few(const MlpArgs& a, const ActiveBlock* active, int begin, int
                      float* total) {
   const int num_blocks = (a.neurons + kNeuronBlock - 1) / kNeuronBlock, columns = end - begin;
   for (int i = 0; i < a.tokens * columns; i += 16) store16(total + i, zero16());
-  uint8_t list[kNeuronBlock];
   const auto base = [&](int b) { return a.down + a.down_offset + static_cast<size_t>(b) * kNeuronBlock * a.down_bytes; };
-  int count = needed_neurons(a, 0, active, list);
-  for (int k = 0; k < count; k++) D::fetch(base(0) + list[k] * a.down_bytes, begin, columns);
+  const auto fetcher_of = [&](int b) {
+    PieceFetcher fetcher;
+    uint8_t list[kNeuronBlock];
+    if (b < num_blocks) fetcher.count = needed_neurons(a, b, active + static_cast<size_t>(b) * a.tokens, list);
+    for (int k = 0; k < fetcher.count; k++) fetcher.piece[k] = base(b) + list[k] * a.down_bytes + D::offset(begin);
+    fetcher.bytes = D::bytes(begin, columns);
+    return fetcher;
+  };
+  PieceFetcher first = fetcher_of(0);
+  first.spread_over(0), first.step(first.lines);
   for (int b = 0; b < num_blocks; b++) {
     const ActiveBlock* mine = active + static_cast<size_t>(b) * a.tokens;
-    count = b + 1 < num_blocks ? needed_neurons(a, b + 1, mine + a.tokens, list) : 0;
-    const int steps = columns / C * a.tokens;
-    int fetched = 0, step = 0;
+    PieceFetcher next = fetcher_of(b + 1);
+    int visits = 0;
+    for (int t = 0; t < a.tokens; t++) visits += mine[t].count * (columns / C);
+    next.spread_over(visits);
     for (int column = begin; column < end; column += C)
-      for (int t = 0; t < a.tokens; t++) {
-        for (step++; fetched < count * step / steps; fetched++) D::fetch(base(b + 1) + list[fetched] * a.down_bytes, begin, columns);
-        if (mine[t].count) add_own_columns<D, C>(base(b), a.down_bytes, mine[t], column, total + t * columns + (column - begin));
-      }
+      for (int t = 0; t < a.tokens; t++)
+        if (mine[t].count) add_own_columns<D, C>(base(b), a.down_bytes, mine[t], column, &next, total + t * columns + (column - begin));
+    if (!visits) next.step(next.lines);
   }
   for (int t = 0; t < a.tokens; t++)
     for (int i = 0; i < columns; i++) y[t * y_stride + begin + i] += total[t * columns + i] + bias[begin + i];

@@ -69,7 +69,7 @@ INLINE void fetch_ahead(const Int4DownArgs& a, const PieceOrder& order, int g) {
 template <int N>
 INLINE void panel_sums(const WeightGroup* w, const TokenGroup* x, int first, f32x16* sum) {
 #if defined(__AMX_INT8__)
-  if (N == kTileTokens) return lane_products<Panel<Q4>, false, N>(w, x, first, kLanes, sum, nullptr);
+  if (N == kTileTokens) return lane_products<Panel<Q4>, N>(w, x, first, kLanes, sum);
 #endif
   for (int g = 0; g < kLanes; g++) {
     __m512i code[8];

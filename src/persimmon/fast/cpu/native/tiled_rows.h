@@ -26,45 +26,68 @@ INLINE void finish_panel(const RowsArgs& a, int first, int end, int t, f32x16 pr
 }
 
 // Sums of rows [first, end), at most kPanelsAtOnce panels.
-template <class F, bool kSpread>
+template <class F>
 static void products_of(const TileScratch& m, const RowsArgs& a, int first, int end) {
   int panels = 0;
   for (int r = first; r < end; r += kPanelRows)
     unpack_panel<F>(row_places<F, kPanelRows>(a.weights, a.row_bytes, r, end), a.blocks, m.panel(panels++));
-  panel_products<F, kSpread>(m, panels, a.tiles, a.tokens);
+  panel_products<F>(m, panels, a.tiles, a.tokens);
 }
-// The same of the low plane, whose scales lie in the high one.
-static void low_products(const TileScratch& m, const RowsArgs& a, int first, int end) {
+// The same of planes: of the top, and of the rest.
+static void top_products(const TileScratch& m, const RowsArgs& a, int first, int end) {
+  int panels = 0;
+  for (int r = first; r < end; r += kPanelRows)
+    unpack_panel<Top>(top_places<kPanelRows>(a.weights, a.row_bytes, a.blocks, r, end), a.blocks, m.panel(panels++));
+  panel_products<Top>(m, panels, a.tiles, a.tokens);
+}
+static void rest_products(const TileScratch& m, const RowsArgs& a, int first, int end) {
   int panels = 0;
   for (int r = first; r < end; r += kPanelRows) {
-    PanelRows rows = row_places<High, kPanelRows>(a.weights, a.row_bytes, r, end);
-    for (int i = 0; i < kPanelRows; i++) rows.codes[i] = a.low + static_cast<size_t>(min_int(r + i, end - 1)) * a.low_bytes;
-    rows.bytes = Low::bytes;
-    unpack_panel<Low>(rows, a.blocks, m.panel(panels++));
+    PanelRows rows = top_places<kPanelRows>(a.weights, a.row_bytes, a.blocks, r, end);
+    go_to_rest(a.rest, a.rest_bytes, r, end, &rows);
+    unpack_panel<Rest>(rows, a.blocks, m.panel(panels++));
   }
-  panel_products<Low, false>(m, panels, a.tiles, a.tokens);
+  panel_products<Rest>(m, panels, a.tiles, a.tokens);
 }
 
+// The facts of a panel's rows, a row in each lane.
+struct PanelFacts {
+  float unit[kPanelRows], shift[kPanelRows], error[kPanelRows];
+  PanelFacts(const RowsArgs& a, int first, int end) {
+    for (int i = 0; i < kPanelRows; i++) {
+      const TopFacts& facts = top_facts(a.weights + static_cast<size_t>(min_int(first + i, end - 1)) * a.row_bytes, a.blocks);
+      unit[i] = facts.unit, shift[i] = facts.shift, error[i] = facts.error;
+    }
+  }
+  f32x16 top(const TileScratch& m, int p, int t) const { return mul(mul(set16(Top::factor), load16(unit)), load16(m.at(kSum, p, t))); }
+  f32x16 rest(const TileScratch& m, int p, int t) const { return mul(load16(unit), load16(m.at(kSum, p, t))); }
+};
+
 // Call body(panel, first row of it, token, sum) for all results; a token's panels together, as its outputs are neighbours.
-template <class F, class Body>
+template <class Body>
 INLINE void each_product(const TileScratch& m, int tokens, int first, int end, Body body) {
   for (int t = 0; t < tokens; t++)
-    for (int p = 0, r = first; r < end; r += kPanelRows, p++) body(p, r, t, mul(set16(F::factor), load16(m.at(kSum, p, t))));
+    for (int p = 0, r = first; r < end; r += kPanelRows, p++) body(p, r, t, load16(m.at(kSum, p, t)));
 }
 
 template <class F>
 static void rows_of_panels(const TileScratch& m, const RowsArgs& a, int first, int end) {
-  products_of<F, false>(m, a, first, end);
-  each_product<F>(m, a.tokens, first, end, [&](int, int r, int t, f32x16 product) { finish_panel(a, r, end, t, product); });
+  static_assert(F::factor == 1.0f, "sums are products");
+  products_of<F>(m, a, first, end);
+  each_product(m, a.tokens, first, end, [&](int, int r, int t, f32x16 product) { finish_panel(a, r, end, t, product); });
 }
 
 static void planes_of_panels(const TileScratch& m, const RowsArgs& a, int first, int end) {
-  products_of<High, false>(m, a, first, end);
-  each_product<High>(m, a.tokens, first, end, [&](int p, int, int t, f32x16 high) { store16(m.at(kEstimate, p, t), high); });
-  low_products(m, a, first, end);
-  each_product<Low>(m, a.tokens, first, end, [&](int p, int r, int t, f32x16 low) {
-    finish_panel(a, r, end, t, add(load16(m.at(kEstimate, p, t)), low));
-  });
+  top_products(m, a, first, end);
+  for (int p = 0, r = first; r < end; r += kPanelRows, p++) {
+    const PanelFacts facts(a, r, end);
+    for (int t = 0; t < a.tokens; t++) store16(m.at(kEstimate, p, t), facts.top(m, p, t));
+  }
+  rest_products(m, a, first, end);
+  for (int p = 0, r = first; r < end; r += kPanelRows, p++) {
+    const PanelFacts facts(a, r, end);
+    for (int t = 0; t < a.tokens; t++) finish_panel(a, r, end, t, add(load16(m.at(kEstimate, p, t)), facts.rest(m, p, t)));
+  }
 }
 
 // Rows of a call that are unpacked together: one panel while all tokens fit into a tile, so that memory is read evenly.
@@ -82,22 +105,23 @@ static void tiled_rows(const RowsArgs& a, int begin, int end, uint8_t* scratch) 
   release();
 }
 
-INLINE f32x16 spread_of(const TileScratch& m, int p, int t) {
-  return _mm512_sqrt_ps(mul(load16(m.at(kVariance, p, t)), set16(256.0f / 12.0f)));
-}
-
 static void tiled_estimates(const RowsArgs& a, int begin, int end, float sigmas, float* estimate, float* bound, size_t stride,
                             uint8_t* scratch) {
   const TileScratch m(scratch, a.blocks, a.tokens);
   const int step = rows_at_once(a.tokens);
   for (int first = begin; first < end; first += step) {
     const int last = min_int(first + step, end);
-    products_of<High, true>(m, a, first, last);
-    each_product<High>(m, a.tokens, first, last, [&](int p, int r, int t, f32x16 high) {
+    top_products(m, a, first, last);
+    for (int p = 0, r = first; r < last; r += kPanelRows, p++) {
+      const PanelFacts facts(a, r, last);
       const __mmask16 mask = rows_mask(r, last);
-      _mm512_mask_storeu_ps(estimate + t * stride + r, mask, high);
-      _mm512_mask_storeu_ps(bound + t * stride + r, mask, add(high, mul(set16(sigmas), spread_of(m, p, t))));
-    });
+      for (int t = 0; t < a.tokens; t++) {
+        const f32x16 value = add(facts.top(m, p, t), load16(facts.shift));
+        const f32x16 spread = mul(load16(facts.error), set16(a.distances[t]));
+        _mm512_mask_storeu_ps(estimate + t * stride + r, mask, value);
+        _mm512_mask_storeu_ps(bound + t * stride + r, mask, add(value, mul(set16(sigmas), spread)));
+      }
+    }
   }
   release();
 }
@@ -106,7 +130,7 @@ static void tiled_estimates(const RowsArgs& a, int begin, int end, float sigmas,
 
 INLINE RowsArgs up_rows(const MlpArgs& a) {
   RowsArgs rows = {};
-  rows.format = a.format, rows.weights = a.up, rows.row_bytes = a.up_bytes, rows.low = a.down, rows.low_bytes = a.down_bytes;
+  rows.format = a.format, rows.weights = a.up, rows.row_bytes = a.up_bytes, rows.rest = a.down, rows.rest_bytes = a.down_bytes;
   rows.blocks = a.blocks, rows.x = a.x, rows.tokens = a.tokens, rows.tiles = a.tiles;
   return rows;
 }
@@ -117,7 +141,7 @@ struct OutlierPanel {
   OutlierPanel(const MlpArgs& a, int first, int end) {
     __m512i r[kPanelRows];
     for (int i = 0; i < kPanelRows; i++)
-      r[i] = _mm512_castps_si512(load_half16(a.up + static_cast<size_t>(min_int(first + i, end - 1)) * a.up_bytes + a.blocks * kQ4Bytes));
+      r[i] = _mm512_castps_si512(load_half16(top_facts(a.up + static_cast<size_t>(min_int(first + i, end - 1)) * a.up_bytes, a.blocks).outlier));
     transpose16(r);
     for (int i = 0; i < kOutliers; i++) weight[i] = _mm512_castsi512_ps(r[i]);
   }
@@ -141,51 +165,53 @@ INLINE void append_row(const MlpArgs& a, int r, ActiveBlock* const* out, MlpCoun
 }
 
 static void activate_bytes(const TileScratch& m, const MlpArgs& a, int first, int end, ActiveBlock* const* out, MlpCounts* counts) {
-  products_of<Q8, false>(m, up_rows(a), first, end);
+  products_of<Q8>(m, up_rows(a), first, end);
   for (int r = first; r < end; r++)
     append_row(a, r, out, counts, [&](int t) { return m.at(kSum, (r - first) / kPanelRows, t)[(r - first) % kPanelRows] + a.bias[r]; });
   counts->candidates += static_cast<int64_t>(end - first) * a.tokens;
 }
 
-// Above this share of candidates the low plane is multiplied as a whole, below it for them alone; the results are the same.
+// Above this share of candidates the rest is multiplied as a whole, below it for them alone; the results are the same.
 constexpr float kDenseCandidates = 0.2f;
 
-static void activate_high(const TileScratch& m, const MlpArgs& a, int first, int end, ActiveBlock* const* out, MlpCounts* counts) {
+static void activate_planes_of_panels(const TileScratch& m, const MlpArgs& a, int first, int end, ActiveBlock* const* out, MlpCounts* counts) {
   const RowsArgs rows = up_rows(a);
-  products_of<High, true>(m, rows, first, end);
+  top_products(m, rows, first, end);
   int64_t candidates = 0;
   for (int p = 0, r = first; r < end; r += kPanelRows, p++) {
     const OutlierPanel outliers(a, r, end);
+    const PanelFacts facts(rows, r, end);
     const __mmask16 mask = rows_mask(r, end);
     const f32x16 bias = _mm512_maskz_loadu_ps(mask, a.bias + r);
     for (int t = 0; t < a.tokens; t++) {
       float* estimate = m.at(kEstimate, p, t);
-      const f32x16 high = mul(set16(High::factor), load16(m.at(kSum, p, t)));
-      const f32x16 value = add(add(high, OutlierPanel::product(outliers, a.outliers + t * kOutliers)), bias);
-      const f32x16 least = mul(set16(-a.margin), spread_of(m, p, t));
-      const __mmask16 wanted = _mm512_mask_cmp_ps_mask(mask, value, least, _CMP_NLE_UQ);
+      const f32x16 value = add(add(facts.top(m, p, t), OutlierPanel::product(outliers, a.outliers + t * kOutliers)), bias);
+      const f32x16 least = mul(set16(-a.margin), mul(load16(facts.error), set16(a.distances[t])));
+      const __mmask16 wanted = _mm512_mask_cmp_ps_mask(mask, add(value, load16(facts.shift)), least, _CMP_NLE_UQ);
       candidates += __builtin_popcount(wanted);
-      // What is skipped becomes -inf, which no low plane makes positive.
+      // What is skipped becomes -inf, which no rest makes positive.
       store16(estimate, _mm512_mask_blend_ps(wanted, set16(-HUGE_VALF), value));
     }
   }
   counts->candidates += candidates;
   const auto estimate = [&](int r, int t) { return m.at(kEstimate, (r - first) / kPanelRows, t)[(r - first) % kPanelRows]; };
   if (candidates > kDenseCandidates * static_cast<float>(end - first) * static_cast<float>(a.tokens)) {
-    low_products(m, rows, first, end);
-    for (int r = first; r < end; r++)
-      append_row(a, r, out, counts, [&](int t) { return estimate(r, t) + m.at(kSum, (r - first) / kPanelRows, t)[(r - first) % kPanelRows]; });
+    rest_products(m, rows, first, end);
+    for (int r = first; r < end; r++) {
+      const float unit = top_facts(a.up + r * a.up_bytes, a.blocks).unit;
+      append_row(a, r, out, counts, [&](int t) { return estimate(r, t) + unit * m.at(kSum, (r - first) / kPanelRows, t)[(r - first) % kPanelRows]; });
+    }
     return;
   }
   for (int r = first; r < end; r++) {
-    if (r + 2 < end) prefetch(a.down + static_cast<size_t>(r + 2) * a.down_bytes, a.blocks * kLowBytes);
+    if (r + 2 < end) prefetch(a.down + static_cast<size_t>(r + 2) * a.down_bytes, a.blocks * kRestBytes);
     append_row(a, r, out, counts, [&](int t) {
       const float value = estimate(r, t);
       if (value == -HUGE_VALF) return value;
       const ActivationBlock* x = token_input(static_cast<const ActivationBlock*>(a.x), t, a.blocks);
-      float low;
-      low_row<1>(a.down + r * a.down_bytes, a.up + r * a.up_bytes, a.blocks, &x, &low);
-      return value + low;
+      float rest;
+      rest_row<1>(a.down + r * a.down_bytes, a.up + r * a.up_bytes, a.blocks, &x, &rest);
+      return value + rest;
     });
   }
 }
@@ -197,7 +223,7 @@ static void tiled_activate(const MlpArgs& a, int begin, int end, ActiveBlock* co
   for (int first = begin; first < end; first += step) {
     const int last = min_int(first + step, end);
     if (a.format == Format::q8) activate_bytes(m, a, first, last, out, counts);
-    if (a.format == Format::planes) activate_high(m, a, first, last, out, counts);
+    if (a.format == Format::planes) activate_planes_of_panels(m, a, first, last, out, counts);
   }
   release();
 }

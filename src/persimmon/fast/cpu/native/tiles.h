@@ -44,12 +44,12 @@ static void make_tiles(const ActivationBlock* x, int tokens, int blocks, int beg
           TokenGroup& out = tiles[(static_cast<size_t>(tile) * kLanes + g) * blocks + s];
           if (token >= tokens) {
             memset(out.code[t], 0, kGroup);
-            out.scale[t] = out.sum[t] = out.energy[t] = 0.0f;
+            out.scale[t] = out.sum[t] = 0.0f;
             continue;
           }
           const ActivationBlock& in = token_input(x, token, blocks)[s];
           for (int v = 0; v < 8; v++) memcpy(out.code[t] + 4 * v, in.code + 32 * v + 4 * g, 4);
-          out.scale[t] = in.scale[g], out.sum[t] = in.sum[g], out.energy[t] = in.energy[g];
+          out.scale[t] = in.scale[g], out.sum[t] = in.sum[g];
         }
     }
 }
@@ -58,20 +58,20 @@ static void make_tiles(const ActivationBlock* x, int tokens, int blocks, int beg
 
 // The formats as stored in a panel: codes less `shift` (128: the sign bit flipped), value = product + offset * sum of inputs.
 template <class F>
-struct Panel {
-  static constexpr bool bytes = false;
+struct Panel {  // planes
+  static constexpr bool bytes = false, plane = true;
   static constexpr int shift = 0;
   static constexpr float offset = F::offset;
 };
 template <>
 struct Panel<Q4> {
-  static constexpr bool bytes = false;
+  static constexpr bool bytes = false, plane = false;
   static constexpr int shift = kSignedWeights ? 8 : 0;
   static constexpr float offset = kSignedWeights ? 0.0f : Q4::offset;
 };
 template <>
 struct Panel<Q8> {
-  static constexpr bool bytes = true;
+  static constexpr bool bytes = true, plane = false;
   static constexpr int shift = kSignedWeights ? 0 : -128;
   static constexpr float offset = kSignedWeights ? 0.0f : Q8::offset;
 };
@@ -118,7 +118,7 @@ INLINE void transpose_scales(const f32x8* row, __m512* out) {
   }
 }
 
-// Where N rows lie; missing ones repeat the last.
+// Where N rows lie; missing ones repeat the last. The rest of planes has the scales of the top.
 template <int N>
 struct RowPlaces {
   const uint8_t* codes[N];
@@ -139,33 +139,105 @@ INLINE RowPlaces<N> row_places(const uint8_t* base, size_t row_bytes, int first,
   return rows;
 }
 
+template <int N>
+INLINE RowPlaces<N> top_places(const uint8_t* base, size_t row_bytes, int blocks, int first, int end) {
+  RowPlaces<N> rows;
+  for (int r = 0; r < N; r++) {
+    rows.codes[r] = base + static_cast<size_t>(min_int(first + r, end - 1)) * row_bytes;
+    rows.scales[r] = top_scales(rows.codes[r], blocks);
+  }
+  rows.bytes = kTopBytes, rows.scales_bytes = kLanes, rows.ahead = N * row_bytes;
+  return rows;
+}
+template <int N>
+INLINE void go_to_rest(const uint8_t* base, size_t row_bytes, int first, int end, RowPlaces<N>* rows) {
+  for (int r = 0; r < N; r++) rows->codes[r] = base + static_cast<size_t>(min_int(first + r, end - 1)) * row_bytes;
+  rows->bytes = kRestBytes, rows->ahead = N * row_bytes;
+}
 template <class F>
-static void unpack_panel(const PanelRows& rows, int blocks, WeightGroup* out) {
-  using P = Panel<F>;
-  const __m512i mask = _mm512_set1_epi8(15), shift = _mm512_set1_epi8(static_cast<char>(P::shift));
-  const auto put = [&](int s, int word, __m512i codes) {
-    _mm512_store_si512(out[static_cast<size_t>(word % 8) * blocks + s].code[word / 8], P::shift ? _mm512_sub_epi8(codes, shift) : codes);
-  };
-  for (int s = 0; s < blocks; s++) {
-    for (int quarter = 0; quarter < (P::bytes ? 4 : 2); quarter++) {
-      __m512i r[16];
+INLINE f32x8 scales_at(const uint8_t* p) {
+  return Panel<F>::plane ? load_bytes8(p) : load_half8(p);
+}
+
+// Words of sixteen rows at `offset` of superblock s: r[i] is word i of each.
+INLINE void load_words(const PanelRows& rows, int s, int offset, __m512i* r) {
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows.codes[i] + static_cast<size_t>(s) * rows.bytes + 64 * quarter);
-      transpose16(r);
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows.codes[i] + static_cast<size_t>(s) * rows.bytes + offset);
+  transpose16(r);
+}
+
+// put(word, codes of it in every row) for the 64 words of one superblock, in lane order.
+template <class F>
+struct UnpackPanel {
+  template <class Put>
+  INLINE void words(const PanelRows& rows, int s, Put put) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int quarter = 0; quarter < (Panel<F>::bytes ? 4 : 2); quarter++) {
+      __m512i r[16];
+      load_words(rows, s, 64 * quarter, r);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) {
         const int word = 16 * quarter + i;
-        if (P::bytes) {
-          put(s, word, r[i]);
+        if (Panel<F>::bytes) {
+          put(word, r[i]);
         } else {
-          put(s, word, _mm512_and_si512(r[i], mask));
-          put(s, word + 32, _mm512_and_si512(_mm512_srli_epi16(r[i], 4), mask));
+          put(word, _mm512_and_si512(r[i], mask));
+          put(word + 32, _mm512_and_si512(_mm512_srli_epi16(r[i], 4), mask));
         }
       }
     }
+  }
+};
+template <>
+struct UnpackPanel<Top> {
+  template <class Put>
+  INLINE void words(const PanelRows& rows, int s, Put put) {
+    const __m512i mask = _mm512_set1_epi8(3);
+    __m512i r[16];
+    load_words(rows, s, 0, r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      put(i, _mm512_and_si512(r[i], mask));
+      put(16 + i, _mm512_and_si512(_mm512_srli_epi16(r[i], 2), mask));
+      put(32 + i, _mm512_and_si512(_mm512_srli_epi16(r[i], 4), mask));
+      put(48 + i, _mm512_and_si512(_mm512_srli_epi16(r[i], 6), mask));
+    }
+  }
+};
+template <>
+struct UnpackPanel<Rest> {
+  template <class Put>
+  INLINE void words(const PanelRows& rows, int s, Put put) {
+    const __m512i four = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30);
+    __m512i middle[16], low[16];
+    load_words(rows, s, 0, middle);
+    const auto join = [&](__m512i l, __m512i m) { return _mm512_or_si512(_mm512_and_si512(l, four), _mm512_and_si512(m, two)); };
+    load_words(rows, s, 64, low);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      put(i, join(low[i], _mm512_slli_epi16(middle[i], 4)));
+      put(32 + i, join(_mm512_srli_epi16(low[i], 4), middle[i]));
+    }
+    load_words(rows, s, 128, low);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      put(16 + i, join(low[i], _mm512_slli_epi16(middle[i], 2)));
+      put(48 + i, join(_mm512_srli_epi16(low[i], 4), _mm512_srli_epi16(middle[i], 2)));
+    }
+  }
+};
+
+template <class F>
+static void unpack_panel(const PanelRows& rows, int blocks, WeightGroup* out) {
+  using P = Panel<F>;
+  const __m512i shift = _mm512_set1_epi8(static_cast<char>(P::shift));
+  for (int s = 0; s < blocks; s++) {
+    UnpackPanel<F>::words(rows, s, [&](int word, __m512i codes) {
+      _mm512_store_si512(out[static_cast<size_t>(word % 8) * blocks + s].code[word / 8], P::shift ? _mm512_sub_epi8(codes, shift) : codes);
+    });
     f32x8 scale[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) scale[i] = load_half8(rows.scales[i] + static_cast<size_t>(s) * rows.scales_bytes);
+    for (int i = 0; i < 16; i++) scale[i] = scales_at<F>(rows.scales[i] + static_cast<size_t>(s) * rows.scales_bytes);
     __m512 by_group[8];
     transpose_scales(scale, by_group);
 #pragma GCC unroll 16
@@ -213,13 +285,11 @@ INLINE void release() {}
 
 #endif
 
-// One group's integers join a token's sum and, for a spread, its variance. `x` points to the token's scale; its sum and
-// energy follow at the distance of a tile.
-template <class P, bool kSpread>
-INLINE void add_group(f32x16 value, const float* x, f32x16 scale, f32x16 squared, f32x16* sum, f32x16* variance) {
+// One group's integers join a token's sum. `x` points to the token's scale; its sum follows at the distance of a tile.
+template <class P>
+INLINE void add_group(f32x16 value, const float* x, f32x16 scale, f32x16* sum) {
   if (P::offset != 0.0f) value = fma(set16(P::offset), set16(x[kTileTokens]), value);
   *sum = fma(mul(scale, set16(x[0])), value, *sum);
-  if (kSpread) *variance = fma(squared, set16(x[2 * kTileTokens]), *variance);
 }
 
 // A group's integers: eight vectors of codes with the group's 32 inputs. vpdpbusd has one operand without a sign: the inputs or the weights.
@@ -234,9 +304,9 @@ INLINE __m512i group_integers(const __m512i* code, const int8_t* input) {
   return _mm512_add_epi32(sum[0], sum[1]);
 }
 
-// sum[t] and variance[t] of one panel, one lane, and N tokens from `first` of a tile.
-template <class P, bool kSpread, int N>
-INLINE void lane_products(const WeightGroup* w, const TokenGroup* x, int first, int blocks, f32x16* sum, f32x16* variance) {
+// sum[t] of one panel, one lane, and N tokens from `first` of a tile.
+template <class P, int N>
+INLINE void lane_products(const WeightGroup* w, const TokenGroup* x, int first, int blocks, f32x16* sum) {
 #if defined(__AMX_INT8__)
   alignas(64) int32_t product[2][N][kPanelRows];
   const auto issue = [&](int s) {
@@ -246,23 +316,21 @@ INLINE void lane_products(const WeightGroup* w, const TokenGroup* x, int first, 
   issue(0);
   for (int s = 0; s < blocks; s++) {
     if (s + 1 < blocks) issue(s + 1);
-    const f32x16 scale = _mm512_load_ps(w[s].scale), squared = mul(scale, scale);
+    const f32x16 scale = _mm512_load_ps(w[s].scale);
 #pragma GCC unroll 16
     for (int t = 0; t < N; t++)
-      add_group<P, kSpread>(_mm512_cvtepi32_ps(_mm512_load_si512(product[s % 2][t])), x[s].scale + first + t, scale, squared,
-                            sum + t, variance + t);
+      add_group<P>(_mm512_cvtepi32_ps(_mm512_load_si512(product[s % 2][t])), x[s].scale + first + t, scale, sum + t);
   }
 #else
   for (int s = 0; s < blocks; s++) {
     __m512i code[8];
 #pragma GCC unroll 16
     for (int v = 0; v < 8; v++) code[v] = _mm512_load_si512(w[s].code[v]);
-    const f32x16 scale = _mm512_load_ps(w[s].scale), squared = mul(scale, scale);
+    const f32x16 scale = _mm512_load_ps(w[s].scale);
 #pragma GCC unroll 16
     for (int t = 0; t < N; t++) {
       const f32x16 integers = _mm512_cvtepi32_ps(group_integers<false>(code, x[s].code[first + t]));
-      add_group<P, kSpread>(integers, x[s].scale + first + t, scale, squared, sum + t,
-                            variance + t);
+      add_group<P>(integers, x[s].scale + first + t, scale, sum + t);
     }
   }
 #endif
@@ -284,7 +352,7 @@ INLINE void join_lane(int step, f32x16 value, float* const* part) {
   }
 }
 
-// The scratch memory of one call: panels, and per panel and token the three parts of a sum and of a variance.
+// The scratch memory of one call: panels, and per panel and token the three parts of a sum, and an estimate.
 struct TileScratch {
   WeightGroup* panels;  // [kPanelsAtOnce][lane][superblock]
   float* part;          // [kParts][kPanelsAtOnce][tokens rounded up to tiles][kPanelRows]
@@ -299,47 +367,44 @@ struct TileScratch {
     return part + ((static_cast<size_t>(k) * kPanelsAtOnce + p) * tokens + token) * kPanelRows;
   }
 };
-constexpr int kSum = 0, kVariance = 3, kEstimate = 6, kParts = 7;
+constexpr int kSum = 0, kEstimate = 3, kParts = 4;
 
 static size_t tile_scratch_bytes(int blocks, int tokens) {
   return sizeof(WeightGroup) * kPanelsAtOnce * kLanes * blocks +
          sizeof(float) * kParts * kPanelsAtOnce * kPanelRows * round_up(tokens, kTileTokens);
 }
 
-template <class P, bool kSpread, int N>
+template <class P, int N>
 static void lane_of_tokens(const TileScratch& m, int step, int panels, const TokenGroup* x, int token) {
   const int lane = kLaneOrder[step], tile = token / kTileTokens;
   x += (static_cast<size_t>(tile) * kLanes + lane) * m.blocks;
   for (int p = 0; p < panels; p++) {
-    f32x16 sum[N], variance[N];
+    f32x16 sum[N];
 #pragma GCC unroll 16
-    for (int t = 0; t < N; t++) sum[t] = variance[t] = zero16();
-    lane_products<P, kSpread, N>(m.panel(p) + static_cast<size_t>(lane) * m.blocks, x, token % kTileTokens, m.blocks, sum, variance);
+    for (int t = 0; t < N; t++) sum[t] = zero16();
+    lane_products<P, N>(m.panel(p) + static_cast<size_t>(lane) * m.blocks, x, token % kTileTokens, m.blocks, sum);
 #pragma GCC unroll 16
     for (int t = 0; t < N; t++) {
       float* const part[3] = {m.at(kSum, p, token + t), m.at(kSum + 1, p, token + t), m.at(kSum + 2, p, token + t)};
       join_lane(step, sum[t], part);
-      if (!kSpread) continue;
-      float* const spread[3] = {m.at(kVariance, p, token + t), m.at(kVariance + 1, p, token + t), m.at(kVariance + 2, p, token + t)};
-      join_lane(step, variance[t], spread);
     }
   }
 }
 
-// Sums (and variances) of the unpacked panels with all tokens. A spread doubles the registers, so it takes half the tokens.
-template <class F, bool kSpread>
+// Sums of the unpacked panels with all tokens.
+template <class F>
 static void panel_products(const TileScratch& m, int panels, const TokenGroup* x, int tokens) {
-  constexpr int most = kSpread ? 8 : 16;
+  constexpr int most = kTileTokens;
   const int full = tokens / most * most, rest = tokens - full;
   for (int step = 0; step < kLanes; step++) {
     if (full && (step == 0 || rest)) configure(most);
-    for (int token = 0; token < full; token += most) lane_of_tokens<Panel<F>, kSpread, most>(m, step, panels, x, token);
+    for (int token = 0; token < full; token += most) lane_of_tokens<Panel<F>, most>(m, step, panels, x, token);
     if (!rest) continue;
     const int padded = rest <= 4 ? 4 : rest <= 8 ? 8 : 16;
     configure(padded);
-    if (padded == 4) lane_of_tokens<Panel<F>, kSpread, 4>(m, step, panels, x, full);
-    else if (padded == 8) lane_of_tokens<Panel<F>, kSpread, 8>(m, step, panels, x, full);
-    else if (!kSpread) lane_of_tokens<Panel<F>, kSpread, most>(m, step, panels, x, full);
+    if (padded == 4) lane_of_tokens<Panel<F>, 4>(m, step, panels, x, full);
+    else if (padded == 8) lane_of_tokens<Panel<F>, 8>(m, step, panels, x, full);
+    else lane_of_tokens<Panel<F>, most>(m, step, panels, x, full);
   }
 }
 
