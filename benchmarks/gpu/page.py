@@ -15,12 +15,15 @@ from persimmon.bench.report import between
 
 BEGIN, END = "<!-- measured on GPUs: benchmarks/gpu/page.py -->", "<!-- end -->"
 
+GIB = 1 << 30
+
 Rows = list[dict[str, Any]]
 
 
 def tables(report: dict[str, Any]) -> Iterator[str]:
     """Markdown of one report, section by section."""
-    sections: dict[str, Rows] = {name: [] for name in ("ceilings", "decode", "pairs", "prefill", "quality")}
+    names = ("ceilings", "decode", "pairs", "prefill", "quality", "baselines", "memory")
+    sections: dict[str, Rows] = {name: [] for name in names}
     for name, section in report["sections"].items():
         sections[name] = [row for row in section["rows"] if "error" not in row and "skipped" not in row]
     device = report["device"]
@@ -43,7 +46,7 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
             "of the copy bandwidth",
             "MLP",
         ),
-        (decode_cells(row) for row in sections["decode"]),
+        (decode_cells(row) for row in ordered(sections["decode"], report["formats"])),
     )
     yield markdown(
         ("weights", "tokens/s dense", "sparse", "ratio", "ids"),
@@ -62,6 +65,18 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
         ),
     )  # fmt: skip
     yield markdown(("weights", "mean KL, nats", "largest error"), quality_cells(sections["quality"]))
+    if sections["baselines"]:
+        yield markdown(
+            ("beside it, bfloat16", "sequences", "tokens/s", "this engine", "ratio"),
+            baseline_cells(sections["baselines"], sections["decode"]),
+        )
+    if sections["memory"]:
+        yield markdown(("weights", "cache", "context", "planned, GiB", "at the peak"), memory_cells(sections["memory"]))
+
+
+def ordered(rows: Rows, formats: Sequence[str]) -> Rows:
+    """Rows of decoding by format, context and batch, whenever they were measured."""
+    return sorted(rows, key=lambda row: (formats.index(row["format"]), row["context"], row["batch"]))
 
 
 def decode_cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -82,6 +97,26 @@ def quality_cells(rows: Rows) -> Iterator[tuple[str, ...]]:
         else:
             ties = f"{row['other_ids']} of {row['ids']} greedy ids differ, all within {row['largest_gap']:.3f}"
             yield row["format"], "", f"{ties} of the best logit"
+
+
+def baseline_cells(baselines: Rows, decode: Rows) -> Iterator[tuple[str, ...]]:
+    """Lines of the table of other programs, each beside this engine's row of as many sequences."""
+    ours = {
+        row["batch"]: row["tokens_per_second"]
+        for row in sorted(decode, key=lambda row: -row["context"])  # the shortest context stays
+        if row["format"] == "bfloat16"
+    }
+    for row in baselines:
+        rate, own = row["tokens_per_second"], ours[row["batch"]]
+        yield row["what"], str(row["batch"]), f"{rate:,.0f}", f"{own:,.0f}", f"{own / rate:.2f}"
+
+
+def memory_cells(rows: Rows) -> Iterator[tuple[str, ...]]:
+    """Lines of the table of memory: the plan without its reserve, and what the allocator gave out."""
+    for row in rows:
+        planned, peak = row["planned_bytes"] / GIB, row["peak_bytes"] / GIB
+        more = f"{peak:.2f} ({1024 * (peak - planned):+.0f} MiB)"
+        yield row["format"], row["kv_dtype"], f"{row['context']:,}", f"{planned:.2f}", more
 
 
 def markdown(head: Sequence[str], lines: Iterator[tuple[str, ...]]) -> str:

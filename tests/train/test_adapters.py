@@ -114,7 +114,7 @@ def test_adapters_on_packed_weights_lower_it_too(settings: dict[str, Any], tmp_p
 
 def test_bfloat16_keeps_the_base_in_it_and_the_adapters_in_float32(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["loop"]["dtype"] = "bfloat16"
-    recipe, rows = train(settings, tmp_path, epochs=2)
+    recipe, rows = train(settings, tmp_path, epochs=4)
     model, _ = load_for_training(recipe, BASE)
     types = {p.requires_grad: p.dtype for p in model.parameters()}
     assert types == {False: torch.bfloat16, True: torch.float32}

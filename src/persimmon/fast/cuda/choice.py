@@ -74,8 +74,18 @@ SPARSE = KernelTable("any", 0.0, {
 MEASURED = (
     # benchmarks/gpu/results/h200.json, section mlp: the 8B's layers, 10 % of the neurons active.
     KernelTable("NVIDIA H200", 0.1, {
-        "bfloat16": {1: MlpTimes(67.04, 42.49), 8: MlpTimes(71.69, 70.03)},
-        "q8": {1: MlpTimes(53.14, 31.47), 8: MlpTimes(95.3, 89.67)},
+        "bfloat16": {
+            1: MlpTimes(67.04, 42.49), 2: MlpTimes(72.08, 51.05), 4: MlpTimes(72.09, 58.42), 8: MlpTimes(71.69, 70.03),
+        },
+        "q8": {
+            1: MlpTimes(53.14, 31.47), 2: MlpTimes(102.16, 69.17), 4: MlpTimes(99.74, 77.67), 8: MlpTimes(95.3, 89.67),
+        },
+        "p44": {
+            1: MlpTimes(55.17, 61.29), 2: MlpTimes(94.9, 62.47), 4: MlpTimes(94.68, 72.89), 8: MlpTimes(93.87, 88.62),
+        },
+        "fp8": {
+            1: MlpTimes(41.83, 27.96), 2: MlpTimes(80.64, 61.28), 4: MlpTimes(79.49, 73.67), 8: MlpTimes(75.6, 91.84),
+        },
     }),
 )  # fmt: skip
 """What was measured with this version's kernels."""
