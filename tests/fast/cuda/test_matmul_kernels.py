@@ -86,3 +86,5 @@ def test_a_large_matrix_in_gpu_sized_tiles(monkeypatch: pytest.MonkeyPatch) -> N
     check(random(20, 150, seed=3), make("q4", 200, 150), random(200, seed=4), squared=True)
     tiles = matmul.gemm_tiles(layouts.INT4, 20, 150)
     assert tiles["BLOCK_N"] < 200, "several programs"
+    widths = [matmul.gemm_tiles(number, 20, 150)["BLOCK_M"] for number in (layouts.INT4, layouts.INT8, layouts.FP8)]
+    assert widths == [32, 64, 64], "as steps of 32 and 64 rows were measured"

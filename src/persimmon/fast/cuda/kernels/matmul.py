@@ -211,6 +211,8 @@ def gemv_tiles(matrix_format: int, inputs: int) -> dict[str, int]:
 def gemm_tiles(matrix_format: int, tokens: int, inputs: int) -> dict[str, int]:
     """Tile sizes of gemm, and how many steps of loads run ahead."""
     width = max(16, min(power_of_two(tokens), 64))
+    if width == 32 and matrix_format in (INT8, FP8):
+        width = 64  # a step of 64 rows was faster than one of 32 with tiles of 32 (docs/gpu.md: q8 9.2 and 11.0 ms)
     rows, deep, warps = (64, 256, 4) if width == 16 else (64, 128, 4)
     if width > 16 and matrix_format in (INT4, PLANES):
         rows, warps = 128, 8
