@@ -7,6 +7,7 @@ from torch import Tensor
 
 from triton_interpreter import DEVICE  # isort: skip - sets the environment that triton reads
 
+from persimmon.fast.cpu.formats import OUTLIERS
 from persimmon.fast.cuda import layouts
 from persimmon.fast.cuda.kernels import matmul
 from persimmon.fast.cuda.layouts import Matrix
@@ -41,13 +42,13 @@ def with_outliers(
     planes: list[Tensor], scales: Tensor, outputs: int, inputs: int, generator: torch.Generator
 ) -> Matrix:
     """Planes whose outlier columns hold zero (high 8, low 0), and those columns apart."""
-    columns = torch.full((layouts.OUTLIERS,), -1, dtype=torch.int32)
+    columns = torch.full((OUTLIERS,), -1, dtype=torch.int32)
     columns[:3] = torch.tensor([0, inputs // 2, inputs - 1], dtype=torch.int32)
     for column in columns[:3].tolist():
         word, shift = column // 32 * 4 + column % 4, column // 4 % 8 * 4
         high, low = (plane[:, word].long() & ~(15 << shift) for plane in planes)
         planes[0][:, word], planes[1][:, word] = (high | (8 << shift)).to(torch.int32), low.to(torch.int32)
-    exact = torch.randn(outputs, layouts.OUTLIERS, generator=generator).half()
+    exact = torch.randn(outputs, OUTLIERS, generator=generator).half()
     high, low, scales, exact, columns = (t.to(DEVICE) for t in (*planes, scales, exact, columns))
     return Matrix(layouts.PLANES, outputs, inputs, False, high, scales, low, exact, columns)
 

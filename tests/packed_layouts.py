@@ -102,7 +102,7 @@ def read_planes(top: np.ndarray, rest: np.ndarray) -> Planes:
     return Planes(codes, top[:, 64 * size : 72 * size], facts[:, 0], facts[:, 1], facts[:, 2])
 
 
-def round_planes(weights: np.ndarray, center: np.ndarray) -> Planes:
+def round_planes(weights: np.ndarray, center: np.ndarray, importance: np.ndarray | None = None) -> Planes:
     """The rounding itself, a second time."""
     columns = weights.shape[1]
     w = padded(weights)
@@ -116,7 +116,7 @@ def round_planes(weights: np.ndarray, center: np.ndarray) -> Planes:
     codes = np.rint(np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0)).astype(np.int32)
     rounded = Planes(codes.reshape(w.shape), scale_codes, unit, unit, unit)
     lost = (rounded.floats - rounded.coarse)[:, :columns].astype(np.float64)
-    shift, error = lost @ center.astype(np.float64), np.sqrt((lost**2).mean(1))
+    shift, error = lost @ center.astype(np.float64), np.sqrt(np.average(lost**2, axis=1, weights=importance))
     return Planes(rounded.codes, scale_codes, unit, shift.astype(np.float32), error.astype(np.float32))
 
 
@@ -167,11 +167,13 @@ def pack(kind: str, weights: np.ndarray, importance: np.ndarray | None = None) -
     return out
 
 
-def pack_planes(weights: np.ndarray, center: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def pack_planes(
+    weights: np.ndarray, center: np.ndarray | None = None, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = weights.shape
     top = np.full((rows, top_bytes(columns)), 255, np.uint8)
     rest = np.full((rows, 192 * superblocks(columns)), 255, np.uint8)
-    _native.pack_planes(weights, np.zeros(columns, np.float32) if center is None else center, top, rest, 1)
+    _native.pack_planes(weights, np.zeros(columns, np.float32) if center is None else center, importance, top, rest, 1)
     return top, rest
 
 

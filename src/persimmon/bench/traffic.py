@@ -98,9 +98,8 @@ def head_bytes(config: ModelConfig, form: Format, exact_rows: float) -> float:
     hidden, rows = config.hidden_size, config.vocab_size
     if form.head == "planes":
         top, rest = top_bytes(hidden), row_bytes("rest", hidden)
-        again = (
-            top if exact_rows < rows else 0
-        )  # rows are refined once all are estimated: their top rows are read twice
+        # Rows are refined once all are estimated, so that their top rows are read twice.
+        again = top if exact_rows < rows else 0
         matrix = rows * top + exact_rows * (again + rest)
     elif exact_rows < rows:
         matrix = rows * sketch_row_bytes(hidden) + exact_rows * row_bytes(form.head, hidden)

@@ -61,7 +61,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--sparsity-margin",
         type=float,
         metavar="K",
-        help="deviations below zero at which a p44 neuron is skipped; inf skips none (cpu engine, default 1)",
+        help="deviations below zero at which a p44 neuron is skipped; inf skips none (cpu engine, default 0.5)",
     )
     group.add_argument("--weights", metavar="NAME", help=WEIGHTS_HELP)
     group.add_argument("--adapter", metavar="DIR", help="run with this LoRA adapter (PEFT's form)")

@@ -97,7 +97,7 @@ def test_planes_are_packed_into_the_beginning_of_longer_rows() -> None:
     w, center = planes_case(11, 300, 1)
     top, rest = pack_planes(w, center)
     longer = [np.full((11, size), 7, np.uint8) for size in (top_bytes(300) + 64, 192 * superblocks(300) + 544)]
-    _native.pack_planes(w, center, *longer, 2)
+    _native.pack_planes(w, center, None, *longer, 2)
     for found, expected in zip(longer, (top, rest), strict=True):
         width = expected.shape[1]
         assert np.array_equal(found[:, :width], expected) and (found[:, width:] == 7).all()

@@ -65,13 +65,15 @@ def test_planes_are_rounded_around_the_bias_of_the_norm_before(model: PersimmonM
     up = layer.mlp.dense_h_to_4h.weight.detach().numpy().copy()
     center = layer.post_attention_layernorm.bias.detach().numpy().copy()
     exact = up[:, columns].astype(np.float16)
-    up[:, columns], center[columns] = 0.0, 0.0
+    energy = layer.post_attention_layernorm.weight.detach().numpy() ** 2
+    up[:, columns], center[columns], energy[columns] = 0.0, 0.0, 0.0
     hot, cold = arrays["layers.1.mlp.hot"], arrays["layers.1.mlp.cold"]
-    same_planes(read_planes(hot, cold[:, :REST]), round_planes(up, center))
+    same_planes(read_planes(hot, cold[:, :REST]), round_planes(up, center, energy))
     assert np.array_equal(with_outliers(hot, model.config.hidden_size, exact), hot)
     down = layer.mlp.dense_4h_to_h.weight.detach().numpy().T
     assert np.array_equal(cold[:, REST:], pack_neurons(np.ascontiguousarray(down)))
-    head = model.lm_head.weight.detach().numpy(), model.final_layernorm.bias.detach().numpy()
+    norm = model.final_layernorm
+    head = model.lm_head.weight.detach().numpy(), norm.bias.detach().numpy(), norm.weight.detach().numpy() ** 2
     same_planes(read_planes(arrays["lm_head.top"], arrays["lm_head.rest"]), round_planes(*head))
 
 
@@ -98,6 +100,20 @@ def test_the_engine_measures_distances_from_the_norms_bias(model: PersimmonModel
         )
         assert counted["candidates"] == pytest.approx(kept, rel=5e-3)  # attention is int4 and its sums are near only
         assert margin < 1 or from_zero > 1.1 * kept
+
+
+@pytest.mark.parametrize("top", [1, 5])
+def test_the_head_finds_the_top_where_large_inputs_meet_large_weights(tmp_path: Path, top: int) -> None:
+    """One input is a hundred times the others, and its group of weights six times: distances depend on scales there."""
+    made = sparse_model(CONFIG.replace(hidden_size=1024, intermediate_size=512, num_layers=1, num_heads=8)).float()
+    made.final_layernorm.weight.data[5] *= 100
+    made.lm_head.weight.data[:, :32] *= 6
+    hub.save_model(made, None, tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path / "p44", "p44")
+    decoder = load_decoder(tmp_path / "p44", kv_dtype="float32")
+    (rows,) = decoder.forward([Chunk(decoder.new_sequence(len(IDS)), IDS, "all")], exact_top=top)
+    (full,) = decoder.forward([Chunk(decoder.new_sequence(len(IDS)), IDS, "all")])
+    assert np.array_equal(np.sort(rows, 1)[:, -top:], np.sort(full, 1)[:, -top:])
 
 
 def test_the_head_ranks_around_the_final_norms_bias(model: PersimmonModel, packed: Path) -> None:

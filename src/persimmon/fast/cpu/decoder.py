@@ -29,8 +29,8 @@ KV_DTYPES = ("auto", "float32", "int8")
 DEFAULT_MARGIN = 0.5
 """Standard deviations of what a neuron's top two bits leave out; missed are active neurons with small activations.
 
-On mini and mini-base it adds 2 % to the format's own KL divergence of 1.0e-2 to 1.5e-2 nats; 0.75 adds 1 %, 1 adds 0.4 % and
-reads a quarter more rest rows (docs/sparsity.md).
+On mini and mini-base it adds 2 % to the format's own KL divergence of 1.0e-2 to 1.5e-2 nats; 0.75 adds 1 %, 1 adds
+0.4 % and reads a quarter more rest rows (docs/sparsity.md).
 """
 
 _SEQUENCE_BLOCK = 64

@@ -53,11 +53,11 @@ class Packer:
         """Final norm and head."""
         specs = head_tensors(self._config, self._form)
         arrays: Arrays = _uninitialized(specs)
-        center = self._source.vector("final_layernorm.bias")
+        center, energy = self._source.vector("final_layernorm.bias"), self._source.vector("final_layernorm.weight") ** 2
         for start, rows in self._source.rows("lm_head.weight"):
             part = slice(start, start + len(rows))
             top, rest = arrays["lm_head.top"][part], arrays["lm_head.rest"][part]
-            self._native.pack_planes(rows, center, top, rest, self._threads)
+            self._native.pack_planes(rows, center, energy, top, rest, self._threads)
         arrays |= {spec.name: self._source.vector(spec.name) for spec in specs if spec.dtype == "F32"}
         return {spec.name: arrays[spec.name] for spec in specs}
 
@@ -97,7 +97,8 @@ class Packer:
         arrays[prefix + "mlp.outlier_columns"] = columns
         kept = columns[columns >= 0]
         center = self._source.vector(norm + ".bias").copy()
-        center[kept] = 0.0
+        energy = self._source.vector(norm + ".weight") ** 2
+        center[kept] = energy[kept] = 0.0
         _, at, end = top_parts(self._config.hidden_size)
         for start, rows in self._source.rows(prefix + "mlp.dense_h_to_4h.weight"):
             part = slice(start, start + len(rows))
@@ -105,7 +106,7 @@ class Packer:
             exact[:, : kept.size] = rows[:, kept]
             rows = rows.copy() if not rows.flags.writeable else rows
             rows[:, kept] = 0.0
-            self._native.pack_planes(rows, center, hot[part], cold[part], self._threads)
+            self._native.pack_planes(rows, center, energy, hot[part], cold[part], self._threads)
             hot[part, at:end] = exact.view(np.uint8)
         offset = row_bytes("rest", self._config.hidden_size)
         for start, rows in self._source.columns(prefix + "mlp.dense_4h_to_h.weight"):

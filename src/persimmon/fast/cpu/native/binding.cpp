@@ -514,12 +514,13 @@ void py_pack_rows(const std::string& format_name, In<float, 2> w, Out<uint8_t, 2
   pack_rows(args, format, out.data(), out.shape(1));
 }
 
-void py_pack_planes(In<float, 2> w, In<float, 1> center, Out<uint8_t, 2> top, Out<uint8_t, 2> rest, int threads) {
+void py_pack_planes(In<float, 2> w, In<float, 1> center, std::optional<In<float, 1>> importance, Out<uint8_t, 2> top,
+                    Out<uint8_t, 2> rest, int threads) {
   require(center.size() == w.shape(1), "the center has the wrong size");
   const int blocks = static_cast<int>(round_up(w.shape(1), kSuperblock) / kSuperblock);
   require(top.shape(0) == w.shape(0) && top.shape(1) >= top_row_bytes(blocks), "output has the wrong shape");
   check_out(rest, w, kRestBytes, 0);
-  const PackArgs args = pack_args(w, std::nullopt, threads);
+  const PackArgs args = pack_args(w, importance, threads);
   nb::gil_scoped_release release;
   pack_planes(args, center.data(), top.data(), top.shape(1), rest.data(), rest.shape(1));
 }
@@ -611,7 +612,7 @@ NB_MODULE(_native, m) {
         }, "data"_a, "isa"_a = "auto", "64 bits that change when the data is damaged.");
 
   m.def("pack_rows", &py_pack_rows, "format"_a, "weights"_a, "out"_a.noconvert(), "importance"_a.none(), "threads"_a);
-  m.def("pack_planes", &py_pack_planes, "weights"_a, "center"_a, "top"_a.noconvert(), "rest"_a.noconvert(), "threads"_a);
+  m.def("pack_planes", &py_pack_planes, "weights"_a, "center"_a, "importance"_a.none(), "top"_a.noconvert(), "rest"_a.noconvert(), "threads"_a);
   m.def("pack_neurons", &py_pack_neurons, "weights"_a, "out"_a.noconvert(), "offset"_a, "threads"_a);
 
   m.def("pack_int4_records", &py_pack_int4_records, "weights"_a, "first"_a, "width"_a, "out"_a.noconvert(), "threads"_a,

@@ -1,10 +1,11 @@
 // The vocabulary head: all logits, in two passes only the largest, or log-probabilities of given tokens.
 //
 // Two passes (head stored in planes): the top two bits of every row give an estimate and the standard deviation of its
-// error. The exact logits of the rows with the largest estimates, kTried more than wanted, give a value that the top-th largest
-// exact logit cannot be below: the top-th largest of them; every row whose estimate plus kHeadSigmas deviations reaches it is computed exactly. A row among
-// the true top is lost only if its error is beyond kHeadSigmas deviations, 1e-9 for a normal distribution (which a sum of
-// thousands of roundings is, unless the weights were built against it). An infinite sparsity margin always reads all.
+// error. The exact logits of the rows with the largest estimates, kTried more than wanted, give a value that the top-th
+// largest exact logit cannot be below: the top-th largest of them. Every row whose estimate plus kHeadSigmas deviations
+// reaches it is computed exactly. A row among the true top is lost only if its error is beyond kHeadSigmas deviations: 1e-9
+// for a normal distribution, which a sum of thousands of roundings is where the inputs' distances from their center do not
+// depend on the scales of the weights they meet. An infinite sparsity margin always reads all.
 // Float weights and one token: the estimates are those of a sketch (sketch.h), whose bounds are certain; the exact logits are those of
 // the full head, bit for bit.
 #include <algorithm>
@@ -123,6 +124,7 @@ void Model::two_passes(int tokens, int top, int tried, float* logits, Estimate&&
   const size_t stride = vocab, size = round_up(tokens * stride, kSketchRows);
   estimates_.resize(size), bounds_.resize(size);
   std::vector<std::vector<Ranked>> ranked(static_cast<size_t>(tokens) * chunks);
+  const int kept = std::max(top, 2 * (top + tried) / chunks);  // of each chunk
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     for (int c = begin; c < end; c++) {
       const int first = c * kHeadChunk, last = std::min(first + kHeadChunk, vocab);
@@ -136,25 +138,30 @@ void Model::two_passes(int tokens, int top, int tried, float* logits, Estimate&&
           const float value = estimates_[t * stride + r];
           if (!(value >= least)) continue;
           best.push_back({value, r});
-          if (static_cast<int>(best.size()) < 2 * top) continue;
-          keep_best(&best, top);
+          if (static_cast<int>(best.size()) < 2 * kept) continue;
+          keep_best(&best, kept);
           least = std::max_element(best.begin(), best.end(), better)->value;
         }
-        keep_best(&best, top);
+        keep_best(&best, kept);
       }
     }
   });
-  std::vector<float> threshold(tokens, HUGE_VALF);
-  for (int t = 0; t < tokens; t++) {
-    std::vector<Ranked> best;
+  std::vector<float> threshold(tokens);
+  std::vector<std::vector<Ranked>> found(tokens);  // rows that were tried
+  const auto try_best = [&](int t, int thread) {
+    std::vector<Ranked>& best = found[t];
     for (int c = 0; c < chunks; c++)
       best.insert(best.end(), ranked[static_cast<size_t>(t) * chunks + c].begin(), ranked[static_cast<size_t>(t) * chunks + c].end());
     keep_best(&best, top + tried);
     bool damaged = static_cast<int>(best.size()) < top;  // weights whose products are no numbers: all are read
-    for (Ranked& row : best) row.value = exact(t, row.row, 0), damaged |= std::isnan(row.value);
+    for (Ranked& row : best) row.value = exact(t, row.row, thread), damaged |= std::isnan(row.value);
     if (!damaged) std::nth_element(best.begin(), best.begin() + (top - 1), best.end(), better);
     threshold[t] = damaged ? -HUGE_VALF : best[top - 1].value;
-  }
+  };
+  if (tokens == 1) try_best(0, 0);
+  else pool_.parallel_for(tokens, 1, [&](int begin, int end, int thread) {
+    for (int t = begin; t < end; t++) try_best(t, thread);
+  });
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     const int first = begin * kHeadChunk, last = std::min(end * kHeadChunk, vocab);
     for (int t = 0; t < tokens; t++) {
@@ -166,6 +173,9 @@ void Model::two_passes(int tokens, int top, int tried, float* logits, Estimate&&
       }
     }
   });
+  for (int t = 0; t < tokens; t++)  // those that were tried are known, whatever their bounds say
+    for (const Ranked& row : found[t])
+      if (row.value >= threshold[t]) logits[t * stride + row.row] = row.value;
 }
 
 // Rows in planes.

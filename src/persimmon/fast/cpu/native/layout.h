@@ -62,7 +62,8 @@ struct TopFacts {
   uint16_t outlier[kOutliers];  // float16 weights of the outlier columns
   float unit;                   // scale of a group = unit * its byte
   float shift;                  // product of what the top bits leave out with the center of the inputs
-  float error;                  // root of the mean square of what they leave out, over the row
+  float error;                  // root of the mean square of what they leave out, inputs weighted by their mean squared distance
+                                // from the center: error * distance is a standard deviation if distances and losses are independent
   float unused;
 };
 static_assert(sizeof(TopFacts) == 48, "three quarters of a cache line");

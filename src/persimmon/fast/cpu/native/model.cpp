@@ -63,7 +63,7 @@ Model::Linear Model::resolve_linear(const Resolver& tensors, const std::string& 
   linear.blocks = static_cast<int>(round_up(inputs, kSuperblock) / kSuperblock);
   linear.row_bytes = row_bytes(format, linear.blocks);
   const bool planes = format == Format::planes;
-  linear.weights = tensors.bytes(name + (planes ? ".top" : ".weight"), linear.row_bytes * rows);
+  linear.weights = tensors.aligned(name + (planes ? ".top" : ".weight"), linear.row_bytes * rows, planes ? alignof(TopFacts) : 1);
   if (planes) {
     linear.rest_bytes = static_cast<size_t>(linear.blocks) * kRestBytes;
     linear.rest = tensors.bytes(name + ".rest", linear.rest_bytes * rows);
@@ -116,7 +116,7 @@ void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, 
     layer->neuron_bytes = static_cast<size_t>(blocks) * (kRestBytes + kInt8Bytes);
     layer->up = {};
     layer->up.row_bytes = top_row_bytes(blocks);
-    layer->up.weights = tensors.bytes(prefix + "hot", layer->up.row_bytes * neurons);
+    layer->up.weights = tensors.aligned(prefix + "hot", layer->up.row_bytes * neurons, alignof(TopFacts));
     layer->neurons = tensors.bytes(prefix + "cold", layer->neuron_bytes * neurons);
     layer->outlier_columns = tensors.array<int32_t>(prefix + "outlier_columns", kOutliers);
     for (int i = 0; i < kOutliers; i++)

@@ -163,13 +163,13 @@ void put_two_bits(uint8_t* line, int position, int value) {
   line[position % 64] = static_cast<uint8_t>(line[position % 64] | value << position / 64 * 2);
 }
 
-void pack_planes_row(const float* w, int inputs, const float* center, uint8_t* top, uint8_t* rest) {
+void pack_planes_row(const float* w, int inputs, const float* center, const float* importance, uint8_t* top, uint8_t* rest) {
   const size_t blocks = round_up(inputs, kSuperblock) / kSuperblock;
   memset(top, 0, top_row_bytes(static_cast<int>(blocks)));
   memset(rest, 0, blocks * kRestBytes);
   const RowScales scales = row_scales(w, inputs);
   uint8_t* const codes = top + blocks * kTopBytes;
-  double shift = 0, squares = 0;
+  double shift = 0, squares = 0, all = 0;
   for (int i = 0; i < static_cast<int>(blocks) * kSuperblock; i++) {
     const int g = i / kGroup;
     const uint8_t code = g * kGroup < inputs ? scales.code[g] : 0;
@@ -179,14 +179,14 @@ void pack_planes_row(const float* w, int inputs, const float* center, uint8_t* t
     const int position = lane_order(g % kLanes, i % kGroup);
     put_two_bits(t, position, value / 64);
     put_two_bits(r, position, left / 16);
-    put_nibble(r + kTopBytes, position, left % 16);
+    put_nibble(r + kRestBytes - kSuperblock / 2, position, left % 16);
     codes[g] = code;
     if (i >= inputs) continue;
-    const double lost = scale * (left - 31.5);
-    shift += lost * center[i], squares += lost * lost;
+    const double lost = scale * (left - 31.5), weight = importance ? importance[i] : 1;
+    shift += lost * center[i], squares += lost * lost * weight, all += weight;
   }
   TopFacts facts = {};
-  facts.unit = scales.unit, facts.shift = static_cast<float>(shift), facts.error = static_cast<float>(std::sqrt(squares / inputs));
+  facts.unit = scales.unit, facts.shift = static_cast<float>(shift), facts.error = static_cast<float>(std::sqrt(all > 0 ? squares / all : 0));
   memcpy(codes + blocks * kLanes, &facts, sizeof facts);
 }
 
@@ -198,7 +198,7 @@ void pack_planes(const PackArgs& args, const float* center, uint8_t* top, size_t
     const float* w = args.weights + static_cast<size_t>(r) * args.inputs;
     for (int i = 0; i < args.inputs; i++)
       if (!(std::fabs(w[i]) < 7 * kLargestHalf)) return void(refused = true);
-    pack_planes_row(w, args.inputs, center, top + r * top_stride, rest + r * rest_stride);
+    pack_planes_row(w, args.inputs, center, args.importance, top + r * top_stride, rest + r * rest_stride);
   });
   check(refused);
 }

@@ -15,7 +15,8 @@ struct PackArgs {
 // q8 and q4 rows, `stride` bytes apart.
 void pack_rows(const PackArgs& args, Format format, uint8_t* out, size_t stride);
 
-// int8 weights as top rows, without outlier weights, and rest rows; `center` [inputs] of the inputs that they will meet.
+// int8 weights as top rows, without outlier weights, and rest rows; `center` [inputs] of the inputs that they will meet, and
+// in args.importance how far from it each is on average, squared.
 void pack_planes(const PackArgs& args, const float* center, uint8_t* top, size_t top_stride, uint8_t* rest, size_t rest_stride);
 
 // int8 superblocks in plain order: rows that are added to an output.

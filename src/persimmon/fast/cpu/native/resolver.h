@@ -27,11 +27,15 @@ class Resolver {
     return found->second.data;
   }
 
+  const uint8_t* aligned(const std::string& name, size_t size, size_t alignment) const {
+    const uint8_t* data = bytes(name, size);
+    if (reinterpret_cast<uintptr_t>(data) % alignment) throw std::invalid_argument("tensor " + name + " is misaligned");
+    return data;
+  }
+
   template <class T>
   const T* array(const std::string& name, size_t count) const {
-    const uint8_t* data = bytes(name, count * sizeof(T));
-    if (reinterpret_cast<uintptr_t>(data) % alignof(T)) throw std::invalid_argument("tensor " + name + " is misaligned");
-    return reinterpret_cast<const T*>(data);
+    return reinterpret_cast<const T*>(aligned(name, count * sizeof(T), alignof(T)));
   }
 
  private:

@@ -4,8 +4,8 @@
 // is never read. At 10% active this reads a tenth of the matrix.
 // Margin part (p44 only). The int8 up projection is cut into its top two bits and the rest. The top of every neuron is read
 // as one stream and gives an estimate; its error is taken for normal with the standard deviation error * distance, where
-// `error` is the root mean square of what the row's top bits leave out and `distance` that of the inputs from their center
-// (what they leave out of the center's product is known: `shift`). A neuron whose estimate + shift is below -margin
+// `error` is the root mean square of what the row's top bits leave out and `distance` how far the inputs are from their center
+// (what is left out of the center's product is known: `shift`). A neuron whose estimate + shift is at most -margin
 // deviations is taken for inactive. Only the others read their cold row: [rest | int8 down row], contiguous. With an
 // infinite margin every rest is read, and the result is that of the int8 weights.
 // Estimate + rest is always computed in this order, so that a neuron that is kept has the same value for every margin.
@@ -316,10 +316,8 @@ static void down_chunk(const MlpArgs& a, const ActiveBlock* active, int column, 
     for (int i = 0; i < C; i++) y[t * y_stride + column + i] += total[t * C + i] + bias[column + i];
 }
 
-// Few tokens: hardly a row is wanted by two of them, so every token reads its rows as they are, C columns of them at a time,
-// its sums in registers. The pieces that the next block of neurons wants are fetched meanwhile, each as long as the range.
-// What the next block wants is fetched line by line between the rows of this one: asked for in bursts it waits for the few line
-// buffers, and this block with it (docs/LOG.md, 2026-11-27).
+// Lines of memory to fetch, asked for a few at a time between other work: in bursts they wait for the few line buffers, and the
+// work with them (docs/LOG.md, 2026-11-27).
 struct PieceFetcher {
   const uint8_t* piece[kNeuronBlock];
   int count = 0, at = 0;
@@ -330,8 +328,8 @@ struct PieceFetcher {
     const int all = count * static_cast<int>((bytes + kLineBytes - 1) / kLineBytes);
     lines = visits ? (all + visits - 1) / visits : all;
   }
-  inline __attribute__((always_inline)) void step(int lines) {
-    for (; lines > 0 && at < count; lines--) {
+  inline __attribute__((always_inline)) void fetch(int wanted) {
+    for (; wanted > 0 && at < count; wanted--) {
       __builtin_prefetch(piece[at] + offset, 0, 2);
       offset += kLineBytes;
       if (offset >= bytes) at++, offset = 0;
@@ -356,12 +354,14 @@ INLINE void add_own_columns(const uint8_t* base, size_t row_bytes, const ActiveB
       y[2 * g] = fma(p, D::load(row, column + g * kGroup, 0), y[2 * g]);
       y[2 * g + 1] = fma(p, D::load(row, column + g * kGroup, 16), y[2 * g + 1]);
     }
-    fetcher->step(fetcher->lines);
+    fetcher->fetch(fetcher->lines);
   }
 #pragma GCC unroll 16
   for (int k = 0; k < C / 16; k++) store16(total + 16 * k, add(load16(total + 16 * k), y[k]));
 }
 
+// Few tokens: hardly a row is wanted by two of them, so every token reads its rows as they are, C columns of them at a time,
+// its sums in registers. The pieces that the next block of neurons wants, each as long as the range, are fetched meanwhile.
 template <class D, int C>
 static void down_few(const MlpArgs& a, const ActiveBlock* active, int begin, int end, const float* bias, float* y, size_t y_stride,
                      float* total) {
@@ -377,7 +377,7 @@ static void down_few(const MlpArgs& a, const ActiveBlock* active, int begin, int
     return fetcher;
   };
   PieceFetcher first = fetcher_of(0);
-  first.spread_over(0), first.step(first.lines);
+  first.spread_over(0), first.fetch(first.lines);
   for (int b = 0; b < num_blocks; b++) {
     const ActiveBlock* mine = active + static_cast<size_t>(b) * a.tokens;
     PieceFetcher next = fetcher_of(b + 1);
@@ -387,7 +387,7 @@ static void down_few(const MlpArgs& a, const ActiveBlock* active, int begin, int
     for (int column = begin; column < end; column += C)
       for (int t = 0; t < a.tokens; t++)
         if (mine[t].count) add_own_columns<D, C>(base(b), a.down_bytes, mine[t], column, &next, total + t * columns + (column - begin));
-    if (!visits) next.step(next.lines);
+    if (!visits) next.fetch(next.lines);
   }
   for (int t = 0; t < a.tokens; t++)
     for (int i = 0; i < columns; i++) y[t * y_stride + begin + i] += total[t * columns + i] + bias[begin + i];
