@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -22,6 +22,9 @@ from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, re
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, UnavailableError
 from persimmon.infer.decoder import Chunk, Logits
+
+WARM_STEPS = 4
+"""Steps before the first timed one."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Decoding:
         self._cache = fill(subject, work.fill, work.depth, work.tokens, work.batch)
         self.head_rows = float(subject.config.vocab_size)
         """Logits per token that the last step computed exactly; the others are -inf."""
-        self.run(min(work.tokens, 4))  # pages in the weights and starts the threads
+        self.run(min(work.tokens, WARM_STEPS))  # pages in the weights and starts the threads
         subject.reset_counts()
 
     def run(self, steps: int | None = None) -> float:
@@ -82,40 +85,72 @@ class Decoding:
         self._cache.close()
 
 
-def decode_row(subject: Subject, work: DecodeWork, runs: int, ceiling: Ceiling, peer: Peer | None) -> Row:
+class Ours:
+    """Our side of a row: the model stays loaded, or, beside a peer that fills the memory, is loaded for each run."""
+
+    def __init__(self, subject: Subject, work: DecodeWork, load: Callable[[], Subject] | None = None) -> None:
+        """load: loads the model again; between runs nothing of it is kept then. The caller lets go of `subject`."""
+        self._work, self._load = work, load
+        self._decoding: Decoding | None = None
+        self._subject: Subject | None = subject
+        if load is not None:
+            self._subject = None
+
+    def run(self) -> float:
+        """Tokens per second; leaves what the run was and read."""
+        subject = self._subject if self._load is None else self._load()
+        assert subject is not None
+        decoding = self._decoding or Decoding(subject, self._work)
+        speed = decoding.run()
+        self.facts = subject.facts()
+        self.traffic = subject.traffic(self._work.attended, self._work.batch, decoding.head_rows)
+        self.shares = neuron_shares(subject)
+        if self._load is None:
+            self._decoding = decoding
+        else:
+            decoding.close()
+        return speed
+
+    def run_after_a_large_peer(self) -> float:
+        """The same with weights back in memory that the peer has pushed out."""
+        if self._subject is not None and self._decoding is not None:
+            self._subject.page_in()
+            self._decoding.run(min(self._work.tokens, WARM_STEPS))
+        return self.run()
+
+    def close(self) -> None:
+        """Give the sequences' memory back."""
+        if self._decoding is not None:
+            self._decoding.close()
+
+
+def decode_row(side: Ours, work: DecodeWork, runs: int, ceiling: Ceiling, peer: Peer | None) -> Row:
     """Measure, alone or in turns with a peer, and put the figures together."""
-    decoding = Decoding(subject, work)
-
-    def ours_after_a_large_peer() -> float:
-        subject.page_in()
-        return decoding.run()
-
     if peer is None:
-        ours, against = repeat(decoding.run, runs), {}
+        ours, against = repeat(side.run, runs), {}
     else:
-        pairs = alternate(ours_after_a_large_peer if peer.restarts else decoding.run, peer.run, runs)
+        pairs = alternate(side.run_after_a_large_peer if peer.restarts else side.run, peer.run, runs)
         ours, against = pairs.ours, against_fields(peer, pairs.peer, pairs.ratios)
-    traffic = subject.traffic(work.attended, work.batch, decoding.head_rows)
     bandwidth = ceiling.again()
-    most = bandwidth.value * 1e9 / traffic.read
-    decoding.close()
+    most = bandwidth.value * 1e9 / side.traffic.read
+    side.close()
     return finished(
         {
             "bench": "decode",
-            **subject.facts(),
+            **side.facts,
             "context": work.depth,
             "tokens": work.tokens,
             "batch": work.batch,
             "fill": work.fill,
             "tokens_per_second": ours.median,
             "runs": list(ours.values),
-            "bytes_per_token": traffic.read,
-            "bytes_per_token_dense": traffic.dense,
+            "bytes_per_token": side.traffic.read,
+            "bytes_per_token_dense": side.traffic.dense,
             "bandwidth_gb_s": bandwidth.value,
             "bandwidth_method": bandwidth.method,
             "ceiling_tokens_per_second": most,
             "percent_of_ceiling": percent_of(ours.median, most),
-            **neuron_shares(subject),
+            **side.shares,
             **against,
         }
     )

@@ -67,7 +67,7 @@ def _numbers(flag: str, text: str) -> list[int]:
 
 def _decode(args: argparse.Namespace) -> int:
     from persimmon.bench import decode
-    from persimmon.bench.subject import load_subject
+    from persimmon.bench.subject import Subject, load_subject
     from persimmon.checkpoints.download import model_config
 
     work = decode.DecodeWork(args.context, args.tokens, args.batch, args.fill)
@@ -75,11 +75,18 @@ def _decode(args: argparse.Namespace) -> int:
     # Before anything is loaded here: two copies of a large model push its files out of the page cache.
     started = decode.first_token_seconds(model_name(args), _load_options(args)) if args.startup else None
     ceiling = _ceiling(args, "read")
-    subject = load_subject(model_name(args), _load_options(args))
+
+    def load() -> Subject:
+        return load_subject(model_name(args), _load_options(args))
+
+    subject = load()
     settings = {"context": args.context, "tokens": args.tokens, "batch": args.batch}
     peer = _peer(args, subject, "transformers_decode.py", settings)
+    anew = peer is not None and args.peer_restart and subject.facts().get("weights") == "resident"
+    side = decode.Ours(subject, work, load if anew else None)
+    del subject  # a model that is loaded for each run is not to lie beside itself
     try:
-        row = decode.decode_row(subject, work, args.runs, ceiling, peer)
+        row = decode.decode_row(side, work, args.runs, ceiling, peer)
     finally:
         if peer is not None:
             peer.close()

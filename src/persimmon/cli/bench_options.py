@@ -151,5 +151,7 @@ def _add_peer(parser: argparse.ArgumentParser) -> None:
         help="of transformers: float32 or bfloat16 (default: float32 for weights it can load, else bfloat16)",
     )  # fmt: skip
     group.add_argument(
-        "--peer-restart", action="store_true", help="start the peer anew for every run, and end it before ours"
+        "--peer-restart",
+        action="store_true",
+        help="start the peer anew for every run, and end it before ours; resident weights are loaded anew as well",
     )

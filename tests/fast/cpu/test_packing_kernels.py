@@ -110,7 +110,7 @@ def test_planes_are_packed_into_the_beginning_of_longer_rows() -> None:
 def test_planes_of_wrong_sizes_are_refused(center: int, top: int, rest: int) -> None:
     rows = [np.zeros((2, size), np.uint8) for size in (top, rest)]
     with pytest.raises(ValueError, match=r"the center has the wrong size|output has the wrong shape"):
-        _native.pack_planes(weights(2, 300), np.zeros(center, np.float32), *rows, 1)
+        _native.pack_planes(weights(2, 300), np.zeros(center, np.float32), None, *rows, 1)
 
 
 def test_all_int8_forms_with_float16_scales_hold_the_same_numbers() -> None:

@@ -114,6 +114,7 @@ INLINE void unpack_eight_rows(const EightRowsAt& rows, const PairOrder& order, i
   for (int r = first; r < first + count; r++) {
     const uint8_t* at = rows.codes[r] + static_cast<size_t>(s) * rows.bytes;
     if (rows.ahead) prefetch(at + rows.ahead, rows.bytes);
+    if (std::is_same<F, Top>::value && s == 0) prefetch(rows.scales[r] + rows.ahead, rows.tail);
     __m512i pairs[kPairs];
     unpack_pairs<F>(at, order, pairs);
 #pragma GCC unroll 4

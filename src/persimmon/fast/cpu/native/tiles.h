@@ -125,6 +125,7 @@ struct RowPlaces {
   const uint8_t* scales[N];
   int bytes, scales_bytes;  // from one superblock to the next
   size_t ahead;             // bytes from a row to the one N rows on
+  int tail;                 // bytes of a top row from its scales on
 };
 using PanelRows = RowPlaces<kPanelRows>;
 
@@ -135,7 +136,7 @@ INLINE RowPlaces<N> row_places(const uint8_t* base, size_t row_bytes, int first,
     rows.codes[r] = base + static_cast<size_t>(min_int(first + r, end - 1)) * row_bytes;
     rows.scales[r] = rows.codes[r] + F::scales_at;
   }
-  rows.bytes = rows.scales_bytes = F::bytes, rows.ahead = N * row_bytes;
+  rows.bytes = rows.scales_bytes = F::bytes, rows.ahead = N * row_bytes, rows.tail = 0;
   return rows;
 }
 
@@ -147,6 +148,7 @@ INLINE RowPlaces<N> top_places(const uint8_t* base, size_t row_bytes, int blocks
     rows.scales[r] = top_scales(rows.codes[r], blocks);
   }
   rows.bytes = kTopBytes, rows.scales_bytes = kLanes, rows.ahead = N * row_bytes;
+  rows.tail = static_cast<int>(top_row_bytes(blocks)) - blocks * kTopBytes;
   return rows;
 }
 template <int N>
