@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shlex
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from persimmon.bench import ceiling
 from persimmon.bench.limits import Limit
 from persimmon.bench.row import FIELDS
-from persimmon.bench.subject import load_subject
+from persimmon.bench.subject import Subject, load_subject
 from persimmon.cli.main import main
 from persimmon.config import preset
 from persimmon.fast.cpu.native_module import why_unavailable
@@ -226,8 +227,30 @@ def test_transformers_trains_the_same_shape_and_runs_random_weights(
     )
     assert code == 0 and row_of(lines)["peer"]["name"] == "transformers"
     words = ["decode", packed, *SMALL, "--runs", "1", "--tokens", "2", "--against", "transformers", "--peer-restart"]
-    code, lines, _ = run(capsys, *words)
-    assert code == 0 and row_of(lines)["peer"]["weights"] == "random"
+    code, lines, _ = run(capsys, *words, "--weights", "mapped")
+    assert code == 0 and row_of(lines)["peer"]["weights"] == "random" and row_of(lines)["weights"] == "mapped"
+
+
+def test_beside_a_peer_that_fills_the_memory_resident_weights_are_loaded_for_each_run(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the model is left while the peer runs."""
+    alive: list[weakref.ref[Subject]] = []
+    before: list[int] = []
+
+    def load(*given: Any) -> Subject:
+        before.append(sum(model() is not None for model in alive))
+        subject = load_subject(*given)
+        alive.append(weakref.ref(subject))
+        return subject
+
+    monkeypatch.setattr("persimmon.bench.subject.load_subject", load)
+    peer = shlex.join([sys.executable, "-c", "print('{\"tokens_per_second\": 5.0}')"])
+    words = ["decode", packed, *SMALL, "--runs", "2", "--tokens", "2", "--weights", "resident", "--against", peer]
+    code, lines, _ = run(capsys, *words, "--peer-restart")
+    row = row_of(lines)
+    assert code == 0 and row["weights"] == "resident" and len(row["runs"]) == 2 and row["bytes_per_token"] > 0
+    assert before == [0, 0, 0], "one for the row's facts and one a run, each alone"
 
 
 # -- bad requests --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from persimmon.bench.peers import Peer
 from persimmon.bench.row import Row, finished
 from persimmon.bench.subject import Subject
 from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, repeat
+from persimmon.bench.traffic import Traffic
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, UnavailableError
 from persimmon.infer.decoder import Chunk, Logits
@@ -60,12 +61,16 @@ class Decoding:
     def __init__(self, subject: Subject, work: DecodeWork) -> None:
         """Fill the cache. Raises ContextLengthError when depth and tokens do not fit."""
         work.check(subject.config)
-        self._work = work
+        self.subject, self._work = subject, work
         self._cache = fill(subject, work.fill, work.depth, work.tokens, work.batch)
         self.head_rows = float(subject.config.vocab_size)
         """Logits per token that the last step computed exactly; the others are -inf."""
-        self.run(min(work.tokens, WARM_STEPS))  # pages in the weights and starts the threads
+        self.warm_up()
         subject.reset_counts()
+
+    def warm_up(self) -> None:
+        """Page in the weights and start the threads."""
+        self.run(min(self._work.tokens, WARM_STEPS))
 
     def run(self, steps: int | None = None) -> float:
         """Tokens per second, all sequences together."""
@@ -80,6 +85,10 @@ class Decoding:
         self._cache.rewind()
         return steps * self._work.batch / watch.seconds
 
+    def traffic(self) -> Traffic:
+        """Bytes per token of the runs so far."""
+        return self.subject.traffic(self._work.attended, self._work.batch, self.head_rows)
+
     def close(self) -> None:
         """Give the sequences' memory back."""
         self._cache.close()
@@ -89,39 +98,32 @@ class Ours:
     """Our side of a row: the model stays loaded, or, beside a peer that fills the memory, is loaded for each run."""
 
     def __init__(self, subject: Subject, work: DecodeWork, load: Callable[[], Subject] | None = None) -> None:
-        """load: loads the model again; between runs nothing of it is kept then. The caller lets go of `subject`."""
-        self._work, self._load = work, load
-        self._decoding: Decoding | None = None
-        self._subject: Subject | None = subject
-        if load is not None:
-            self._subject = None
+        """load: loads the model again; `subject`, of which the caller lets go, is not kept then."""
+        self._kept = Decoding(subject, work) if load is None else None
+        self._load, self._work = load, work
 
     def run(self) -> float:
         """Tokens per second; leaves what the run was and read."""
-        subject = self._subject if self._load is None else self._load()
-        assert subject is not None
-        decoding = self._decoding or Decoding(subject, self._work)
+        decoding = self._kept if self._load is None else Decoding(self._load(), self._work)
+        assert decoding is not None
         speed = decoding.run()
-        self.facts = subject.facts()
-        self.traffic = subject.traffic(self._work.attended, self._work.batch, decoding.head_rows)
-        self.shares = neuron_shares(subject)
-        if self._load is None:
-            self._decoding = decoding
-        else:
+        self.facts, self.shares = decoding.subject.facts(), neuron_shares(decoding.subject)
+        self.traffic = decoding.traffic()
+        if self._kept is None:
             decoding.close()
         return speed
 
     def run_after_a_large_peer(self) -> float:
-        """The same with weights back in memory that the peer has pushed out."""
-        if self._subject is not None and self._decoding is not None:
-            self._subject.page_in()
-            self._decoding.run(min(self._work.tokens, WARM_STEPS))
+        """The same, with weights back in memory that the peer has pushed out."""
+        if self._kept is not None:
+            self._kept.subject.page_in()
+            self._kept.warm_up()
         return self.run()
 
     def close(self) -> None:
         """Give the sequences' memory back."""
-        if self._decoding is not None:
-            self._decoding.close()
+        if self._kept is not None:
+            self._kept.close()
 
 
 def decode_row(side: Ours, work: DecodeWork, runs: int, ceiling: Ceiling, peer: Peer | None) -> Row:

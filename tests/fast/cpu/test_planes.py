@@ -11,8 +11,10 @@ import torch
 from made_models import sparse_model
 from packed_layouts import Planes, pack_neurons, read_planes, round_planes, same_planes, with_outliers
 from persimmon.checkpoints import hub
+from persimmon.cli.main import main
 from persimmon.config import preset
 from persimmon.fast.cpu import _native
+from persimmon.fast.cpu.decoder import DEFAULT_MARGIN
 from persimmon.fast.cpu.load import load_decoder
 from persimmon.fast.cpu.packed import open_packed
 from persimmon.fast.cpu.quantize import quantize
@@ -131,3 +133,9 @@ def test_the_head_ranks_around_the_final_norms_bias(model: PersimmonModel, packe
         np.mean(estimates + 6 * deviations(planes, x, c) >= best) for c in (center, np.zeros_like(center))
     )
     assert asked / 2 < np.isfinite(rows).mean() < 2 * asked < from_zero / 4
+
+
+def test_the_help_names_the_default_margin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"inf skips none (cpu engine, default {DEFAULT_MARGIN:g})" in words

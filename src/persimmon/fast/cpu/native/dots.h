@@ -196,17 +196,15 @@ INLINE f32x8 dot_rest(const Weights& w, const int8_t* x) { return dot(w, x); }
 // The formats of layout.h. A row's dot product is factor * sum over groups of (weight scale * input scale) * value.
 struct Q8 {
   static constexpr int bytes = kQ8Bytes, scales_at = 256;
-  static constexpr float offset = kBytesOffset, factor = 1.0f;
+  static constexpr float offset = kBytesOffset;
   INLINE Weights load(const uint8_t* p) { return load_bytes(p); }
   INLINE f32x8 dot(const Weights& w, const int8_t* x) { return dot_bytes(w, x); }
 };
-struct Nibbles {
+struct Q4 {
+  static constexpr int bytes = kQ4Bytes, scales_at = 128;
+  static constexpr float offset = -8.0f;
   INLINE Weights load(const uint8_t* p) { return load_nibbles(p); }
   INLINE f32x8 dot(const Weights& w, const int8_t* x) { return dot_nibbles(w, x); }
-};
-struct Q4 : Nibbles {
-  static constexpr int bytes = kQ4Bytes, scales_at = 128;
-  static constexpr float offset = -8.0f, factor = 1.0f;
 };
 // w = 64 top + rest - 128, and rest is 31.5 on average: 64 top - 96.5 = 64 (top - 193 / 128).
 struct Top {
@@ -220,7 +218,7 @@ struct Top {
 };
 struct Rest {
   static constexpr int bytes = kRestBytes;
-  static constexpr float offset = -31.5f, factor = 1.0f;
+  static constexpr float offset = -31.5f;
   INLINE auto load(const uint8_t* p) { return load_rest(p); }
   template <class W>
   INLINE f32x8 dot(const W& w, const int8_t* x) {

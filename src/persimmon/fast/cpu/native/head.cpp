@@ -148,19 +148,17 @@ void Model::two_passes(int tokens, int top, int tried, float* logits, Estimate&&
   });
   std::vector<float> threshold(tokens);
   std::vector<std::vector<Ranked>> found(tokens);  // rows that were tried
-  const auto try_best = [&](int t, int thread) {
-    std::vector<Ranked>& best = found[t];
-    for (int c = 0; c < chunks; c++)
-      best.insert(best.end(), ranked[static_cast<size_t>(t) * chunks + c].begin(), ranked[static_cast<size_t>(t) * chunks + c].end());
-    keep_best(&best, top + tried);
-    bool damaged = static_cast<int>(best.size()) < top;  // weights whose products are no numbers: all are read
-    for (Ranked& row : best) row.value = exact(t, row.row, thread), damaged |= std::isnan(row.value);
-    if (!damaged) std::nth_element(best.begin(), best.begin() + (top - 1), best.end(), better);
-    threshold[t] = damaged ? -HUGE_VALF : best[top - 1].value;
-  };
-  if (tokens == 1) try_best(0, 0);
-  else pool_.parallel_for(tokens, 1, [&](int begin, int end, int thread) {
-    for (int t = begin; t < end; t++) try_best(t, thread);
+  pool_.parallel_for(tokens, 1, [&](int begin, int end, int thread) {
+    for (int t = begin; t < end; t++) {
+      std::vector<Ranked>& best = found[t];
+      for (int c = 0; c < chunks; c++)
+        best.insert(best.end(), ranked[static_cast<size_t>(t) * chunks + c].begin(), ranked[static_cast<size_t>(t) * chunks + c].end());
+      keep_best(&best, top + tried);
+      bool damaged = static_cast<int>(best.size()) < top;  // weights whose products are no numbers: all are read
+      for (Ranked& row : best) row.value = exact(t, row.row, thread), damaged |= std::isnan(row.value);
+      if (!damaged) std::nth_element(best.begin(), best.begin() + (top - 1), best.end(), better);
+      threshold[t] = damaged ? -HUGE_VALF : best[top - 1].value;
+    }
   });
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
     const int first = begin * kHeadChunk, last = std::min(end * kHeadChunk, vocab);

@@ -1,7 +1,7 @@
 // Rounding weights to int8 and int4 in groups of 32 with one float16 scale.
 //
-// int8: scale = largest magnitude / 127; in planes rounded up to a multiple of the row's unit, a power of two. int4: the scale is searched (int4_scale.h). Codes are always taken with the scale as
-// stored in float16.
+// int8: scale = largest magnitude / 127; in planes rounded up to a multiple of the row's unit, a power of two. int4: the scale
+// is searched (int4_scale.h). Codes are always taken with the scale as stored.
 #include "pack.h"
 
 #include <atomic>

@@ -29,7 +29,7 @@ INLINE void packed_row(const uint8_t* row, int blocks, const ActivationBlock* co
     for (int t = 0; t < N; t++)
       sum[t] = fma(mul(scale, load8(x[t][s].scale)), group_values<F>(w, x[t][s]), sum[t]);
   }
-  for (int t = 0; t < N; t++) out[t] = F::factor * sum_lanes(sum[t]);
+  for (int t = 0; t < N; t++) out[t] = sum_lanes(sum[t]);
 }
 
 // What lies behind the codes of a top row.

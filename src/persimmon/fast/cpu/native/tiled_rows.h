@@ -63,18 +63,12 @@ struct PanelFacts {
   f32x16 rest(const TileScratch& m, int p, int t) const { return mul(load16(unit), load16(m.at(kSum, p, t))); }
 };
 
-// Call body(panel, first row of it, token, sum) for all results; a token's panels together, as its outputs are neighbours.
-template <class Body>
-INLINE void each_product(const TileScratch& m, int tokens, int first, int end, Body body) {
-  for (int t = 0; t < tokens; t++)
-    for (int p = 0, r = first; r < end; r += kPanelRows, p++) body(p, r, t, load16(m.at(kSum, p, t)));
-}
-
+// A token's panels together, as its outputs are neighbours.
 template <class F>
 static void rows_of_panels(const TileScratch& m, const RowsArgs& a, int first, int end) {
-  static_assert(F::factor == 1.0f, "sums are products");
   products_of<F>(m, a, first, end);
-  each_product(m, a.tokens, first, end, [&](int, int r, int t, f32x16 product) { finish_panel(a, r, end, t, product); });
+  for (int t = 0; t < a.tokens; t++)
+    for (int p = 0, r = first; r < end; r += kPanelRows, p++) finish_panel(a, r, end, t, load16(m.at(kSum, p, t)));
 }
 
 static void planes_of_panels(const TileScratch& m, const RowsArgs& a, int first, int end) {
