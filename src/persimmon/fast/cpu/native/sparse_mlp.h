@@ -12,7 +12,8 @@
 //
 // Sums: each block of 256 neurons is summed on its own, neurons ascending, and blocks join the output in ascending order.
 // This order does not depend on threads, so neither does the result; one token and many tokens use the same order.
-// When it does not pay: above about 35% active against dense int4 weights, 80% against int8; for long prefills every row is read.
+// When it does not pay: p44 above about 30% active against dense int4 weights, 70% against int8 (row kernels); for long prefills every
+// row is read.
 #pragma once
 #include "rows.h"
 
