@@ -19,7 +19,7 @@ from persimmon.infer.paged import PagedChunk, page
 FILLS = ("read", "copy")
 
 _BLOCK = 32  # tokens
-_BLOCK_BY_ENGINE = {"cpu": 64}  # one tile of its attention kernel, as in a sequence's own cache
+_BLOCK_BY_ENGINE = {"cpu": 16}  # as in a sequence's own cache
 
 
 class FilledCache(Protocol):

@@ -25,7 +25,7 @@ from persimmon.config import ModelConfig
 from persimmon.errors import NotFoundError, PromptFileError, StorageError, UnavailableError
 from persimmon.infer.decoder import CachedSequence, Decoder
 
-_KIND = {"kind": "persimmon prompt", "version": "1"}
+_KIND = {"kind": "persimmon prompt", "version": "2"}
 _MAX_HEADER = 1 << 20
 """Bytes; a header with 36 layers has 4,000."""
 

@@ -101,3 +101,43 @@ def test_a_growing_maximum(isa: str, int8: bool) -> None:
     q, k, v = case(500, 64)
     k = 0.01 * k + np.linspace(0, 3, 500, dtype=np.float32)[:, None] * np.sign(q) / 8
     np.testing.assert_allclose(native_attend(q, k, v, int8, isa), attend(q, k, v), atol=0.08 if int8 else 1e-5)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Rows as int8 codes with a scale each, multiplied out."""
+    scale = np.abs(x).max(-1, keepdims=True).astype(np.float64) / 127
+    return np.rint(np.divide(x, scale, out=np.zeros(x.shape), where=scale > 0)) * scale
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
+def test_int8_rounds_inputs_and_hardly_anything_else(isa: str, size: float, spread: float) -> None:
+    """Weights of a tile are rounded to 14 bits of its largest: a hundredth of what rounding the values costs."""
+    q, k, v = case(333, 64)
+    q, v = np.float32(spread) * q, np.float32(size) * v
+    expected = attend(rounded(q).astype(np.float32), rounded(k).astype(np.float32), rounded(v))
+    np.testing.assert_allclose(native_attend(q, k, v, True, isa), expected, rtol=0, atol=1e-4 * np.abs(v).max())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_keeps_small_weights_beside_a_large_one_of_a_small_value(isa: str) -> None:
+    """The first key takes nearly all attention and holds nearly nothing, as the first tokens of trained models do."""
+    q, k, v = case(64, 64)
+    k *= 0.01
+    k[0] = q / np.linalg.norm(q) * 64.0
+    v[0] *= 1e-3
+    expected = attend(rounded(q).astype(np.float32), rounded(k).astype(np.float32), rounded(v))
+    result = native_attend(q, k, v, True, isa)
+    assert np.abs(result - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_of_a_tile_without_weight(isa: str) -> None:
+    """Keys so far behind that their weights are zero add nothing, whatever their values are."""
+    q, k, v = case(192, 64)
+    k[:128] = -q
+    k[128:] = q
+    v[:128] *= 1e20
+    q *= 30
+    np.testing.assert_allclose(native_attend(q, k, v, True, isa), v[128:].mean(0), atol=0.02)

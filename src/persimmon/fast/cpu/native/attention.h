@@ -6,14 +6,17 @@
 // queries share each tile while it is in the first-level cache, a few at a time in registers.
 //
 // For a lone token the memory is the limit. Its heads take each tile in turn, since their records of a block lie behind each
-// other: memory is read in long pieces. The next tile is prefetched line by line while this one is computed.
+// other: memory is read in long pieces, with blocks of 16 tokens four at a time. The next tile is prefetched line by line
+// while this one is computed.
 //
 // A query's result depends on its own position and the keys before it alone: tiles lie at fixed places, sums run over
 // dimensions and keys in order, a scaling by one is left out, a key behind the query has weight zero. So one query or many,
 // any cut of a prompt, any table of blocks and every instruction set give the same bits.
 //
-// int8: the query is rounded to int8 as well, scores are exact integer dot products times two scales; values are widened
-// and weighted in float32. Rounding q, k and v to int8 costs about 0.5% noise each on a score or value.
+// int8: the query is rounded to int8 as well, scores are exact integer dot products times two scales. The weights of a tile
+// are rounded to 14 bits, two planes of seven that two integer products take (2 operations for 64 bytes of values where
+// widening to float32 takes 12); sums of a tile are exact, and added up in float32. Rounding q, k and v to int8 costs about
+// 0.5% noise each on a score or value, rounding the weights 0.003% of the tile's largest.
 // Not supported: head dimensions that are not a multiple of 4, or above kMaxHeadDim.
 #pragma once
 #include "activations.h"
@@ -24,7 +27,9 @@ namespace PERSIMMON_ISA {
 
 constexpr int kTileGroups = 4;
 constexpr int kTileKeys = kTileGroups * kKeyGroup;
-constexpr int kTilesAhead = 3;  // of a head: 26 KiB of int8 keys and values of 64 dimensions
+constexpr int kWeightBits = 7, kLowBits = (1 << kWeightBits) - 1;  // of each of the two planes of a rounded weight
+constexpr float kLargestWeight = (1 << 2 * kWeightBits) - 1;
+constexpr float kSmallestTop = 1e-34f;  // a tile whose largest weight is smaller is rounded as if it were this: kLargestWeight / top is finite
 #if defined(__AVX512F__)
 constexpr int kQueriesAtOnce = 4, kVectorsAtOnce = 4;  // 16 sums of 16 lanes: half of the registers
 #else
@@ -67,76 +72,126 @@ INLINE float largest_lane(f32x16 a) { return max_lanes(maximum(a.lo, a.hi)); }
 INLINE f32x16 exp_nonpositive16(f32x16 x) { return {exp_nonpositive(x.lo), exp_nonpositive(x.hi)}; }
 #endif
 
-// ---- sixteen int8 keys at once: sums += keys[t][4 j .. 4 j + 3] . query[4 j .. 4 j + 3] ----------------------------------------
+// Sixteen weights from 0 to kLargestWeight, rounded to integers: their upper and their lower bits.
+INLINE void store_planes(f32x16 weights, uint8_t* high, uint8_t* low) {
+#if defined(__AVX512F__)
+  const __m512i codes = _mm512_cvtps_epi32(weights);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, kWeightBits)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(codes, _mm512_set1_epi32(kLowBits))));
+#elif defined(__AVX2__)
+  const __m256i mixed = _mm256_packus_epi32(_mm256_cvtps_epi32(weights.lo), _mm256_cvtps_epi32(weights.hi));
+  const __m256i codes = _mm256_permute4x64_epi64(mixed, 0xD8);
+  const __m256i planes = _mm256_packus_epi16(_mm256_srli_epi16(codes, kWeightBits), _mm256_and_si256(codes, _mm256_set1_epi16(kLowBits)));
+  const __m256i sorted = _mm256_permute4x64_epi64(planes, 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_castsi256_si128(sorted));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_extracti128_si256(sorted, 1));
+#else
+  float rounded[16];
+  store16(rounded, {round_even(weights.lo), round_even(weights.hi)});
+  for (int i = 0; i < 16; i++) {
+    const int code = static_cast<int>(rounded[i]);
+    high[i] = static_cast<uint8_t>(code >> kWeightBits), low[i] = static_cast<uint8_t>(code & kLowBits);
+  }
+#endif
+}
+
+// ---- sixteen times four int8 products at once: sums[t] += codes[4 t .. 4 t + 3] . word ------------------------------------
 
 #if defined(__AVX512VNNI__)
-using KeyBytes = __m512i;  // moved to 0 .. 255, as the instruction wants; the sums start where that is made up for
-using KeySums = __m512i;
-INLINE KeyBytes load_keys(const uint8_t* p) {
-  return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
+using Codes = __m512i;
+using Sums = __m512i;
+INLINE Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+INLINE Sums no_sums() { return _mm512_setzero_si512(); }
+// The instruction wants one side from 0 to 255: keys are moved there, and their sums start where that is made up for.
+INLINE Codes load_keys(const uint8_t* p) { return _mm512_xor_si512(load_codes(p), _mm512_set1_epi8(static_cast<char>(0x80))); }
+INLINE Sums first_sums(int32_t query_sum) { return _mm512_set1_epi32(-128 * query_sum); }
+INLINE Sums add_dots(Sums sums, Codes keys, int32_t query) { return _mm512_dpbusd_epi32(sums, keys, _mm512_set1_epi32(query)); }
+INLINE f32x16 to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+struct WeightedSums {
+  __m512i high, low;
+};
+INLINE WeightedSums no_weighted_sums() { return {no_sums(), no_sums()}; }
+INLINE WeightedSums add_weighted(WeightedSums sums, Codes values, int32_t high, int32_t low) {
+  return {_mm512_dpbusd_epi32(sums.high, _mm512_set1_epi32(high), values),
+          _mm512_dpbusd_epi32(sums.low, _mm512_set1_epi32(low), values)};
 }
-INLINE KeySums first_sums(int32_t query_sum) { return _mm512_set1_epi32(-128 * query_sum); }
-INLINE KeySums add_dots(KeySums sums, KeyBytes keys, int32_t query) {
-  return _mm512_dpbusd_epi32(sums, keys, _mm512_set1_epi32(query));
-}
-INLINE f32x16 to_floats(KeySums sums) { return _mm512_cvtepi32_ps(sums); }
+INLINE f32x16 to_floats(WeightedSums sums) { return to_floats(_mm512_add_epi32(_mm512_slli_epi32(sums.high, kWeightBits), sums.low)); }
 #elif defined(__AVX2__)
-struct KeyBytes {
+struct Codes {
   __m256i lo, hi;
 };
-using KeySums = KeyBytes;
-INLINE KeyBytes load_keys(const uint8_t* p) {
+using Sums = Codes;
+using WeightedSums = Codes;
+INLINE Codes load_codes(const uint8_t* p) {
   const __m256i* v = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
 }
-INLINE KeySums first_sums(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE Codes load_keys(const uint8_t* p) { return load_codes(p); }
+INLINE Sums first_sums(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 INLINE __m256i add_dots8(__m256i sums, __m256i keys, __m256i query) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(keys), _mm256_sign_epi8(query, keys));
   return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-INLINE KeySums add_dots(KeySums sums, KeyBytes keys, int32_t query) {
+INLINE Sums add_dots(Sums sums, Codes keys, int32_t query) {
   const __m256i q = _mm256_set1_epi32(query);
   return {add_dots8(sums.lo, keys.lo, q), add_dots8(sums.hi, keys.hi, q)};
 }
-INLINE f32x16 to_floats(KeySums sums) { return {_mm256_cvtepi32_ps(sums.lo), _mm256_cvtepi32_ps(sums.hi)}; }
+INLINE f32x16 to_floats(Sums sums) { return {_mm256_cvtepi32_ps(sums.lo), _mm256_cvtepi32_ps(sums.hi)}; }
+INLINE WeightedSums no_weighted_sums() { return first_sums(0); }
+// Pairs of products of seven bits with a code fit into 16 bits.
+INLINE __m256i add_weighted8(__m256i sums, __m256i values, __m256i high, __m256i low) {
+  const __m256i highs = _mm256_madd_epi16(_mm256_maddubs_epi16(high, values), _mm256_set1_epi16(1 << kWeightBits));
+  const __m256i lows = _mm256_madd_epi16(_mm256_maddubs_epi16(low, values), _mm256_set1_epi16(1));
+  return _mm256_add_epi32(sums, _mm256_add_epi32(highs, lows));
+}
+INLINE WeightedSums add_weighted(WeightedSums sums, Codes values, int32_t high, int32_t low) {
+  const __m256i h = _mm256_set1_epi32(high), l = _mm256_set1_epi32(low);
+  return {add_weighted8(sums.lo, values.lo, h, l), add_weighted8(sums.hi, values.hi, h, l)};
+}
 #else
-struct KeyBytes {
+struct Codes {
   int8_t code[64];
 };
-struct KeySums {
-  int32_t v[kKeyGroup];
+struct Sums {
+  int32_t v[16];
 };
-INLINE KeyBytes load_keys(const uint8_t* p) { return read_unaligned<KeyBytes>(p); }
-INLINE KeySums first_sums(int32_t) { return {}; }
-INLINE KeySums add_dots(KeySums sums, const KeyBytes& keys, int32_t query) {
+using WeightedSums = Sums;
+INLINE Codes load_codes(const uint8_t* p) { return read_unaligned<Codes>(p); }
+INLINE Codes load_keys(const uint8_t* p) { return load_codes(p); }
+INLINE Sums first_sums(int32_t) { return {}; }
+INLINE Sums add_dots(Sums sums, const Codes& keys, int32_t query) {
   int8_t q[4];
   memcpy(q, &query, 4);
-  for (int t = 0; t < kKeyGroup; t++)
+  for (int t = 0; t < 16; t++)
     for (int b = 0; b < 4; b++) sums.v[t] += keys.code[4 * t + b] * q[b];
   return sums;
 }
-INLINE f32x16 to_floats(const KeySums& sums) {
-  float floats[kKeyGroup];
-  for (int t = 0; t < kKeyGroup; t++) floats[t] = static_cast<float>(sums.v[t]);
+INLINE f32x16 to_floats(const Sums& sums) {
+  float floats[16];
+  for (int t = 0; t < 16; t++) floats[t] = static_cast<float>(sums.v[t]);
   return load16(floats);
+}
+INLINE WeightedSums no_weighted_sums() { return {}; }
+INLINE WeightedSums add_weighted(WeightedSums sums, const Codes& values, int32_t high, int32_t low) {
+  int8_t h[4], l[4];
+  memcpy(h, &high, 4), memcpy(l, &low, 4);
+  for (int d = 0; d < 16; d++)
+    for (int b = 0; b < 4; b++) sums.v[d] += values.code[4 * d + b] * ((h[b] << kWeightBits) + l[b]);
+  return sums;
 }
 #endif
 
 // ---- the two kinds of cache ----------------------------------------------------------------------------------------------
 
-// The records of a tile, of the one after it, and of one that is read some time later.
+// The records of a tile, and of the one after it.
 struct KeyTile {
-  const uint8_t *group[kTileGroups], *next[kTileGroups], *later[kTileGroups];
+  const uint8_t *group[kTileGroups], *next[kTileGroups];
 
-  // Line `offset` of a record of the next tile into the first cache, of the later one into the second.
-  inline __attribute__((always_inline)) void fetch(int record, size_t offset) const {
-    __builtin_prefetch(next[record] + offset);
-    __builtin_prefetch(later[record] + offset, 0, 2);
-  }
+  // Line `offset` of a record of the next tile.
+  inline __attribute__((always_inline)) void fetch(int record, size_t offset) const { __builtin_prefetch(next[record] + offset); }
 };
 
 struct FloatCache {
-  using Value = float;
   explicit FloatCache(const AttentionArgs& a) : q(a.q), stride(a.q_stride), dim(a.head_dim), scale(a.scale) {}
 
   // scores[i][64] of Q queries from `first`, for V records from `from`.
@@ -159,8 +214,47 @@ struct FloatCache {
     for (int i = 0; i < Q; i++)
       for (int v = 0; v < V; v++) store16(scores + kTileKeys * i + kKeyGroup * (from + v), mul(sums[i][v], set16(scale)));
   }
-  size_t values_offset() const { return kKeyGroup * dim * sizeof(float); }
-  inline __attribute__((always_inline)) f32x16 weights(f32x16 e, const uint8_t*) const { return e; }
+
+  // out[i][D] += sum over the first `keys` keys of weights[i][key] * value, for Q queries.
+  template <int Q>
+  inline __attribute__((always_inline)) void add_values(const KeyTile& tile, int keys, float* weights, float* out,
+                                                        size_t out_stride) const {
+    int d = 0;
+    for (; d + 16 * kVectorsAtOnce <= dim; d += 16 * kVectorsAtOnce)
+      add_vectors<Q, kVectorsAtOnce>(tile, keys, d, weights, out, out_stride);
+    for (; d + 16 <= dim; d += 16) add_vectors<Q, 1>(tile, keys, d, weights, out, out_stride);
+    for (; d < dim; d++)
+      for (int i = 0; i < Q; i++) {
+        float* sum = out + i * out_stride + d;
+        for (int k = 0; k < keys; k++) *sum = fma1(weights[kTileKeys * i + k], value(tile, k)[d], *sum);
+      }
+  }
+
+  template <int Q, int V>
+  inline __attribute__((always_inline)) void add_vectors(const KeyTile& tile, int keys, int from, const float* weights,
+                                                         float* out, size_t out_stride) const {
+    f32x16 sums[Q][V];
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < V; v++) sums[i][v] = load16(out + i * out_stride + from + 16 * v);
+    for (int k = 0; k < keys; k++) {
+      f32x16 values[V];
+      for (int v = 0; v < V; v++) {
+        const float* place = value(tile, k) + from + 16 * v;
+        values[v] = load16(place);
+        if (Q == 1) tile.fetch(k / kKeyGroup, reinterpret_cast<const uint8_t*>(place) - tile.group[k / kKeyGroup]);
+      }
+      for (int i = 0; i < Q; i++) {
+        const f32x16 w = set16(weights[kTileKeys * i + k]);
+        for (int v = 0; v < V; v++) sums[i][v] = fma(w, values[v], sums[i][v]);
+      }
+    }
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < V; v++) store16(out + i * out_stride + from + 16 * v, sums[i][v]);
+  }
+
+  inline __attribute__((always_inline)) const float* value(const KeyTile& tile, int k) const {
+    return reinterpret_cast<const float*>(tile.group[k / kKeyGroup]) + (kKeyGroup + k % kKeyGroup) * dim;
+  }
 
   const float* q;
   size_t stride;
@@ -169,7 +263,6 @@ struct FloatCache {
 };
 
 struct Int8Cache {
-  using Value = int8_t;
   explicit Int8Cache(const AttentionArgs& a) : dim(a.head_dim) {
     for (int i = 0; i < a.queries; i++) {
       int8_t codes[kMaxHeadDim];
@@ -182,11 +275,11 @@ struct Int8Cache {
 
   template <int Q, int V>
   inline __attribute__((always_inline)) void scores(int first, const KeyTile& tile, int from, float* scores) const {
-    KeySums sums[Q][V];
+    Sums sums[Q][V];
     for (int i = 0; i < Q; i++)
       for (int v = 0; v < V; v++) sums[i][v] = first_sums(sum[first + i]);
     for (int j = 0; j < dim / 4; j++) {
-      KeyBytes keys[V];
+      Codes keys[V];
       for (int v = 0; v < V; v++) {
         keys[v] = load_keys(tile.group[from + v] + 64 * j);
         if (Q == 1) tile.fetch(from + v, 64 * j);
@@ -196,15 +289,81 @@ struct Int8Cache {
     }
     for (int v = 0; v < V; v++) {
       const f32x16 key_scales = load16(reinterpret_cast<const float*>(tile.group[from + v] + kKeyGroup * dim));
+      if (Q == 1) tile.fetch(from + v, kKeyGroup * dim);
       for (int i = 0; i < Q; i++)
         store16(scores + kTileKeys * i + kKeyGroup * (from + v),
                 mul(to_floats(sums[i][v]), mul(set16(scale[first + i]), key_scales)));
     }
   }
-  size_t values_offset() const { return int8_values_offset(dim); }
-  // The weight of a value includes its scale.
-  inline __attribute__((always_inline)) f32x16 weights(f32x16 e, const uint8_t* group) const {
-    return mul(e, load16(reinterpret_cast<const float*>(group + values_offset() + kKeyGroup * dim)));
+
+  template <int Q>
+  inline __attribute__((always_inline)) void add_values(const KeyTile& tile, int keys, float* weights, float* out,
+                                                        size_t out_stride) const {
+    RoundedWeights rounded[Q];
+    for (int i = 0; i < Q; i++) rounded[i] = round_weights(tile, weights + kTileKeys * i);
+    if (Q == 1)
+      for (int g = 0; g < kTileGroups; g++) tile.fetch(g, int8_values_offset(dim) + kKeyGroup * dim);
+    constexpr int V = Q == 1 ? kVectorsAtOnce : 2;  // each may have two sums
+    int d = 0;
+    for (; d + 16 * V <= dim; d += 16 * V) add_vectors<Q, V>(tile, keys, d, rounded, out, out_stride);
+    for (; d + 16 <= dim; d += 16) add_vectors<Q, 1>(tile, keys, d, rounded, out, out_stride);
+    for (; d < dim; d++)
+      for (int i = 0; i < Q; i++) {
+        int32_t total = 0;
+        for (int k = 0; k < keys; k++)
+          total += ((rounded[i].high[k] << kWeightBits) + rounded[i].low[k]) * static_cast<int8_t>(values(tile, k)[4 * d + k % 4]);
+        out[i * out_stride + d] = fma1(rounded[i].unit, static_cast<float>(total), out[i * out_stride + d]);
+      }
+  }
+
+  struct RoundedWeights {  // unit * (2^7 high + low): the weight of a value with its scale
+    float unit;
+    uint8_t high[kTileKeys], low[kTileKeys];
+  };
+
+  inline __attribute__((always_inline)) RoundedWeights round_weights(const KeyTile& tile, const float* weights) const {
+    f32x16 scaled[kTileGroups], best = set16(kSmallestTop);
+    for (int g = 0; g < kTileGroups; g++) {
+      const uint8_t* scales = tile.group[g] + int8_values_offset(dim) + kKeyGroup * dim;
+      scaled[g] = mul(load16(weights + kKeyGroup * g), load16(reinterpret_cast<const float*>(scales)));
+      best = larger(best, scaled[g]);
+    }
+    const float top = largest_lane(best);
+    RoundedWeights rounded;
+    rounded.unit = top / kLargestWeight;
+    for (int g = 0; g < kTileGroups; g++)
+      store_planes(mul(scaled[g], set16(kLargestWeight / top)), rounded.high + kKeyGroup * g, rounded.low + kKeyGroup * g);
+    return rounded;
+  }
+
+  template <int Q, int V>
+  inline __attribute__((always_inline)) void add_vectors(const KeyTile& tile, int keys, int from,
+                                                         const RoundedWeights* weights, float* out, size_t out_stride) const {
+    WeightedSums sums[Q][V];
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < V; v++) sums[i][v] = no_weighted_sums();
+    for (int k = 0; k < keys; k += 4) {
+      const uint8_t* place = values(tile, k) + 4 * from;
+      Codes codes[V];
+      for (int v = 0; v < V; v++) {
+        codes[v] = load_codes(place + 64 * v);
+        if (Q == 1) tile.fetch(k / kKeyGroup, place + 64 * v - tile.group[k / kKeyGroup]);
+      }
+      for (int i = 0; i < Q; i++) {
+        const int32_t high = read_unaligned<int32_t>(weights[i].high + k), low = read_unaligned<int32_t>(weights[i].low + k);
+        for (int v = 0; v < V; v++) sums[i][v] = add_weighted(sums[i][v], codes[v], high, low);
+      }
+    }
+    for (int i = 0; i < Q; i++)
+      for (int v = 0; v < V; v++) {
+        float* sum = out + i * out_stride + from + 16 * v;
+        store16(sum, fma(set16(weights[i].unit), to_floats(sums[i][v]), load16(sum)));
+      }
+  }
+
+  // The values of four keys from k - k % 4 on, dimension by dimension.
+  inline __attribute__((always_inline)) const uint8_t* values(const KeyTile& tile, int k) const {
+    return tile.group[k / kKeyGroup] + int8_values_offset(dim) + k % kKeyGroup / 4 * 4 * dim;
   }
 
   int dim;
@@ -212,48 +371,6 @@ struct Int8Cache {
   int32_t sum[kQueryTile];
   int32_t words[kQueryTile][kMaxHeadDim / 4];  // the codes, four to a word
 };
-
-INLINE f32x16 load_value16(const float* p) { return load16(p); }
-INLINE f32x16 load_value16(const int8_t* p) { return load_int8x16(p); }
-
-// out[i][from .. from + 16 V) += sum over the first `keys` keys of weights[i][key] * value.
-template <class T, int Q, int V>
-INLINE void add_values(const KeyTile& tile, size_t offset, int keys, int dim, int from, const float* weights, float* out,
-                       size_t stride) {
-  f32x16 sums[Q][V];
-  for (int i = 0; i < Q; i++)
-    for (int v = 0; v < V; v++) sums[i][v] = load16(out + i * stride + from + 16 * v);
-  for (int k = 0; k < keys; k++) {
-    const size_t place = offset + (k % kKeyGroup * dim + from) * sizeof(T);
-    const T* value = reinterpret_cast<const T*>(tile.group[k / kKeyGroup] + place);
-    if (Q == 1)
-      for (size_t i = 0; i < 16 * V * sizeof(T); i += 64) tile.fetch(k / kKeyGroup, place + i);
-    f32x16 values[V];
-    for (int v = 0; v < V; v++) values[v] = load_value16(value + 16 * v);
-    for (int i = 0; i < Q; i++) {
-      const f32x16 w = set16(weights[kTileKeys * i + k]);
-      for (int v = 0; v < V; v++) sums[i][v] = fma(w, values[v], sums[i][v]);
-    }
-  }
-  for (int i = 0; i < Q; i++)
-    for (int v = 0; v < V; v++) store16(out + i * stride + from + 16 * v, sums[i][v]);
-}
-
-template <class T, int Q>
-INLINE void add_all_values(const KeyTile& tile, size_t offset, int keys, int dim, const float* weights, float* out,
-                           size_t stride) {
-  constexpr int wide = 16 * kVectorsAtOnce;
-  int d = 0;
-  for (; d + wide <= dim; d += wide) add_values<T, Q, kVectorsAtOnce>(tile, offset, keys, dim, d, weights, out, stride);
-  for (; d + 16 <= dim; d += 16) add_values<T, Q, 1>(tile, offset, keys, dim, d, weights, out, stride);
-  for (; d < dim; d++)
-    for (int i = 0; i < Q; i++)
-      for (int k = 0; k < keys; k++) {
-        const T* values = reinterpret_cast<const T*>(tile.group[k / kKeyGroup] + offset);
-        float* sum = out + i * stride + d;
-        *sum = fma1(weights[kTileKeys * i + k], static_cast<float>(values[k % kKeyGroup * dim + d]), *sum);
-      }
-}
 
 // ---- one tile after the other --------------------------------------------------------------------------------------------
 
@@ -263,8 +380,7 @@ struct Softmax {
 };
 
 // Scores [64] -> weights in place; the `visible` first keys count. Scales what `out` [D] holds to the new maximum.
-template <class Cache>
-INLINE void to_weights(const Cache& cache, const KeyTile& tile, int visible, float* scores, Softmax* state, float* out) {
+INLINE void to_weights(int visible, float* scores, Softmax* state, float* out, int dim) {
   for (int k = visible; k < kTileKeys; k++) scores[k] = -HUGE_VALF;
   f32x16 best = load16(scores);
   for (int k = kKeyGroup; k < kTileKeys; k += kKeyGroup) best = larger(best, load16(scores + k));
@@ -273,14 +389,14 @@ INLINE void to_weights(const Cache& cache, const KeyTile& tile, int visible, flo
     const f32x16 shrink = exp_nonpositive16(less(set16(state->top), set16(top)));
     float factor[16];
     store16(factor, shrink);
-    for (int d = 0; d < cache.dim; d++) out[d] *= factor[0];
+    for (int d = 0; d < dim; d++) out[d] *= factor[0];
     state->sum = mul(state->sum, shrink);
     state->top = top;
   }
   for (int g = 0; g < kTileGroups; g++) {
     const f32x16 e = exp_nonpositive16(less(load16(scores + kKeyGroup * g), set16(state->top)));
     state->sum = add(state->sum, e);
-    store16(scores + kKeyGroup * g, cache.weights(e, tile.group[g]));
+    store16(scores + kKeyGroup * g, e);
   }
 }
 
@@ -294,10 +410,10 @@ INLINE void attend_tile(const AttentionArgs& a, const Cache& cache, const KeyTil
   for (int g = 0; g < kTileGroups; g += kVectorsAtOnce) cache.template scores<Q, kVectorsAtOnce>(first, tile, g, scores);
   for (int i = 0; i < Q; i++) {
     const int visible = position + i + 1 - start;
-    to_weights(cache, tile, visible, scores + kTileKeys * i, states + first + i, out + i * a.out_stride);
+    to_weights(visible, scores + kTileKeys * i, states + first + i, out + i * a.out_stride, a.head_dim);
   }
   const int last = min_int(keys, position + Q - start);
-  add_all_values<typename Cache::Value, Q>(tile, cache.values_offset(), last, a.head_dim, scores, out, a.out_stride);
+  cache.template add_values<Q>(tile, last, scores, out, a.out_stride);
 }
 
 // The records of the tile that begins with key `start`; those behind the last key repeat one that is there.
@@ -325,7 +441,7 @@ INLINE void attend_heads(const AttentionArgs& a, const Cache& cache, Softmax* st
     memcpy(group, after, sizeof group);
     if (start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, after);
     for (int i = 0; i < a.queries; i++) {
-      locate(i, tile.group), locate(i + 1, tile.next), locate(i + kTilesAhead, tile.later);
+      locate(i, tile.group), locate(i + 1, tile.next);
       attend_tile<1>(a, cache, tile, start, keys, i, a.position, states);
     }
   }
@@ -339,7 +455,6 @@ INLINE void attend_queries(const AttentionArgs& a, const Cache& cache, Softmax* 
   for (int start = 0; start < length; start += kTileKeys) {
     memcpy(tile.group, tile.next, sizeof tile.group);
     if (start + kTileKeys < length) find_groups(a, start + kTileKeys, length - start - kTileKeys, tile.next);
-    memcpy(tile.later, tile.next, sizeof tile.next);
     const int keys = min_int(kTileKeys, length - start);
     int i = start > a.position ? start - a.position : 0;  // earlier queries do not see this tile
     for (; i + kQueriesAtOnce <= a.queries; i += kQueriesAtOnce)

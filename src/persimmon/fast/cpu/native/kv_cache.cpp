@@ -38,8 +38,8 @@ void KvCache::store(const Kernels& kernels, int layer, int head, const int32_t* 
   uint8_t* values = p + int8_values_offset(dim);
   reinterpret_cast<float*>(p + kKeyGroup * dim)[token] = kernels.quantize_head(key, dim, codes);
   for (int j = 0; j < dim / 4; j++) memcpy(p + 4 * (kKeyGroup * j + token), codes + 4 * j, 4);
-  reinterpret_cast<float*>(values + kKeyGroup * dim)[token] =
-      kernels.quantize_head(value, dim, reinterpret_cast<int8_t*>(values) + token * dim);
+  reinterpret_cast<float*>(values + kKeyGroup * dim)[token] = kernels.quantize_head(value, dim, codes);
+  for (int d = 0; d < dim; d++) values[4 * (token / 4 * dim + d) + token % 4] = static_cast<uint8_t>(codes[d]);
 }
 
 void KvCache::copy_block(int source, int target) {

@@ -4,10 +4,12 @@
 // table[p / block_size]. Who owns which block is decided outside: any block may be in several tables.
 //
 // Memory is [layer][block][head][group], a group being one record of 16 tokens of one head:
-//   int8     [keys, byte 64 j + 4 t + b = dimension 4 j + b of token t][16 key scales][values, [16][D]][16 value scales]
+//   int8     [keys, byte 64 j + 4 t + b = dimension 4 j + b of token t][16 key scales]
+//            [values, byte 4 D u + 4 d + b = dimension d of token 4 u + b][16 value scales]
 //   float32  [keys, [D][16]][values, [16][D]]
-// so that a key has a lane of its own and scores need no sums across lanes, a head's tokens of a block are one piece, and
-// the memory of a long sequence grows evenly. It is reserved at once and only taken as blocks are first written.
+// so that a key has a lane of its own and scores need no sums across lanes (nor have sums of int8 values, whose products are
+// taken by fours), a head's tokens of a block are one piece, and the memory of a long sequence grows evenly. It is reserved
+// at once and only taken as blocks are first written.
 #pragma once
 #include <cstddef>
 #include <cstdint>
