@@ -130,7 +130,10 @@ def four_layer_rows(args: argparse.Namespace) -> Iterator[Row]:
 
 def mini_rows(args: argparse.Namespace) -> Iterator[Row]:
     """The shipped model against transformers on the same weights: decoding, serving, evaluation."""
-    yield Row("decode-mini-transformers", bench("decode", "mini", "--tokens", "128", "--against", "transformers"))
+    yield Row(
+        "decode-mini-transformers",
+        bench("decode", "mini", "--tokens", "128", "--runs", "25", "--against", "transformers"),
+    )
     serving = ["serve", "mini", "--clients", "1,4,8,16,64", "--seconds", "4", "--runs", "2"]
     yield Row("serve-mini-transformers", bench(*serving, "--against", "transformers"))
     leaving = ["--clients", "64", "--seconds", "120", "--runs", "1", "--disconnects", "0.33"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from persimmon.infer.decoder import Chunk, Logits
+from persimmon.infer.decoder import CachedSequence, Chunk, Logits
 from tiny_model import tiny_config
 
 
@@ -60,3 +61,23 @@ class ScriptedDecoder:
 def says(prompt_length: int, answer: Sequence[int]) -> ScriptedDecoder:
     """Gives the ids of `answer`, one after the other, behind a prompt of that length."""
     return ScriptedDecoder(lambda ids: answer[len(ids) - prompt_length])
+
+
+class ScriptedGreedyDecoder(ScriptedDecoder):
+    """The same, taking greedy steps by itself (infer.drawing.GreedyDecoder)."""
+
+    def __init__(self, script: Callable[[list[int]], int]) -> None:
+        super().__init__(script)
+        self.bursts: list[int] = []  # tokens picked per call of `greedy`
+
+    def greedy(
+        self, sequence: CachedSequence, token_id: int, count: int, banned: NDArray[np.int64], stop_id: int
+    ) -> list[int]:
+        assert isinstance(sequence, ScriptedSequence) and count >= 1
+        picked: list[int] = []
+        while len(picked) < count and stop_id not in picked:
+            sequence.ids.append(picked[-1] if picked else token_id)
+            assert sequence.length <= sequence.capacity
+            picked.append(self._script(sequence.ids))
+        self.bursts.append(len(picked))
+        return picked

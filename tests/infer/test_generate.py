@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from persimmon.errors import ContextLengthError, InputError
 from persimmon.infer.completion import Completion, Generation, Piece
 from persimmon.infer.decoder import Chunk, Decoder
+from persimmon.infer.drawing import MOST_AHEAD, steps_ahead
 from persimmon.infer.generate import Stream, fit_prompt, newest
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.reference import ReferenceDecoder
 from persimmon.infer.sampling import banned_ids
 from persimmon.infer.session import PREFILL_CHUNK, Session
-from scripted_decoder import ScriptedDecoder, says
+from scripted_decoder import ScriptedDecoder, ScriptedGreedyDecoder, says
 from tiny_model import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
@@ -360,3 +362,83 @@ def test_a_piece_knows_its_probability() -> None:
     result = generate(DECODER, PROMPT, max_tokens=3, logprobs=0, seed=0, logit_bias=NO_END)
     piece = Piece("x", tuple(result.token_ids), tuple(result.logprobs))
     assert piece.logprob == pytest.approx(math.fsum(entry.logprob for entry in result.logprobs))
+
+
+# -- greedy tokens in bursts --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bursts_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make streams ask for so many tokens at once, but for what room and max_tokens allow."""
+    return lambda size: monkeypatch.setattr(
+        "persimmon.infer.generate.steps_ahead", lambda seconds, most: min(size, most)
+    )
+
+
+def mixed(ids: list[int]) -> int:
+    """A text without end that depends on all before it."""
+    return 20 + (sum(ids) * 7 + len(ids)) % 60
+
+
+GREEDY: list[dict[str, object]] = [
+    {"max_tokens": 1},
+    {"max_tokens": 30},
+    {"max_tokens": 30, "stop": ("t",)},
+    {"max_tokens": 200, "context_overflow": "shift"},
+    {"max_tokens": 200},
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+@pytest.mark.parametrize("sampling", GREEDY)
+def test_bursts_change_no_result(size: int, sampling: dict[str, object], bursts_of: Callable[[int], None]) -> None:
+    bursts_of(size)
+    expected = generate(ScriptedDecoder(mixed), PROMPT, context=50, temperature=0, **sampling)
+    decoder = ScriptedGreedyDecoder(mixed)
+    result = generate(decoder, PROMPT, context=50, temperature=0, **sampling)
+    assert (result.token_ids, result.text, result.finish_reason) == (
+        expected.token_ids, expected.text, expected.finish_reason,
+    )  # fmt: skip
+    assert max(decoder.bursts, default=1) <= size
+
+
+def test_a_burst_ends_with_the_text(bursts_of: Callable[[int], None]) -> None:
+    bursts_of(64)
+    ids = [*TOKENIZER.encode("story"), EOS]
+    decoder = ScriptedGreedyDecoder(lambda stored: ids[len(stored) - len(PROMPT)])
+    result = generate(decoder, PROMPT, context=100, temperature=0, max_tokens=50)
+    assert (result.text, result.finish_reason) == ("story", "stop")
+    assert decoder.calls == [len(PROMPT)] and decoder.bursts == [len(ids) - 1]
+
+
+def test_what_a_burst_stored_too_much_is_forgotten(bursts_of: Callable[[int], None]) -> None:
+    """A stop string ends the answer in the middle of a burst; the next turn of the session is as if it had not been."""
+    bursts_of(16)
+    decoder = ScriptedGreedyDecoder(mixed)
+    session = Session(decoder, 100)
+    free = generate(ScriptedDecoder(mixed), PROMPT, context=100, temperature=0, max_tokens=12)
+    stop = TOKENIZER.decode(free.token_ids[3:4])
+    first = generate(decoder, PROMPT, session=session, temperature=0, max_tokens=60, stop=(stop,))
+    assert len(first.token_ids) < 12 and decoder.sequences[0].length > len(PROMPT) + len(first.token_ids)
+    assert session.token_ids == [*PROMPT, *first.token_ids[:-1]]
+    turn = [*PROMPT, *first.token_ids, 30, 31]
+    second = generate(decoder, turn, session=session, temperature=0, max_tokens=8)
+    assert (
+        second.token_ids == generate(ScriptedDecoder(mixed), turn, context=100, temperature=0, max_tokens=8).token_ids
+    )
+    assert second.usage.cached_tokens == len(PROMPT) + len(first.token_ids) - 1
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 1.0}, {"logprobs": 2}, {"logit_bias": {25: 5.0}}, {"presence_penalty": 1.0}]
+)
+def test_only_plain_greedy_tokens_come_in_bursts(sampling: dict[str, object]) -> None:
+    decoder = ScriptedGreedyDecoder(mixed)
+    generate(decoder, PROMPT, context=60, max_tokens=20, **{"temperature": 0, **sampling})
+    assert not decoder.bursts
+
+
+def test_bursts_are_as_long_as_they_are_short_in_time() -> None:
+    assert steps_ahead(0.0, 10) == 1  # nothing is known yet
+    assert steps_ahead(0.1, 10) == 1 and steps_ahead(1e-9, 10) == 10
+    assert steps_ahead(0.002, 100) == 10 and steps_ahead(1e-9, 1000) == MOST_AHEAD

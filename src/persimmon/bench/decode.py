@@ -22,7 +22,7 @@ from persimmon.bench.timing import Stopwatch, Summary, alternate, percent_of, re
 from persimmon.bench.traffic import Traffic
 from persimmon.config import ModelConfig
 from persimmon.errors import ContextLengthError, UnavailableError
-from persimmon.infer.decoder import Chunk, Logits
+from persimmon.infer.decoder import Chunk
 
 WARM_STEPS = 4
 """Steps before the first timed one."""
@@ -75,12 +75,8 @@ class Decoding:
     def run(self, steps: int | None = None) -> float:
         """Tokens per second, all sequences together."""
         steps = steps or self._work.tokens
-        ids = [1] * self._work.batch
-        logits: list[Logits] = []
         with Stopwatch() as watch:
-            for _ in range(steps):
-                logits = self._cache.step(ids)
-                ids = [int(np.argmax(row)) for row in logits]
+            logits = self._cache.decode([1] * self._work.batch, steps)
         self.head_rows = float(np.mean([np.isfinite(row).sum() for row in logits]))
         self._cache.rewind()
         return steps * self._work.batch / watch.seconds

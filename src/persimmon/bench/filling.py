@@ -8,12 +8,15 @@ and is read like any other.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+
+import numpy as np
 
 from persimmon.bench.subject import Subject, random_ids
 from persimmon.errors import UnavailableError
 from persimmon.infer.decoder import Chunk, Logits
+from persimmon.infer.drawing import MOST_AHEAD, GreedyDecoder
 from persimmon.infer.paged import PagedChunk, page
 
 FILLS = ("read", "copy")
@@ -22,17 +25,26 @@ _BLOCK = 32  # tokens
 _BLOCK_BY_ENGINE = {"cpu": 16}  # as in a sequence's own cache
 
 
-class FilledCache(Protocol):
+class FilledCache(ABC):
     """Several sequences of equal depth."""
 
+    @abstractmethod
     def step(self, ids: Sequence[int]) -> list[Logits]:
         """Append one token to each; logits of which the largest is exact."""
 
+    @abstractmethod
     def rewind(self) -> None:
         """Forget the tokens of all steps."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give the memory back."""
+
+    def decode(self, ids: Sequence[int], steps: int) -> list[Logits]:
+        """Append a token to each, then the likeliest behind it, `steps` in all; the logits behind the last."""
+        for _ in range(steps - 1):
+            ids = [int(np.argmax(row)) for row in self.step(ids)]
+        return self.step(ids)
 
 
 def fill(subject: Subject, how: str, depth: int, room: int, batch: int) -> FilledCache:
@@ -43,7 +55,7 @@ def fill(subject: Subject, how: str, depth: int, room: int, batch: int) -> Fille
     return (ReadCache if how == "read" else CopiedCache)(subject, depth, room, batch)
 
 
-class ReadCache:
+class ReadCache(FilledCache):
     """Every token was read."""
 
     def __init__(self, subject: Subject, depth: int, room: int, batch: int) -> None:
@@ -57,6 +69,16 @@ class ReadCache:
         chunks = [Chunk(sequence, [token]) for sequence, token in zip(self._sequences, ids, strict=True)]
         return [row for row in self._decoder.forward(chunks, exact_top=1) if row is not None]
 
+    def decode(self, ids: Sequence[int], steps: int) -> list[Logits]:
+        """See FilledCache; one sequence as `generate` does, by a decoder that takes greedy steps itself."""
+        if len(ids) > 1 or not isinstance(self._decoder, GreedyDecoder):
+            return super().decode(ids, steps)
+        (sequence,), (token,) = self._sequences, ids
+        for first in range(0, steps - 1, MOST_AHEAD):
+            count = min(steps - 1 - first, MOST_AHEAD)
+            token = self._decoder.greedy(sequence, token, count, np.empty(0, np.int64), stop_id=-1)[-1]
+        return self.step([token])
+
     def rewind(self) -> None:
         """See FilledCache."""
         for sequence in self._sequences:
@@ -68,7 +90,7 @@ class ReadCache:
             sequence.close()
 
 
-class CopiedCache:
+class CopiedCache(FilledCache):
     """One block of each sequence was read; the others are copies of it."""
 
     def __init__(self, subject: Subject, depth: int, room: int, batch: int) -> None:

@@ -14,6 +14,8 @@ from persimmon.config import ModelConfig
 from persimmon.fast.cpu.formats import (
     FORMATS,
     GROUP,
+    HEAD_BITS,
+    UP_BITS,
     Format,
     hot_bytes,
     layer_tensors,
@@ -86,7 +88,7 @@ def mlp_bytes(config: ModelConfig, form: Format, use: MlpUse) -> float:
         return neurons * hot_bytes(config) + use.candidates * rest + use.active * down
     up: float = neurons * row_bytes(form.mlp, hidden)
     if not form.packed and use.candidates < neurons:
-        up = neurons * sketch_row_bytes(hidden) + use.candidates * row_bytes(form.mlp, hidden)
+        up = neurons * sketch_row_bytes(hidden, UP_BITS) + use.candidates * row_bytes(form.mlp, hidden)
     if form.mlp == "q4":
         scales, row = record_parts(hidden)
         return up + use.active * row + use.groups * scales
@@ -102,7 +104,7 @@ def head_bytes(config: ModelConfig, form: Format, exact_rows: float) -> float:
         again = top if exact_rows < rows else 0
         matrix = rows * top + exact_rows * (again + rest)
     elif exact_rows < rows:
-        matrix = rows * sketch_row_bytes(hidden) + exact_rows * row_bytes(form.head, hidden)
+        matrix = rows * sketch_row_bytes(hidden, HEAD_BITS) + exact_rows * row_bytes(form.head, hidden)
     else:
         matrix = rows * row_bytes(form.head, hidden)
     embedding = hidden * (_FLOAT_BYTES if form.name == "float32" else 2)

@@ -21,12 +21,12 @@ from pathlib import Path
 from persimmon.errors import ContextLengthError
 from persimmon.infer.completion import Completion, Generation, Piece, Timings, Usage
 from persimmon.infer.decoder import Decoder, check_token_ids
-from persimmon.infer.drawing import Draw, DrawingDecoder, Picked, can_draw
+from persimmon.infer.drawing import Draw, DrawingDecoder, GreedyDecoder, Picked, can_draw, steps_ahead
 from persimmon.infer.lookup import Lookup, check_lookup
 from persimmon.infer.params import SamplingParams
 from persimmon.infer.prompt_file import check_place
 from persimmon.infer.sampling import banned_ids
-from persimmon.infer.session import Drawing, ReportProgress, Session
+from persimmon.infer.session import Drawing, Greedy, ReportProgress, Session
 from persimmon.tokenizer import Tokenizer
 
 
@@ -73,8 +73,10 @@ class Stream(Iterator[Piece]):
         self._completion = Completion(
             tokenizer, params, banned, config.vocab_size, self._prompt_ids, skip_space=skip_space
         )
-        self._params, self._bos_id = params, tokenizer.bos_id
-        self._draws = not lookup and can_draw(params) and isinstance(decoder, DrawingDecoder)
+        self._params, self._bos_id, self._eos_id = params, tokenizer.bos_id, tokenizer.eos_id
+        may_draw = not lookup and can_draw(params)
+        self._draws = may_draw and isinstance(decoder, DrawingDecoder)
+        self._runs_ahead = may_draw and params.greedy and isinstance(decoder, GreedyDecoder)
         self._progress, self._prompt_cache = progress, prompt_cache
         self._max_guess, self._lookup = lookup, Lookup(self._prompt_ids) if lookup else None
         self._guessed = self._guesses_right = 0
@@ -130,7 +132,7 @@ class Stream(Iterator[Piece]):
 
     def _step(self) -> Piece | None:
         """Store the newest token and pick the next; the end, when there is no room and no shifting."""
-        if self._session.full and self._params.context_overflow != "shift":
+        if not self._session.room and self._params.context_overflow != "shift":
             return self._completion.end()
         return self._completion.accept(self._store(self._completion.token_ids[-1]))
 
@@ -158,12 +160,21 @@ class Stream(Iterator[Piece]):
         exact_top = self._completion.sampler.exact_top
         if self._lookup is not None:
             self._lookup.append(token_id)
-        if not self._session.full:
+        if self._session.room:
+            if self._runs_ahead:
+                return self._session.extend(token_id, greedy=self._greedy())
             if self._lookup is None:
                 return self._session.extend(token_id, exact_top=exact_top, draw=self._draw())
             return self._session.extend(token_id, exact_top=exact_top, guess=self._guess(token_id))
         window = newest([*self._session.token_ids, token_id], _half(self._session.capacity), self._bos_id)
         return self._session.prefill(window, exact_top=exact_top, draw=self._draw())
+
+    def _greedy(self) -> Greedy:
+        """As many steps as are short together, as there is room for, and as are wanted: the last is never stored."""
+        count = len(self._completion.token_ids)
+        seconds = self._decode_seconds / (count - 1) if count > 1 else 0.0
+        most = min(self._session.room, self._params.max_tokens - count)
+        return Greedy(steps_ahead(seconds, most), self._banned, self._eos_id)
 
     def _guess(self, token_id: int) -> list[int]:
         """What may follow the token, no more than there is room for; nothing where the last guess still holds."""
@@ -171,7 +182,7 @@ class Stream(Iterator[Piece]):
         if self._session.expects(token_id):
             self._guesses_right += 1
             return []
-        room = self._session.capacity - len(self._session.token_ids) - 1
+        room = self._session.room - 1
         left = self._params.max_tokens - len(self._completion.token_ids) - 1  # the last token is never stored
         guess = self._lookup.guess(min(self._max_guess, room, max(left, 0)))
         self._guessed += len(guess)

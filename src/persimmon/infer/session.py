@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persimmon.infer import prompt_file
 from persimmon.infer.decoder import Chunk, Decoder, Logits
-from persimmon.infer.drawing import Draw, DrawingDecoder, Picked
+from persimmon.infer.drawing import Draw, DrawingDecoder, GreedyDecoder, Picked
 
 PREFILL_CHUNK = 512
 """Tokens between two reports of progress, and the longest wait of an interrupt, while a prompt is read."""
@@ -24,6 +24,14 @@ Drawing = tuple[Draw, NDArray[np.int64]]
 """What a DrawingDecoder (no other is asked) is to pick behind the newest token, and the ids it must not pick."""
 
 
+class Greedy(NamedTuple):
+    """Steps for a GreedyDecoder (no other is asked) to take by itself."""
+
+    steps: int
+    banned: NDArray[np.int64]
+    stop_id: int
+
+
 class Session:
     """One sequence of a decoder and the ids it holds."""
 
@@ -33,7 +41,7 @@ class Session:
         self._sequence = decoder.new_sequence(capacity)
         self._token_ids: list[int] = []
         self._guess: list[int] = []  # tokens stored behind them that may turn out to come next
-        self._guess_logits: list[Logits] = []  # behind each of those
+        self._guess_picked: list[Picked] = []  # what the decoder gave behind each of those
         self.capacity = capacity
         self.reused = 0
         """Tokens that the last prefill found in place."""
@@ -44,9 +52,9 @@ class Session:
         return self._token_ids[: self._sequence.length]
 
     @property
-    def full(self) -> bool:
-        """No further token can be stored."""
-        return len(self._token_ids) >= self.capacity
+    def room(self) -> int:
+        """Further tokens that can be stored."""
+        return self.capacity - len(self._token_ids)
 
     def prefill(
         self, token_ids: Sequence[int], *, exact_top: int | None = None, progress: ReportProgress | None = None,
@@ -68,17 +76,23 @@ class Session:
         return logits
 
     def extend(
-        self, token_id: int, *, exact_top: int | None = None, guess: Sequence[int] = (), draw: Drawing | None = None
-    ) -> Picked:
-        """Store one more token and return the logits [V] behind it, or the token of `draw`, which has no guess.
+        self, token_id: int, *, exact_top: int | None = None, guess: Sequence[int] = (), draw: Drawing | None = None,
+        greedy: Greedy | None = None,
+    ) -> Picked:  # fmt: skip
+        """Store one more token and return the logits [V] behind it, or the token of `draw` or `greedy`: at most one.
 
         guess: tokens that may come after it. They run in the same call, and where they are what the next calls bring,
-        those have their logits already; what was wrong is forgotten.
+        those have their logits already; what was wrong is forgotten. The tokens of `greedy` are such a guess, too.
         """
         if self.expects(token_id):
             self._token_ids.append(self._guess.pop(0))
-            return self._guess_logits.pop(0)
+            return self._guess_picked.pop(0)
         self._keep(len(self._token_ids))
+        if greedy is not None:
+            picked = cast(GreedyDecoder, self._decoder).greedy(self._sequence, token_id, *greedy)
+            self._token_ids.append(token_id)
+            self._guess, self._guess_picked = picked[:-1], list(picked[1:])
+            return picked[0]
         if not guess:
             logits = self._append([token_id], last=True, exact_top=exact_top, draw=draw)
             assert logits is not None, "logits were asked for"
@@ -87,12 +101,12 @@ class Session:
         (rows,) = self._decoder.forward([chunk], exact_top=exact_top)
         assert rows is not None, "logits were asked for"
         self._token_ids.append(token_id)
-        self._guess, self._guess_logits = list(guess), list(rows[1:])
+        self._guess, self._guess_picked = list(guess), list(rows[1:])
         first: Logits = rows[0]
         return first
 
     def expects(self, token_id: int) -> bool:
-        """The token is the next of the guess: `extend` has its logits."""
+        """The token is the next of the guess: `extend` has what comes behind it."""
         return bool(self._guess) and self._guess[0] == token_id
 
     def restore(self, path: Path, token_ids: Sequence[int]) -> int:
@@ -123,7 +137,7 @@ class Session:
 
     def _keep(self, length: int) -> None:
         """Forget the guess and everything behind the first `length` tokens."""
-        self._guess, self._guess_logits = [], []
+        self._guess, self._guess_picked = [], []
         self._token_ids = self._token_ids[:length]
         self._sequence.truncate(length)
 

@@ -14,12 +14,13 @@ from made_models import sparse_model
 from packed_layouts import ISAS, same_bits
 from persimmon.checkpoints import hub
 from persimmon.config import preset
-from persimmon.errors import CheckpointError, InputError, UnavailableError
+from persimmon.errors import CheckpointError, ContextLengthError, InputError, UnavailableError
 from persimmon.fast.cpu.decoder import CpuDecoder
 from persimmon.fast.cpu.load import load_decoder
 from persimmon.fast.cpu.quantize import quantize
 from persimmon.fast.cpu.synthesize import synthesize
 from persimmon.infer.decoder import Chunk
+from scripted_decoder import ScriptedSequence
 
 FORMATS = ("bfloat16", "q8", "q4", "p44")
 IDS = np.random.default_rng(0).integers(0, 4_500, 48).tolist()
@@ -297,6 +298,56 @@ def test_heads_of_all_sizes(vocab: int, checkpoint: Path, tmp_path: Path) -> Non
     assert all(share == 0 for share in shares) if vocab == 4_096 else min(shares) > 0.1
 
 
+NO_IDS = np.empty(0, np.int64)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_greedy_steps_pick_what_logits_say(name: str, kv_dtype: str, checkpoint: Path, packed: dict[str, Path]) -> None:
+    decoder = load_decoder(directory_of(name, checkpoint, packed), kv_dtype=kv_dtype)
+    sequence = decoder.new_sequence(64)
+    decoder.forward([Chunk(sequence, IDS[:20], "none")])
+    token, expected = 7, []
+    for _ in range(12):
+        (row,) = decoder.forward([Chunk(sequence, [token])], exact_top=1)
+        assert row is not None
+        expected.append(token := int(row.argmax()))
+
+    def greedy(count: int, banned: np.ndarray = NO_IDS, stop_id: int = -1) -> list[int]:
+        sequence.truncate(20)
+        picked = decoder.greedy(sequence, 7, count, banned, stop_id)
+        assert sequence.length == 20 + len(picked)
+        return picked
+
+    assert greedy(12) == expected and greedy(1) == expected[:1]
+    middle = expected[5]
+    assert greedy(12, stop_id=middle) == expected[: expected.index(middle) + 1]
+    banned = np.array(sorted(set(expected)))
+    others = greedy(12, banned)
+    assert len(others) == 12 and not set(others) & set(expected)
+    sequence.truncate(20)
+    (row,) = decoder.forward([Chunk(sequence, [7])])
+    assert row is not None
+    row[banned] = -np.inf
+    assert others[0] == int(row.argmax())
+
+
+def test_greedy_steps_that_cannot_be_are_refused(checkpoint: Path) -> None:
+    decoder = load_decoder(checkpoint)
+    sequence = decoder.new_sequence(8)
+    decoder.forward([Chunk(sequence, IDS[:4], "none")])
+    with pytest.raises(ContextLengthError, match="5 more tokens do not fit: 4 of 8"):
+        decoder.greedy(sequence, 1, 5, NO_IDS, -1)
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        decoder.greedy(sequence, 10**6, 1, NO_IDS, -1)
+    with pytest.raises(InputError, match="belongs to another decoder"):
+        decoder.greedy(ScriptedSequence(8), 1, 1, NO_IDS, -1)
+    assert sequence.length == 4 and len(decoder.greedy(sequence, 1, 4, NO_IDS, -1)) == 4
+    sequence.close()
+    with pytest.raises(InputError, match="closed"):
+        decoder.greedy(sequence, 1, 1, NO_IDS, -1)
+
+
 def test_exact_mode_reads_the_whole_head(packed: dict[str, Path]) -> None:
     decoder = load_decoder(packed["p44"], sparsity_margin=float("inf"))
     (row,) = decoder.forward([Chunk(decoder.new_sequence(48), IDS)], exact_top=1)
@@ -362,6 +413,8 @@ def test_weights_that_overflow_are_refused_and_the_sequence_keeps_its_length(che
     sequence = decoder.new_sequence(8)
     with pytest.raises(CheckpointError, match="not finite"):
         decoder.forward([Chunk(sequence, [1, 2, 3])])
+    with pytest.raises(CheckpointError, match="not finite"):
+        decoder.greedy(sequence, 1, 3, NO_IDS, -1)
     assert sequence.length == 0
 
 

@@ -62,6 +62,6 @@ def test_sketches_are_planned_as_they_are_made(changes: dict[str, int], tmp_path
 
 
 def test_larger_models_have_no_sketch() -> None:
-    assert memory.planned_sketch_bytes(preset("mini"), FORMATS["bfloat16"]) == (6 * 1024 + 8192) * (256 + 20)
+    assert memory.planned_sketch_bytes(preset("mini"), FORMATS["bfloat16"]) == 6 * 1024 * (256 + 20) + 8192 * (160 + 20)
     large = preset("mini", hidden_size=2048, intermediate_size=8192)
     assert memory.planned_sketch_bytes(large, FORMATS["bfloat16"]) == 0

@@ -16,7 +16,7 @@ from persimmon.errors import CheckpointError, ContextLengthError, InputError, Un
 from persimmon.fast.cpu.formats import Format, why_unfit
 from persimmon.fast.cpu.memory import GIB, kv_bytes_per_token
 from persimmon.fast.cpu.native_module import native
-from persimmon.infer.decoder import Chunk, Logits, Scored, check_token_ids
+from persimmon.infer.decoder import CachedSequence, Chunk, Logits, Scored, check_token_ids
 from persimmon.infer.identity import fingerprint
 from persimmon.infer.stored_sequence import StoredSequence, own_sequences
 from persimmon.machine import check_threads, cpu_threads, memory_available
@@ -34,8 +34,8 @@ On mini and mini-base it adds 2 % to the format's own KL divergence of 1.0e-2 to
 """
 
 _SEQUENCE_BLOCK = 16
-"""Tokens of a block of a sequence's own cache. A tile of the attention kernel then has four blocks, and memory that is read in
-four places at a time arrives at 33 GB/s where one place gives 27 (docs/LOG.md, 2026-11-27)."""
+"""Tokens of a block of a sequence's own cache. A tile of the attention kernel then has four blocks, and memory that is
+read in four places at a time arrives at 33 GB/s where one place gives 27 (docs/LOG.md, 2026-11-27)."""
 
 
 class CpuSequence(StoredSequence):
@@ -216,6 +216,19 @@ class CpuDecoder:
         for sequence, chunk in zip(sequences, chunks, strict=True):
             sequence.advance(len(chunk.token_ids))
         return results
+
+    def greedy(
+        self, sequence: CachedSequence, token_id: int, count: int, banned: NDArray[np.int64], stop_id: int
+    ) -> list[int]:
+        """See infer.drawing.GreedyDecoder."""
+        (own,) = own_sequences([Chunk(sequence, [token_id])], CpuSequence, self._config.vocab_size)
+        own.check_room(count)
+        try:
+            picked: list[int] = self._model.greedy(*own.place(), token_id, count, banned.astype(np.int32), stop_id)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        own.advance(len(picked))
+        return picked
 
     def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> list[Scored]:
         """Append each chunk; what its last positions say about as many targets (see infer.decoder.ScoringDecoder)."""

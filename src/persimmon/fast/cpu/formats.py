@@ -130,14 +130,18 @@ def record_bytes(outputs: int) -> int:
     return scales + GROUP * row
 
 
-def sketch_row_bytes(inputs: int) -> int:
-    """Bytes of a row in the sketch of a float matrix (native/layout.h): int8 codes and five numbers of 4 bytes."""
-    return -(-inputs // GROUP) * GROUP + 5 * 4
+UP_BITS, HEAD_BITS = 8, 5
+"""Of the codes in the sketches of float matrices (native/layout.h)."""
 
 
-def sketch_bytes(rows: int, inputs: int) -> int:
+def sketch_row_bytes(inputs: int, bits: int) -> int:
+    """Bytes of a row in the sketch of a float matrix (native/layout.h): codes and five numbers of 4 bytes."""
+    return -(-inputs // GROUP) * GROUP * bits // 8 + 5 * 4
+
+
+def sketch_bytes(rows: int, inputs: int, bits: int) -> int:
     """Bytes of the sketch of a float matrix: blocks of 16 rows."""
-    return -(-rows // 16) * 16 * sketch_row_bytes(inputs)
+    return -(-rows // 16) * 16 * sketch_row_bytes(inputs, bits)
 
 
 def hot_bytes(config: ModelConfig) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from persimmon.config import ModelConfig
 from persimmon.errors import UnavailableError
-from persimmon.fast.cpu.formats import Format, sketch_bytes
+from persimmon.fast.cpu.formats import HEAD_BITS, UP_BITS, Format, sketch_bytes
 from persimmon.fast.cpu.packed import planned_bytes
 from persimmon.machine import memory_available
 
@@ -63,11 +63,11 @@ def plan_memory(config: ModelConfig, form: Format, kv_dtype: str, context: int) 
 
 
 def planned_sketch_bytes(config: ModelConfig, form: Format) -> int:
-    """Bytes of the int8 copies of up projections and head that small unquantized models keep besides."""
+    """Bytes of the rough copies of up projections and head that small unquantized models keep besides."""
     hidden = config.hidden_size
-    size = config.num_layers * sketch_bytes(config.intermediate_size, hidden)
+    size = config.num_layers * sketch_bytes(config.intermediate_size, hidden, UP_BITS)
     if config.vocab_size >= _FEWEST_RANKED:
-        size += sketch_bytes(config.vocab_size, hidden)
+        size += sketch_bytes(config.vocab_size, hidden, HEAD_BITS)
     return 0 if form.packed or size > _MOST_SKETCH_BYTES or hidden > _MOST_SKETCH_INPUTS else size
 
 

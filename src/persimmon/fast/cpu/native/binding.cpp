@@ -127,6 +127,17 @@ class PyModel {
     model_.forward(call.list, output);
   }
 
+  std::vector<int32_t> greedy(const Cache& cache, Table table, int start, int32_t token_id, int count, In<int32_t, 1> banned, int32_t stop) {
+    const std::shared_ptr<KvCache> kv = (cache.open(), cache.kv);
+    const std::vector<int32_t> never(banned.data(), banned.data() + banned.size());
+    const int vocab = model_.shape().vocab;
+    for (const int32_t id : never) require(id >= 0 && id < vocab, "a banned token is outside the vocabulary");
+    require(static_cast<int>(never.size()) < vocab, "every token is banned");
+    const Chunk chunk = {kv.get(), table.data(), static_cast<int>(table.size()), start, &token_id, 1, 1};
+    nb::gil_scoped_release release;
+    return model_.greedy(chunk, count, never, stop);
+  }
+
   nb::list counts() const {
     nb::list result;
     for (const LayerCounts& c : model_.counts) {
@@ -345,20 +356,21 @@ std::tuple<FloatArray, FloatArray, FloatArray> head_rows(In<uint8_t, 2> top, In<
 
 // What the sketch of float rows says of one token: estimates of weights . x and bounds that they are not above, [R] each.
 std::tuple<FloatArray, FloatArray> sketched_rows(const std::string& format, In<uint8_t, 2> weights, In<float, 1> center, In<float, 1> x,
-                                                 const std::string& isa) {
+                                                 const std::string& isa, int bits) {
   const Kernels* kernels = find_kernels(isa);
+  require(bits == kUpBits || bits == kHeadBits, "codes of a sketch have 8 or 5 bits");
   const int rows = static_cast<int>(weights.shape(0)), inputs = static_cast<int>(x.size());
   require(center.size() == x.size(), "the center has the wrong size");
   const size_t element = format == "bfloat16" ? 2 : 4;
   require(format == "bfloat16" || format == "float32", "only float rows have sketches");
   require(weights.shape(1) >= element * inputs && inputs <= kMostSketchInputs, "rows and inputs do not fit together");
-  std::vector<PanelLine> sketch(sketch_bytes(rows, inputs) / sizeof(PanelLine));
+  std::vector<PanelLine> sketch(sketch_bytes(rows, inputs, bits) / sizeof(PanelLine));
   uint8_t* const memory = reinterpret_cast<uint8_t*>(sketch.data());
-  make_sketch(parse_format(format), weights.data(), weights.shape(1), rows, inputs, center.data(), memory);
+  make_sketch(parse_format(format), weights.data(), weights.shape(1), rows, inputs, center.data(), bits, memory);
   std::vector<uint8_t> parts(2 * round_up(inputs, kSketchInputs));
   Owned<float> estimate(round_up(rows, kSketchRows)), bound(round_up(rows, kSketchRows));
   const SketchInput token = kernels->sketch_input(x.data(), center.data(), inputs, parts.data());
-  kernels->sketch_rows(memory, token, 0, rows, estimate.data, bound.data);
+  kernels->sketch_rows(memory, bits, token, 0, rows, estimate.data, bound.data);
   return {estimate.array({weights.shape(0)}), bound.array({weights.shape(0)})};
 }
 
@@ -417,9 +429,9 @@ void mlp_one_by_one(const Kernels* kernels, const MlpArgs& args, const In<float,
   const size_t width = static_cast<size_t>(args.blocks) * kSuperblock;
   const size_t input_bytes = args.blocks * (packed ? sizeof(ActivationBlock) : kSuperblock * sizeof(float));
   const int inputs = static_cast<int>(x.shape(1));
-  std::vector<PanelLine> sketch(sketched ? sketch_bytes(args.neurons, inputs) / sizeof(PanelLine) : 0);
+  std::vector<PanelLine> sketch(sketched ? sketch_bytes(args.neurons, inputs, kUpBits) / sizeof(PanelLine) : 0);
   uint8_t* const memory = reinterpret_cast<uint8_t*>(sketch.data());
-  if (sketched) make_sketch(args.format, args.up, args.up_bytes, args.neurons, inputs, x.data(), memory);
+  if (sketched) make_sketch(args.format, args.up, args.up_bytes, args.neurons, inputs, x.data(), kUpBits, memory);
   std::vector<uint8_t> parts(2 * round_up(inputs, kSketchInputs));
   std::vector<float> sum(width);
   for (int t = 0; t < args.tokens; t++) {
@@ -585,6 +597,8 @@ NB_MODULE(_native, m) {
            "Store (cache, table, start, ids, wanted) chunks; logits [sum of wanted, vocab] receives the last `wanted` rows of each.")
       .def("score", &PyModel::score, "chunks"_a, "targets"_a, "scores"_a.noconvert(), "likeliest"_a.noconvert(),
            "Store such chunks; for every wanted row the log-probability of its target, and the likeliest token.")
+      .def("greedy", &PyModel::greedy, "cache"_a, "table"_a, "start"_a, "token_id"_a, "count"_a, "banned"_a, "stop"_a,
+           "Store a token and then the likeliest behind it, one after the other: up to `count` that were picked, the last not stored.")
       .def("counts", &PyModel::counts)
       .def("reset_counts", &PyModel::reset_counts);
 
@@ -595,7 +609,7 @@ NB_MODULE(_native, m) {
         "eights: by those for up to 8 tokens of packed rows.");
   m.def("head_rows", &head_rows, "top"_a, "rest"_a, "x"_a, "center"_a, "sigmas"_a, "isa"_a = "auto", "tiled"_a = false,
         "eights"_a = false, "The head's estimates of x . weights^T, their bounds, and the refined products, [T, R] each.");
-  m.def("sketched_rows", &sketched_rows, "format"_a, "weights"_a, "center"_a, "x"_a, "isa"_a = "auto",
+  m.def("sketched_rows", &sketched_rows, "format"_a, "weights"_a, "center"_a, "x"_a, "isa"_a = "auto", "bits"_a = kUpBits,
         "Estimates of weights . x from the sketch of float rows, and bounds that the products are not above, [R] each.");
   m.def("tiled_tokens", [](const std::string& isa) { return find_kernels(isa)->tiled_tokens; }, "isa"_a = "auto",
         "Fewest tokens for which the tiled kernels are used; 0 where there are none.");

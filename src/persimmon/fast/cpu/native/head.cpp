@@ -117,7 +117,8 @@ void Model::score_pieces(const Group& group, int begin, int end, const Output& o
   }
 }
 
-// estimate(first, last, thread) fills in estimates_ and bounds_ of these rows, exact(token, row, thread) gives the product itself.
+// estimate(first, last, thread) fills in estimates_ and bounds_ of these rows, exact(token, list, count, thread) the logits of those of
+// a list.
 template <class Estimate, class Exact>
 void Model::two_passes(int tokens, int top, int tried, float* logits, Estimate&& estimate, Exact&& exact) {
   const int vocab = shape_.vocab, chunks = (vocab + kHeadChunk - 1) / kHeadChunk;
@@ -155,19 +156,27 @@ void Model::two_passes(int tokens, int top, int tried, float* logits, Estimate&&
         best.insert(best.end(), ranked[static_cast<size_t>(t) * chunks + c].begin(), ranked[static_cast<size_t>(t) * chunks + c].end());
       keep_best(&best, top + tried);
       bool damaged = static_cast<int>(best.size()) < top;  // weights whose products are no numbers: all are read
-      for (Ranked& row : best) row.value = exact(t, row.row, thread), damaged |= std::isnan(row.value);
+      for (Ranked& row : best) {
+        exact(t, &row.row, 1, thread);
+        row.value = logits[t * stride + row.row], damaged |= std::isnan(row.value);
+      }
       if (!damaged) std::nth_element(best.begin(), best.begin() + (top - 1), best.end(), better);
       threshold[t] = damaged ? -HUGE_VALF : best[top - 1].value;
     }
   });
   pool_.parallel_for(chunks, 1, [&](int begin, int end, int thread) {
-    const int first = begin * kHeadChunk, last = std::min(end * kHeadChunk, vocab);
-    for (int t = 0; t < tokens; t++) {
-      const float* bounds = bounds_.data() + t * stride;
-      std::fill(logits + t * stride + first, logits + t * stride + last, -HUGE_VALF);
-      for (int r = first; r < last; r++) {
-        if (r % kGlance == 0) r = next_to_reach(bounds, r, last, threshold[t]);
-        if (r < last && !(bounds[r] < threshold[t])) logits[t * stride + r] = exact(t, r, thread);
+    int list[kHeadChunk];
+    for (int c = begin; c < end; c++) {
+      const int first = c * kHeadChunk, last = std::min(first + kHeadChunk, vocab);
+      for (int t = 0; t < tokens; t++) {
+        const float* bounds = bounds_.data() + t * stride;
+        std::fill(logits + t * stride + first, logits + t * stride + last, -HUGE_VALF);
+        int count = 0;
+        for (int r = first; r < last; r++) {
+          if (r % kGlance == 0) r = next_to_reach(bounds, r, last, threshold[t]);
+          if (r < last && !(bounds[r] < threshold[t])) list[count++] = r;
+        }
+        exact(t, list, count, thread);
       }
     }
   });
@@ -186,8 +195,9 @@ void Model::head_top(const RowsArgs& args, int top, float* logits) {
     else if (in_tiles) kernels_->tiled_estimates(args, first, last, kHeadSigmas, estimates, bounds, stride, tile_scratch(thread));
     else kernels_->estimate_rows(args, first, last, kHeadSigmas, estimates, bounds, stride);
   };
-  two_passes(args.tokens, top, kTried, logits, estimate,
-             [&](int t, int row, int) { return kernels_->refine_row(args, t, row); });
+  two_passes(args.tokens, top, kTried, logits, estimate, [&](int t, const int* list, int count, int) {
+    for (int k = 0; k < count; k++) logits[t * stride + list[k]] = kernels_->refine_row(args, t, list[k]);
+  });
 }
 
 // Float rows and one token; normalize() has left its input in normed_ and, where the kernels want it, in panels.
@@ -195,11 +205,10 @@ void Model::head_top_float(int top, float* logits) {
   const SketchInput x = sketch_input(final_norm_);
   const RowsArgs rows = rows_args(lm_head_, input(), 1, logits, shape_.vocab, Epilogue::store);
   const auto estimate = [&](int first, int last, int) {
-    kernels_->sketch_rows(head_sketch_, x, first, last, estimates_.data() + first, bounds_.data() + first);
+    kernels_->sketch_rows(head_sketch_, kHeadBits, x, first, last, estimates_.data() + first, bounds_.data() + first);
   };
-  two_passes(1, top, 0, logits, estimate, [&](int, int row, int thread) {
-    multiply_range(rows, row, row + 1, thread);
-    return logits[row];
+  two_passes(1, top, 0, logits, estimate, [&](int, const int* list, int count, int thread) {
+    kernels_->listed_products(rows, list, count, panel_scratch(thread));
   });
 }
 

@@ -38,7 +38,7 @@ static constexpr Kernels table(const char* name) {
 #else
   constexpr PanelKernels bf16 = panels;
 #endif
-  return {name,     quantize,    distance,   layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, sketch_input, sketch_rows,
+  return {name,     quantize,    distance,   layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, sketch_input, sketch_rows, listed_products,
           estimate_rows, refine_row, activate, any_block, down_columns, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8,
           attend_float, quantize_head, int4_scale, fingerprint};
 }

@@ -170,7 +170,9 @@ struct Kernels {
   // [begin, end), begin a multiple of kSketchRows, and bounds that their products are not above, to estimate[0 ..) and bound[0 ..).
   // Whole blocks of rows are written.
   SketchInput (*sketch_input)(const float* x, const float* center, int n, uint8_t* parts);
-  void (*sketch_rows)(const uint8_t* sketch, const SketchInput& x, int begin, int end, float* estimate, float* bound);
+  void (*sketch_rows)(const uint8_t* sketch, int bits, const SketchInput& x, int begin, int end, float* estimate, float* bound);
+  // One token and float rows: y[row] of those of a list, without bias. Scratch: of PanelKernels.
+  void (*listed_products)(const RowsArgs& args, const int* list, int count, float* scratch);
   // Planes: estimate[t * stride + r] from the top bits, and bound = estimate + sigmas standard deviations of its error.
   void (*estimate_rows)(const RowsArgs& args, int begin, int end, float sigmas, float* estimate, float* bound,
                         size_t stride);

@@ -43,6 +43,7 @@ constexpr int kOutliers = 16;       // input columns of an up projection kept in
 constexpr int kNeuronBlock = 256;   // neurons whose contributions are summed on their own before they join the output
 
 constexpr int kSketchRows = 16;     // rows of a block of a sketch
+constexpr int kUpBits = 8, kHeadBits = 5;  // of its codes: of the bytes read, what fewer save and what more rows cost
 constexpr int kSketchInputs = 32;   // inputs are padded to a multiple ...
 constexpr int kMostSketchInputs = 16384;  // ... and no more are allowed for in what rounding adds
 constexpr float kLeastSketched = 1e-15f, kMostSketched = 1e15f;  // largest magnitudes between which no square or product is lost
@@ -106,7 +107,14 @@ constexpr size_t top_row_bytes(int blocks) {
   return round_up(static_cast<size_t>(blocks) * (kTopBytes + kLanes) + sizeof(TopFacts), kLineBytes);
 }
 
-constexpr size_t sketch_block_bytes(int inputs) { return round_up(inputs, kSketchInputs) * kSketchRows + sizeof(SketchFacts); }
-constexpr size_t sketch_bytes(int rows, int inputs) { return round_up(rows, kSketchRows) / kSketchRows * sketch_block_bytes(inputs); }
+// The codes of kSketchInputs inputs of a block of a sketch. With eight bits: [four inputs][row][input]. With five: lines of those four
+// bits of two quadruples of inputs each, the first in the lower half of a byte, then one of the fifth bits, bit i of quadruple i.
+constexpr size_t sketch_stripe_bytes(int bits) { return static_cast<size_t>(kSketchInputs) * kSketchRows * bits / 8; }
+constexpr size_t sketch_block_bytes(int inputs, int bits) {
+  return round_up(inputs, kSketchInputs) / kSketchInputs * sketch_stripe_bytes(bits) + sizeof(SketchFacts);
+}
+constexpr size_t sketch_bytes(int rows, int inputs, int bits) {
+  return round_up(rows, kSketchRows) / kSketchRows * sketch_block_bytes(inputs, bits);
+}
 
 }  // namespace persimmon

@@ -138,8 +138,8 @@ void Model::resolve_neurons(const Resolver& tensors, const std::string& prefix, 
 
 // Float rows that a token need not all read get a sketch each, if all of them are small.
 void Model::make_sketches() {
-  const size_t up = sketch_bytes(shape_.intermediate, shape_.hidden);
-  const size_t head = shape_.vocab < kFewestRanked ? 0 : sketch_bytes(shape_.vocab, shape_.hidden);
+  const size_t up = sketch_bytes(shape_.intermediate, shape_.hidden, kUpBits);
+  const size_t head = shape_.vocab < kFewestRanked ? 0 : sketch_bytes(shape_.vocab, shape_.hidden, kHeadBits);
   const size_t bytes = up * shape_.layers + head;
   if (packed_inputs_ || bytes > kMostSketchBytes || shape_.hidden > kMostSketchInputs) return;
   held_by_sketches_ = bytes;
@@ -150,7 +150,7 @@ void Model::make_sketches() {
     for (int i = begin; i < end; i++) {
       const Linear& linear = i < shape_.layers ? layers_[i].up : lm_head_;
       const Norm& norm = i < shape_.layers ? layers_[i].post : final_norm_;
-      make_sketch(linear.format, linear.weights, linear.row_bytes, linear.rows, shape_.hidden, norm.bias, at(i));
+      make_sketch(linear.format, linear.weights, linear.row_bytes, linear.rows, shape_.hidden, norm.bias, i < shape_.layers ? kUpBits : kHeadBits, at(i));
     }
   });
   for (int i = 0; i < shape_.layers; i++) layers_[i].up_sketch = at(i);
@@ -166,6 +166,26 @@ std::unique_ptr<KvCache> Model::new_cache(int num_blocks, int block_size, bool i
 void Model::forward(const std::vector<Chunk>& chunks, Output output) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Pool::Awake awake(pool_);
+  run(chunks, output);
+}
+
+std::vector<int32_t> Model::greedy(Chunk chunk, int count, const std::vector<int32_t>& banned, int32_t stop) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Pool::Awake awake(pool_);
+  std::vector<float> logits(shape_.vocab);
+  std::vector<int32_t> picked;
+  Output output;
+  output.exact_top = static_cast<int>(banned.size()) + 1, output.logits = logits.data();
+  while (static_cast<int>(picked.size()) < count && (picked.empty() || picked.back() != stop)) {
+    if (!picked.empty()) chunk.ids = &picked.back(), chunk.start++;
+    run({chunk}, output);
+    for (const int32_t id : banned) logits[id] = -HUGE_VALF;
+    picked.push_back(kernels_->summarize(logits.data(), shape_.vocab).at);
+  }
+  return picked;
+}
+
+void Model::run(const std::vector<Chunk>& chunks, Output output) {
   std::vector<Token> tokens;
   const auto flush = [&] {
     run_step(tokens, output);

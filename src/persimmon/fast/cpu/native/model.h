@@ -75,11 +75,16 @@ class Model {
   // finite; what the new places hold is then undefined.
   void forward(const std::vector<Chunk>& chunks, Output output);
 
+  // Store the one token of `chunk` and pick the likeliest behind it (the first of equals, never one of `banned`), then store that one,
+  // until `count` are picked or one is `stop`: the picked ones, of which the last is not stored. Throws as forward.
+  std::vector<int32_t> greedy(Chunk chunk, int count, const std::vector<int32_t>& banned, int32_t stop);
+
   float margin = 0;       // standard deviations; infinite reads everything
   int audit_every = 0;    // recompute one decoded token in this many exactly; 0 never
   std::vector<LayerCounts> counts;
 
  private:
+  void run(const std::vector<Chunk>& chunks, Output output);
   struct Linear {
     Format format;
     const uint8_t *weights, *rest;

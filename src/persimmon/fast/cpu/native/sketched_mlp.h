@@ -1,5 +1,5 @@
-// The MLP of one token over float weights of which there is a sketch: the sketch says which neurons may be positive, and only
-// their rows of the up projection are read. What they add is what it is without a sketch, to the bit.
+// One token and float rows of which there is a sketch, which says which rows are needed: neurons of the MLP that may be positive,
+// logits that may be the largest. They become what they are without a sketch, to the bit.
 #pragma once
 #include "float_tile_rows.h"
 #include "sketch_rows.h"
@@ -11,7 +11,7 @@ namespace PERSIMMON_ISA {
 // Neurons of a block that may be positive, ascending.
 static int possible_neurons(const MlpArgs& a, int begin, int end, int* list) {
   alignas(64) float estimate[kNeuronBlock], bound[kNeuronBlock];
-  sketch_rows(a.sketch, a.sketched, begin, end, estimate, bound);
+  sketch_rows(a.sketch, kUpBits, a.sketched, begin, end, estimate, bound);
   int count = 0;
   for (int r = begin; r < end; r++) {
     list[count] = r;
@@ -36,6 +36,23 @@ static void activate_listed(const MlpArgs& a, const int* list, int count, Active
   }
 #endif
   for (int k = 0; k < count; k++) activate(a, list[k], list[k] + 1, 0, 1, &out, counts);
+}
+
+// y[row] of the rows of a list, which have no bias.
+static void listed_products(const RowsArgs& a, const int* list, int count, [[maybe_unused]] float* scratch) {
+  for (int k = 0; k < count; k++) prefetch(a.weights + list[k] * a.row_bytes, static_cast<int>(a.row_bytes));
+#if defined(__AMX_BF16__)
+  if (a.format == Format::bf16) {
+    const FloatTileArgs tiles = {a.weights, a.row_bytes, a.panels, 1, a.blocks * kSuperblock};
+    listed_rows(tiles, list, count, scratch, [&](int k, f32x16 products) {
+      float p[kPanelRows];
+      store16(p, products);
+      for (int i = 0; i < min_int(kPanelRows, count - k); i++) a.y[list[k + i]] = p[i];
+    });
+    return;
+  }
+#endif
+  for (int k = 0; k < count; k++) rows(a, list[k], list[k] + 1);
 }
 
 static void sketched_block(const MlpArgs& a, int block, float* sum, MlpCounts* counts, float* scratch) {
