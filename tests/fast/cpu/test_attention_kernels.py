@@ -72,7 +72,8 @@ def test_zeros(isa: str, int8: bool) -> None:
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
-    ("length", "queries", "dim"), [(1, 1, 8), (70, 70, 64), (200, 37, 20), (129, 65, 128), (64, 2, 4)]
+    ("length", "queries", "dim"),
+    [(1, 1, 8), (70, 70, 64), (200, 37, 20), (129, 65, 128), (64, 2, 4), (300, 200, 64), (90, 33, 256), (131, 4, 64)],
 )
 def test_many_queries_give_the_bits_of_each_alone(length: int, queries: int, dim: int, int8: bool) -> None:
     """A chunk of a prompt: query i sees the keys up to its own position and no further."""
@@ -90,8 +91,10 @@ def test_any_table_gives_the_same_bits(block: int, int8: bool) -> None:
     q, k, v = case(333, 64)
     expected = native_attend(q, k, v, int8, "auto")
     table = np.random.default_rng(block).permutation(40)[: -(-333 // block)].tolist()
+    chunk = np.stack([q] * 40)
     for isa in ISAS:
         assert np.array_equal(native_attend(q, k, v, int8, isa, table=table, block=block), expected)
+        assert np.array_equal(native_attend(chunk, k, v, int8, isa, table=table, block=block)[-1], expected)
 
 
 @pytest.mark.parametrize("int8", [False, True])

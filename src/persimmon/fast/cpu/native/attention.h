@@ -300,7 +300,7 @@ struct Int8Cache {
   inline __attribute__((always_inline)) void add_values(const KeyTile& tile, int keys, float* weights, float* out,
                                                         size_t out_stride) const {
     RoundedWeights rounded[Q];
-    for (int i = 0; i < Q; i++) rounded[i] = round_weights(tile, weights + kTileKeys * i);
+    for (int i = 0; i < Q; i++) rounded[i].unit = round_weights(tile, weights + kTileKeys * i, rounded[i].high, rounded[i].low);
     if (Q == 1)
       for (int g = 0; g < kTileGroups; g++) tile.fetch(g, int8_values_offset(dim) + kKeyGroup * dim);
     constexpr int V = Q == 1 ? kVectorsAtOnce : 2;  // each may have two sums
@@ -321,7 +321,8 @@ struct Int8Cache {
     uint8_t high[kTileKeys], low[kTileKeys];
   };
 
-  inline __attribute__((always_inline)) RoundedWeights round_weights(const KeyTile& tile, const float* weights) const {
+  // Returns the unit.
+  inline __attribute__((always_inline)) float round_weights(const KeyTile& tile, const float* weights, uint8_t* high, uint8_t* low) const {
     f32x16 scaled[kTileGroups], best = set16(kSmallestTop);
     for (int g = 0; g < kTileGroups; g++) {
       const uint8_t* scales = tile.group[g] + int8_values_offset(dim) + kKeyGroup * dim;
@@ -329,11 +330,9 @@ struct Int8Cache {
       best = larger(best, scaled[g]);
     }
     const float top = largest_lane(best);
-    RoundedWeights rounded;
-    rounded.unit = top / kLargestWeight;
     for (int g = 0; g < kTileGroups; g++)
-      store_planes(mul(scaled[g], set16(kLargestWeight / top)), rounded.high + kKeyGroup * g, rounded.low + kKeyGroup * g);
-    return rounded;
+      store_planes(mul(scaled[g], set16(kLargestWeight / top)), high + kKeyGroup * g, low + kKeyGroup * g);
+    return top / kLargestWeight;
   }
 
   template <int Q, int V>
@@ -463,18 +462,26 @@ INLINE void attend_queries(const AttentionArgs& a, const Cache& cache, Softmax* 
   }
 }
 
-template <class Cache>
-INLINE void attend(const AttentionArgs& a) {
-  const Cache cache(a);
-  Softmax states[kQueryTile];
+INLINE void clear_output(const AttentionArgs& a) {
   for (int i = 0; i < a.queries; i++)
     for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] = 0.0f;
-  if (a.head_bytes) attend_heads(a, cache, states);
-  else attend_queries(a, cache, states);
+}
+
+INLINE void divide_by_sums(const AttentionArgs& a, const Softmax* states) {
   for (int i = 0; i < a.queries; i++) {
     const float inverse = 1.0f / sum_lanes(states[i].sum);
     for (int d = 0; d < a.head_dim; d++) a.out[i * a.out_stride + d] *= inverse;
   }
+}
+
+template <class Cache>
+INLINE void attend(const AttentionArgs& a) {
+  const Cache cache(a);
+  Softmax states[kQueryTile];
+  clear_output(a);
+  if (a.head_bytes) attend_heads(a, cache, states);
+  else attend_queries(a, cache, states);
+  divide_by_sums(a, states);
 }
 
 // Of `count` logits; logit k is in lane k mod 16.

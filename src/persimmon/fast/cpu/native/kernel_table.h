@@ -1,7 +1,7 @@
 // Gathers the kernels of one instruction set into a table; included once by each isa_*.cpp.
 #pragma once
 #include "activations.h"
-#include "attention.h"
+#include "attention_tiles.h"
 #include "eight_int4.h"
 #include "eights.h"
 #include "fingerprint.h"
@@ -39,7 +39,7 @@ static constexpr Kernels table(const char* name) {
   constexpr PanelKernels bf16 = panels;
 #endif
   return {name,     quantize,    distance,   layer_norm,   rotate,      rows, PERSIMMON_TILED, PERSIMMON_EIGHTS, panels, bf16, sketch_input, sketch_rows, listed_products,
-          estimate_rows, refine_row, activate, any_block, down_columns, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8,
+          estimate_rows, refine_row, activate, any_block, down_columns, count_needed, int4_columns, PERSIMMON_TILED_INT4, PERSIMMON_EIGHT_INT4, summarize, attend_int8_tiles,
           attend_float, quantize_head, int4_scale, fingerprint};
 }
 
