@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from persimmon.errors import ContextLengthError, InputError
 from persimmon.infer.completion import Completion, Generation, Piece
-from persimmon.infer.decoder import Chunk, Decoder
+from persimmon.infer.decoder import CachedSequence, Chunk, Decoder
 from persimmon.infer.drawing import MOST_AHEAD, steps_ahead
 from persimmon.infer.generate import Stream, fit_prompt, newest
 from persimmon.infer.params import SamplingParams
@@ -399,7 +400,50 @@ def test_bursts_change_no_result(size: int, sampling: dict[str, object], bursts_
     assert (result.token_ids, result.text, result.finish_reason) == (
         expected.token_ids, expected.text, expected.finish_reason,
     )  # fmt: skip
-    assert max(decoder.bursts, default=1) <= size
+    assert all(1 <= burst <= size for burst in decoder.bursts)
+    assert bool(decoder.bursts) == (len(result.token_ids) > 1)
+    if sampling == {"max_tokens": 30}:
+        whole, rest = divmod(29, size)
+        assert decoder.calls == [len(PROMPT)] and decoder.bursts == [size] * whole + [rest] * (rest > 0)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_burst_can_be_interrupted(stored: bool, bursts_of: Callable[[int], None]) -> None:
+    """Ctrl-C in the third burst, before or after its tokens were stored."""
+    bursts_of(5)
+
+    class InterruptedOnce(ScriptedGreedyDecoder):
+        def greedy(self, *args: Any) -> list[int]:
+            if len(self.bursts) == 2 and not stored:
+                self.bursts.append(0)
+                raise KeyboardInterrupt
+            picked = super().greedy(*args)
+            if len(self.bursts) == 3 and stored:
+                raise KeyboardInterrupt
+            return picked
+
+    decoder = InterruptedOnce(mixed)
+    session = Session(decoder, 100)
+    with pytest.raises(KeyboardInterrupt):
+        generate(decoder, PROMPT, session=session, temperature=0, max_tokens=40)
+    again = generate(decoder, PROMPT, session=session, temperature=0, max_tokens=40)
+    fresh = generate(ScriptedDecoder(mixed), PROMPT, context=100, temperature=0, max_tokens=40)
+    assert again.token_ids == fresh.token_ids
+
+
+def test_bursts_never_pick_what_is_no_text(bursts_of: Callable[[int], None]) -> None:
+    bursts_of(4)
+    seen: list[np.ndarray] = []
+
+    class Noting(ScriptedGreedyDecoder):
+        def greedy(
+            self, sequence: CachedSequence, token_id: int, count: int, banned: np.ndarray, stop_id: int
+        ) -> list[int]:
+            seen.append(banned)
+            return super().greedy(sequence, token_id, count, banned, stop_id)
+
+    generate(Noting(mixed), PROMPT, context=60, temperature=0, max_tokens=9)
+    assert len(seen) == 2 and all(np.array_equal(b, banned_ids(TOKENIZER, MODEL.config.vocab_size)) for b in seen)
 
 
 def test_a_burst_ends_with_the_text(bursts_of: Callable[[int], None]) -> None:

@@ -208,6 +208,16 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     assert issubclass(PromptFileError, InputError) and issubclass(StorageError, PersimmonError)
 
 
+def test_files_of_the_former_layout_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    saved(cpu_decoder(MODEL, kv_dtype="int8"), path)
+    former = path.read_bytes().replace(b'"version": "2"', b'"version": "1"')
+    assert former != path.read_bytes()
+    path.write_bytes(former)
+    with pytest.raises(PromptFileError, match="not a prompt file of this version"):
+        Session(cpu_decoder(MODEL, kv_dtype="int8"), 512).restore(path, IDS)
+
+
 def test_one_changed_weight_is_another_model() -> None:
     changed = tiny_model(hidden_size=64, num_heads=4, max_positions=512)
     changed.layers[1].mlp.dense_4h_to_h.weight.data[3, 7] += 1e-3

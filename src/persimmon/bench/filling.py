@@ -15,6 +15,7 @@ import numpy as np
 
 from persimmon.bench.subject import Subject, random_ids
 from persimmon.errors import UnavailableError
+from persimmon.fast.cpu.decoder import SEQUENCE_BLOCK
 from persimmon.infer.decoder import Chunk, Logits
 from persimmon.infer.drawing import MOST_AHEAD, GreedyDecoder
 from persimmon.infer.paged import PagedChunk, page
@@ -22,7 +23,7 @@ from persimmon.infer.paged import PagedChunk, page
 FILLS = ("read", "copy")
 
 _BLOCK = 32  # tokens
-_BLOCK_BY_ENGINE = {"cpu": 16}  # as in a sequence's own cache
+_BLOCK_BY_ENGINE = {"cpu": SEQUENCE_BLOCK}  # as in a sequence's own cache
 
 
 class FilledCache(ABC):

@@ -162,7 +162,8 @@ class Stream(Iterator[Piece]):
             self._lookup.append(token_id)
         if self._session.room:
             if self._runs_ahead:
-                return self._session.extend(token_id, greedy=self._greedy())
+                steps = None if self._session.expects(token_id) else self._greedy()
+                return self._session.extend(token_id, greedy=steps)
             if self._lookup is None:
                 return self._session.extend(token_id, exact_top=exact_top, draw=self._draw())
             return self._session.extend(token_id, exact_top=exact_top, guess=self._guess(token_id))

@@ -82,7 +82,8 @@ class Session:
         """Store one more token and return the logits [V] behind it, or the token of `draw` or `greedy`: at most one.
 
         guess: tokens that may come after it. They run in the same call, and where they are what the next calls bring,
-        those have their logits already; what was wrong is forgotten. The tokens of `greedy` are such a guess, too.
+        those have their logits already; what was wrong is forgotten. The tokens of `greedy` are such a guess, too:
+        behind them come tokens, whatever is asked for, so a caller keeps to one kind.
         """
         if self.expects(token_id):
             self._token_ids.append(self._guess.pop(0))

@@ -144,3 +144,25 @@ def test_int8_of_a_tile_without_weight(isa: str) -> None:
     v[:128] *= 1e20
     q *= 30
     np.testing.assert_allclose(native_attend(q, k, v, True, isa), v[128:].mean(0), atol=0.02)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("key", [3, 39])
+def test_int8_values_that_overflow_show(isa: str, key: int) -> None:
+    """Not finite in, not finite out, for one query and for many: the decoder's check must see it."""
+    q, k, v = case(40, 64)
+    v[key] = np.inf
+    assert not np.isfinite(native_attend(q, k, v, True, isa)).any()
+    assert not np.isfinite(native_attend(np.stack([q] * 8), k, v, True, isa)[-1]).any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("queries", [2, 3, 20])
+def test_int8_values_behind_a_query_change_nothing(isa: str, queries: int) -> None:
+    """Even if they overflowed: a token that was refused leaves an infinite scale in the record of later ones."""
+    _, k, v = case(40, 64)
+    q = np.random.default_rng(0).standard_normal((queries, 64), np.float32)
+    expected = native_attend(q, k, v, True, isa)
+    v[-1] = np.inf
+    result = native_attend(q, k, v, True, isa)
+    assert np.array_equal(result[:-1], expected[:-1]) and not np.isfinite(result[-1]).any()

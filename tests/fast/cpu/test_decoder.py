@@ -102,6 +102,24 @@ def test_same_bits_whatever_runs_it(name: str, kv_dtype: str, checkpoint: Path, 
         np.testing.assert_allclose(firsts[0], firsts[-1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("heads", [3, 40])
+def test_any_number_of_heads_and_threads(heads: int, kv_dtype: str, tmp_path: Path) -> None:
+    """A token alone, whose heads a thread takes together, has the bits of a token in a prompt."""
+    shape = {"hidden_size": 8 * heads, "num_heads": heads, "intermediate_size": 256, "num_layers": 2}
+    synthesize(preset("mini", vocab_size=512, max_positions=128, **shape), tmp_path / "model", "q8")
+    ids = [5, 6, 7, *range(20, 60)]
+    for isa in ISAS:
+        for threads in (1, 2, 3):
+            decoder = load_decoder(tmp_path / "model", threads=threads, kv_dtype=kv_dtype, isa=isa)
+            rows = all_logits(decoder, ids)
+            sequence = decoder.new_sequence(len(ids))
+            decoder.forward([Chunk(sequence, ids[:20], "none")])
+            for position, token in enumerate(ids[20:], 20):
+                (row,) = decoder.forward([Chunk(sequence, [token])])
+                assert row is not None and np.array_equal(row, rows[position]), (isa, threads, position)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_same_bits_for_every_cut_and_company(name: str, checkpoint: Path, packed: dict[str, Path]) -> None:
     """Token by token, in uneven chunks, and beside other sequences: exactly what one prefill gives."""
@@ -340,6 +358,10 @@ def test_greedy_steps_that_cannot_be_are_refused(checkpoint: Path) -> None:
         decoder.greedy(sequence, 1, 5, NO_IDS, -1)
     with pytest.raises(InputError, match="outside the vocabulary"):
         decoder.greedy(sequence, 10**6, 1, NO_IDS, -1)
+    with pytest.raises(InputError, match="the list of banned tokens holds token id -1"):
+        decoder.greedy(sequence, 1, 1, np.array([-1]), -1)
+    with pytest.raises(InputError, match="greedy steps must be 1 or more, got 0"):
+        decoder.greedy(sequence, 1, 0, NO_IDS, -1)
     with pytest.raises(InputError, match="belongs to another decoder"):
         decoder.greedy(ScriptedSequence(8), 1, 1, NO_IDS, -1)
     assert sequence.length == 4 and len(decoder.greedy(sequence, 1, 4, NO_IDS, -1)) == 4
@@ -414,6 +436,19 @@ def test_weights_that_overflow_are_refused_and_the_sequence_keeps_its_length(che
     with pytest.raises(CheckpointError, match="not finite"):
         decoder.forward([Chunk(sequence, [1, 2, 3])])
     with pytest.raises(CheckpointError, match="not finite"):
+        decoder.greedy(sequence, 1, 3, NO_IDS, -1)
+    assert sequence.length == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_greedy_steps_refuse_logits_that_are_no_numbers(value: float, checkpoint: Path, tmp_path: Path) -> None:
+    model = hub.load_model(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        dict(model.named_parameters())["lm_head.weight"][77] = value
+    hub.save_model(model, None, tmp_path / "wild")
+    decoder = load_decoder(tmp_path / "wild")
+    sequence = decoder.new_sequence(8)
+    with pytest.raises(CheckpointError, match="no usable logits"):
         decoder.greedy(sequence, 1, 3, NO_IDS, -1)
     assert sequence.length == 0
 

@@ -33,7 +33,7 @@ On mini and mini-base it adds 2 % to the format's own KL divergence of 1.0e-2 to
 0.4 % and reads a quarter more rest rows (docs/sparsity.md).
 """
 
-_SEQUENCE_BLOCK = 16
+SEQUENCE_BLOCK = 16
 """Tokens of a block of a sequence's own cache. A tile of the attention kernel then has four blocks, and memory that is
 read in four places at a time arrives at 33 GB/s where one place gives 27 (docs/LOG.md, 2026-11-27)."""
 
@@ -43,8 +43,8 @@ class CpuSequence(StoredSequence):
 
     def __init__(self, model: Any, capacity: int, int8: bool) -> None:
         super().__init__(capacity)
-        blocks = -(-capacity // _SEQUENCE_BLOCK)
-        self._cache = model.new_cache(blocks, _SEQUENCE_BLOCK, int8)
+        blocks = -(-capacity // SEQUENCE_BLOCK)
+        self._cache = model.new_cache(blocks, SEQUENCE_BLOCK, int8)
         self._table = np.arange(blocks, dtype=np.int32)
 
     def close(self) -> None:
@@ -220,7 +220,11 @@ class CpuDecoder:
     def greedy(
         self, sequence: CachedSequence, token_id: int, count: int, banned: NDArray[np.int64], stop_id: int
     ) -> list[int]:
-        """See infer.drawing.GreedyDecoder."""
+        """See infer.drawing.GreedyDecoder; InputError for less than one step or banned ids outside the vocabulary."""
+        if count < 1:
+            raise InputError(f"greedy steps must be 1 or more, got {count}")
+        if len(banned):
+            check_token_ids("the list of banned tokens", banned.tolist(), self._config.vocab_size)
         (own,) = own_sequences([Chunk(sequence, [token_id])], CpuSequence, self._config.vocab_size)
         own.check_room(count)
         try:

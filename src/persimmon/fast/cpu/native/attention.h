@@ -16,7 +16,7 @@
 // int8: the query is rounded to int8 as well, scores are exact integer dot products times two scales. The weights of a tile
 // are rounded to 14 bits, two planes of seven that two integer products take (2 operations for 64 bytes of values where
 // widening to float32 takes 12); sums of a tile are exact, and added up in float32. Rounding q, k and v to int8 costs about
-// 0.5% noise each on a score or value, rounding the weights 0.003% of the tile's largest.
+// 0.5% noise each on a score or value, rounding a weight at most 0.003% of the tile's largest: 0.2% if all 63 others err alike.
 // Not supported: head dimensions that are not a multiple of 4, or above kMaxHeadDim.
 #pragma once
 #include "activations.h"
@@ -27,9 +27,9 @@ namespace PERSIMMON_ISA {
 
 constexpr int kTileGroups = 4;
 constexpr int kTileKeys = kTileGroups * kKeyGroup;
-constexpr int kWeightBits = 7, kLowBits = (1 << kWeightBits) - 1;  // of each of the two planes of a rounded weight
+constexpr int kWeightBits = 7, kLowMask = (1 << kWeightBits) - 1;  // of each of the two planes of a rounded weight
 constexpr float kLargestWeight = (1 << 2 * kWeightBits) - 1;
-constexpr float kSmallestTop = 1e-34f;  // a tile whose largest weight is smaller is rounded as if it were this: kLargestWeight / top is finite
+constexpr float kSmallestTop = 1e-34f;  // stands in for smaller largest weights, so that kLargestWeight / top is finite
 #if defined(__AVX512F__)
 constexpr int kQueriesAtOnce = 4, kVectorsAtOnce = 4;  // 16 sums of 16 lanes: half of the registers
 #else
@@ -72,16 +72,29 @@ INLINE float largest_lane(f32x16 a) { return max_lanes(maximum(a.lo, a.hi)); }
 INLINE f32x16 exp_nonpositive16(f32x16 x) { return {exp_nonpositive(x.lo), exp_nonpositive(x.hi)}; }
 #endif
 
+// Weights times the scales of values; without weight 0, whatever stands where the scale of a key would be that is not there.
+INLINE f32x16 scale_weights(f32x16 weights, f32x16 scales) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(weights, zero16(), _CMP_GT_OQ), weights, scales);
+#elif defined(__AVX2__)
+  const auto half = [](f32x8 w, f32x8 s) { return _mm256_and_ps(_mm256_cmp_ps(w, zero8(), _CMP_GT_OQ), mul(w, s)); };
+  return {half(weights.lo, scales.lo), half(weights.hi, scales.hi)};
+#else
+  const auto half = [](f32x8 w, f32x8 s) { return each8(w, s, [](float a, float b) { return a > 0.0f ? a * b : 0.0f; }); };
+  return {half(weights.lo, scales.lo), half(weights.hi, scales.hi)};
+#endif
+}
+
 // Sixteen weights from 0 to kLargestWeight, rounded to integers: their upper and their lower bits.
 INLINE void store_planes(f32x16 weights, uint8_t* high, uint8_t* low) {
 #if defined(__AVX512F__)
   const __m512i codes = _mm512_cvtps_epi32(weights);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, kWeightBits)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(codes, _mm512_set1_epi32(kLowBits))));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(codes, _mm512_set1_epi32(kLowMask))));
 #elif defined(__AVX2__)
   const __m256i mixed = _mm256_packus_epi32(_mm256_cvtps_epi32(weights.lo), _mm256_cvtps_epi32(weights.hi));
   const __m256i codes = _mm256_permute4x64_epi64(mixed, 0xD8);
-  const __m256i planes = _mm256_packus_epi16(_mm256_srli_epi16(codes, kWeightBits), _mm256_and_si256(codes, _mm256_set1_epi16(kLowBits)));
+  const __m256i planes = _mm256_packus_epi16(_mm256_srli_epi16(codes, kWeightBits), _mm256_and_si256(codes, _mm256_set1_epi16(kLowMask)));
   const __m256i sorted = _mm256_permute4x64_epi64(planes, 0xD8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_castsi256_si128(sorted));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_extracti128_si256(sorted, 1));
@@ -89,8 +102,8 @@ INLINE void store_planes(f32x16 weights, uint8_t* high, uint8_t* low) {
   float rounded[16];
   store16(rounded, {round_even(weights.lo), round_even(weights.hi)});
   for (int i = 0; i < 16; i++) {
-    const int code = static_cast<int>(rounded[i]);
-    high[i] = static_cast<uint8_t>(code >> kWeightBits), low[i] = static_cast<uint8_t>(code & kLowBits);
+    const int code = rounded[i] > 0.0f ? static_cast<int>(rounded[i]) : 0;  // no number: 0, as elsewhere
+    high[i] = static_cast<uint8_t>(code >> kWeightBits), low[i] = static_cast<uint8_t>(code & kLowMask);
   }
 #endif
 }
@@ -217,7 +230,7 @@ struct FloatCache {
 
   // out[i][D] += sum over the first `keys` keys of weights[i][key] * value, for Q queries.
   template <int Q>
-  inline __attribute__((always_inline)) void add_values(const KeyTile& tile, int keys, float* weights, float* out,
+  inline __attribute__((always_inline)) void add_values(const KeyTile& tile, int keys, const float* weights, float* out,
                                                         size_t out_stride) const {
     int d = 0;
     for (; d + 16 * kVectorsAtOnce <= dim; d += 16 * kVectorsAtOnce)
@@ -297,7 +310,7 @@ struct Int8Cache {
   }
 
   template <int Q>
-  inline __attribute__((always_inline)) void add_values(const KeyTile& tile, int keys, float* weights, float* out,
+  inline __attribute__((always_inline)) void add_values(const KeyTile& tile, int keys, const float* weights, float* out,
                                                         size_t out_stride) const {
     RoundedWeights rounded[Q];
     for (int i = 0; i < Q; i++) rounded[i].unit = round_weights(tile, weights + kTileKeys * i, rounded[i].high, rounded[i].low);
@@ -326,7 +339,7 @@ struct Int8Cache {
     f32x16 scaled[kTileGroups], best = set16(kSmallestTop);
     for (int g = 0; g < kTileGroups; g++) {
       const uint8_t* scales = tile.group[g] + int8_values_offset(dim) + kKeyGroup * dim;
-      scaled[g] = mul(load16(weights + kKeyGroup * g), load16(reinterpret_cast<const float*>(scales)));
+      scaled[g] = scale_weights(load16(weights + kKeyGroup * g), load16(reinterpret_cast<const float*>(scales)));
       best = larger(best, scaled[g]);
     }
     const float top = largest_lane(best);

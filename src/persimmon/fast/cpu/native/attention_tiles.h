@@ -65,7 +65,8 @@ INLINE void attend_tile_queries(const AttentionArgs& a, const Int8Cache& cache, 
     float weights[kTileKeys];
     for (int g = 0; g < kTileGroups; g++) {
       const f32x16 key_scales = load16(reinterpret_cast<const float*>(tile.group[g] + kKeyGroup * a.head_dim));
-      store16(weights + kKeyGroup * g, mul(to_floats(_mm512_load_si512(&m->scores[i][kKeyGroup * g])), mul(set16(cache.scale[first + i]), key_scales)));
+      const f32x16 scores = to_floats(_mm512_load_si512(&m->scores[i][kKeyGroup * g]));
+      store16(weights + kKeyGroup * g, mul(scores, mul(set16(cache.scale[first + i]), key_scales)));
     }
     to_weights(visible, weights, states + first + i, a.out + (first + i) * a.out_stride, a.head_dim);
     m->unit[i] = cache.round_weights(tile, weights, m->high[i], m->low[i]);

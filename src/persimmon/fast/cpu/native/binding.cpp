@@ -127,7 +127,8 @@ class PyModel {
     model_.forward(call.list, output);
   }
 
-  std::vector<int32_t> greedy(const Cache& cache, Table table, int start, int32_t token_id, int count, In<int32_t, 1> banned, int32_t stop) {
+  std::vector<int32_t> greedy(const Cache& cache, Table table, int start, int32_t token_id, int count, In<int32_t, 1> banned,
+                              int32_t stop) {
     const std::shared_ptr<KvCache> kv = (cache.open(), cache.kv);
     const std::vector<int32_t> never(banned.data(), banned.data() + banned.size());
     const int vocab = model_.shape().vocab;

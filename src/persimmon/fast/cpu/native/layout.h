@@ -22,7 +22,7 @@
 //   rest row  rest superblocks, whose scales are those of the top row
 // p44, one neuron: hot row = top row of its up row, cold row = [rest row of its up row][int8 superblocks of its down column]
 // Head: top rows of the vocabulary in one array, rest rows in another.
-// Sketch of float rows, in memory alone: blocks of 16 rows, [inputs padded to 32 / 4][16 rows][4 int8][SketchFacts].
+// Sketch of float rows, in memory alone: blocks of 16 rows, [codes of their inputs, see sketch_stripe_bytes][SketchFacts].
 #pragma once
 #include <cstddef>
 #include <cstdint>

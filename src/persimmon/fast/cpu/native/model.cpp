@@ -150,7 +150,8 @@ void Model::make_sketches() {
     for (int i = begin; i < end; i++) {
       const Linear& linear = i < shape_.layers ? layers_[i].up : lm_head_;
       const Norm& norm = i < shape_.layers ? layers_[i].post : final_norm_;
-      make_sketch(linear.format, linear.weights, linear.row_bytes, linear.rows, shape_.hidden, norm.bias, i < shape_.layers ? kUpBits : kHeadBits, at(i));
+      const int bits = i < shape_.layers ? kUpBits : kHeadBits;
+      make_sketch(linear.format, linear.weights, linear.row_bytes, linear.rows, shape_.hidden, norm.bias, bits, at(i));
     }
   });
   for (int i = 0; i < shape_.layers; i++) layers_[i].up_sketch = at(i);
@@ -180,7 +181,11 @@ std::vector<int32_t> Model::greedy(Chunk chunk, int count, const std::vector<int
     if (!picked.empty()) chunk.ids = &picked.back(), chunk.start++;
     run({chunk}, output);
     for (const int32_t id : banned) logits[id] = -HUGE_VALF;
-    picked.push_back(kernels_->summarize(logits.data(), shape_.vocab).at);
+    const RowSummary best = kernels_->summarize(logits.data(), shape_.vocab);
+    bool usable = std::isfinite(best.top);
+    for (const float logit : logits) usable &= logit == logit;
+    if (!usable) throw std::domain_error("the model returned no usable logits");
+    picked.push_back(best.at);
   }
   return picked;
 }
@@ -392,11 +397,12 @@ void Model::attention(const Layer& layer, int index, const std::vector<Token>& t
   const int count = static_cast<int>(tokens.size()), heads = shape_.heads, groups = static_cast<int>(queries_.size());
   const auto chunk = [&](int items) { return std::max(1, items / (pool_.threads() * 8)); };
   if (count == 1) {
-    // One piece of heads for each thread: their keys lie behind each other, and long pieces are read faster.
+    // One piece of heads for each thread: their keys lie behind each other, and long pieces are read faster than threads that help
+    // each other make up for.
     const int grain = std::min((heads + pool_.threads() - 1) / pool_.threads(), kQueryTile);
     pool_.parallel_for(heads, grain, [&](int begin, int end, int) {
       for (int h = begin; h < end; h++) prepare_head(layer, index, tokens[0], 0, h);
-      attend_heads(index, tokens, queries_[0], begin, end - begin);
+      for (int h = begin; h < end; h += kQueryTile) attend_heads(index, tokens, queries_[0], h, std::min(kQueryTile, end - h));
     });
     return;
   }

@@ -40,7 +40,7 @@ class Pool {
     Pool& pool_;
   };
 
-  // body(begin, end, thread) over chunks of at most `grain` of [0, n); returns when all are done.
+  // body(begin, end, thread) over chunks of at most `grain` of [0, n), a lone thread over all at once; returns when all are done.
   template <class Body>
   void parallel_for(int n, int grain, Body&& body) {
     if (n <= grain || workers_.empty()) {

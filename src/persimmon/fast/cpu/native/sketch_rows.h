@@ -65,7 +65,8 @@ static SketchInput sketch_input(const float* x, const float* center, int n, uint
 template <int Bits>
 INLINE __m512i stripe_codes(const uint8_t* stripe, int q) {
   if (Bits == 8) return _mm512_loadu_si512(stripe + kLineBytes * q);
-  const __m512i pair = _mm512_loadu_si512(stripe + kLineBytes * (q / 2)), fifth = _mm512_loadu_si512(stripe + kLineBytes * (kSketchInputs / 8));
+  const __m512i pair = _mm512_loadu_si512(stripe + kLineBytes * (q / 2));
+  const __m512i fifth = _mm512_loadu_si512(stripe + kLineBytes * (kSketchInputs / 8));
   const __m512i low = _mm512_and_si512(q % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
   const __mmask64 negative = _mm512_test_epi8_mask(fifth, _mm512_set1_epi8(static_cast<char>(1 << q)));
   return _mm512_mask_sub_epi8(low, negative, low, _mm512_set1_epi8(16));
