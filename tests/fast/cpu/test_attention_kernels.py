@@ -73,7 +73,17 @@ def test_zeros(isa: str, int8: bool) -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
     ("length", "queries", "dim"),
-    [(1, 1, 8), (70, 70, 64), (200, 37, 20), (129, 65, 128), (64, 2, 4), (300, 200, 64), (90, 33, 256), (131, 4, 64)],
+    [
+        (1, 1, 8),
+        (70, 70, 64),
+        (200, 37, 20),
+        (129, 65, 128),
+        (64, 2, 4),
+        (300, 200, 64),
+        (90, 33, 256),
+        (131, 8, 64),
+        (131, 7, 64),
+    ],
 )
 def test_many_queries_give_the_bits_of_each_alone(length: int, queries: int, dim: int, int8: bool) -> None:
     """A chunk of a prompt: query i sees the keys up to its own position and no further."""

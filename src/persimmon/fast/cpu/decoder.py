@@ -35,7 +35,7 @@ On mini and mini-base it adds 2 % to the format's own KL divergence of 1.0e-2 to
 
 SEQUENCE_BLOCK = 16
 """Tokens of a block of a sequence's own cache. A tile of the attention kernel then has four blocks, and memory that is
-read in four places at a time arrives at 33 GB/s where one place gives 27 (docs/LOG.md, 2026-11-27)."""
+read in four places at a time arrives at 33 GB/s where one place gives 27 to 30 (docs/LOG.md, 2026-11-27)."""
 
 
 class CpuSequence(StoredSequence):

@@ -84,7 +84,8 @@ class Model {
   std::vector<LayerCounts> counts;
 
  private:
-  void run(const std::vector<Chunk>& chunks, Output output);
+  void run(const std::vector<Chunk>& chunks, Output output);  // forward, under its lock
+
   struct Linear {
     Format format;
     const uint8_t *weights, *rest;

@@ -20,38 +20,40 @@ static int possible_neurons(const MlpArgs& a, int begin, int end, int* list) {
   return count;
 }
 
-static void activate_listed(const MlpArgs& a, const int* list, int count, ActiveBlock* out, MlpCounts* counts, [[maybe_unused]] float* scratch) {
-  for (int k = 0; k < count; k++) prefetch(a.up + list[k] * a.up_bytes, static_cast<int>(a.up_bytes));
+// Fetches the rows of a list. Where AMX takes them, each(place in the list, product) for all of them, and true.
+template <class Args, class Each>
+INLINE bool gather_listed([[maybe_unused]] const Args& a, const uint8_t* weights, size_t row_bytes, const int* list, int count,
+                          [[maybe_unused]] float* scratch, [[maybe_unused]] Each&& each) {
+  for (int k = 0; k < count; k++) prefetch(weights + list[k] * row_bytes, static_cast<int>(row_bytes));
 #if defined(__AMX_BF16__)
-  if (a.format == Format::bf16) {
-    const FloatTileArgs tiles = {a.up, a.up_bytes, a.panels, 1, a.blocks * kSuperblock};
-    listed_rows(tiles, list, count, scratch, [&](int k, f32x16 products) {
-      float p[kPanelRows];
-      store16(p, products);
-      for (int i = 0; i < min_int(kPanelRows, count - k); i++)
-        if (p[i] + a.bias[list[k + i]] > 0.0f) append(out, list[k + i] % kNeuronBlock, p[i] + a.bias[list[k + i]]);
-    });
+  if (a.format != Format::bf16) return false;
+  const FloatTileArgs tiles = {weights, row_bytes, a.panels, 1, a.blocks * kSuperblock};
+  listed_rows(tiles, list, count, scratch, [&](int k, f32x16 products) {
+    float p[kPanelRows];
+    store16(p, products);
+    for (int i = 0; i < min_int(kPanelRows, count - k); i++) each(k + i, p[i]);
+  });
+  return true;
+#else
+  return false;
+#endif
+}
+
+static void activate_listed(const MlpArgs& a, const int* list, int count, ActiveBlock* out, MlpCounts* counts, float* scratch) {
+  const auto append_positive = [&](int k, float product) {
+    const float p = product + a.bias[list[k]];
+    if (p > 0.0f) append(out, list[k] % kNeuronBlock, p);
+  };
+  if (gather_listed(a, a.up, a.up_bytes, list, count, scratch, append_positive)) {
     counts->candidates += count, counts->active += out->count;
     return;
   }
-#endif
   for (int k = 0; k < count; k++) activate(a, list[k], list[k] + 1, 0, 1, &out, counts);
 }
 
 // y[row] of the rows of a list, which have no bias.
-static void listed_products(const RowsArgs& a, const int* list, int count, [[maybe_unused]] float* scratch) {
-  for (int k = 0; k < count; k++) prefetch(a.weights + list[k] * a.row_bytes, static_cast<int>(a.row_bytes));
-#if defined(__AMX_BF16__)
-  if (a.format == Format::bf16) {
-    const FloatTileArgs tiles = {a.weights, a.row_bytes, a.panels, 1, a.blocks * kSuperblock};
-    listed_rows(tiles, list, count, scratch, [&](int k, f32x16 products) {
-      float p[kPanelRows];
-      store16(p, products);
-      for (int i = 0; i < min_int(kPanelRows, count - k); i++) a.y[list[k + i]] = p[i];
-    });
-    return;
-  }
-#endif
+static void listed_products(const RowsArgs& a, const int* list, int count, float* scratch) {
+  if (gather_listed(a, a.weights, a.row_bytes, list, count, scratch, [&](int k, float product) { a.y[list[k]] = product; })) return;
   for (int k = 0; k < count; k++) rows(a, list[k], list[k] + 1);
 }
 
